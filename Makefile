@@ -1,0 +1,43 @@
+# `make help` lists the targets. Each target makes .venv first where it needs it and fails when what it runs fails.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow check docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## make .venv and install everything, if it is missing or out of date
+
+quickstart: $(INSTALLED) ## the main job on CPU: data, three training stages, evaluation, report
+	$(BIN)/neo quickstart
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED) ## formatting, lint, types, import layers, documentation
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/checked-site
+
+docs: $(INSTALLED) ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what was built and cached; .venv and outputs/ stay
+	rm -rf build dist site $(VENV)/checked-site .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# Rebuilt only when the two files that say what to install have changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name one: make PYTHON=python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs,quickstart]'
+	@touch $@

@@ -1,0 +1,288 @@
+"""Checkpoint layouts of whole models: our own, and the released NEO layout of either kit. Always strict.
+
+Both are read into the same parts; ``NEO.from_pretrained`` tells them apart by config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.components.bridge import Bridge
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
+from neo_components.llms.family import rope_base
+from neo_components.llms.qwen3 import sizes as qwen3_sizes
+from neo_components.weights import TensorFiles, load_strict, save_folder
+
+Parts = dict[str, Any]
+"""Keyword arguments of ``NEO``."""
+
+
+def layout_of(config: dict[str, Any], folder: Path) -> str:
+    """``neo_components`` or ``released``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if config.get("library") == "neo_components" and config.get("kind") == "neo":
+        return "neo_components"
+    if config.get("model_type") == "neo_chat":
+        return "released"
+    kind = config.get("kind") or config.get("model_type")
+    advice = {
+        "pre_buffer": "; it is a pre-Buffer: load it by PreBuffer.from_pretrained and attach it",
+        None: "",
+    }.get(kind, "; if it is a language model, load it by PostLLM.from_pretrained")
+    raise ValueError(f"{folder} is no NEO checkpoint (config.json says {kind!r}){advice}")
+
+
+def own_config(model: Any) -> dict[str, Any]:
+    """config.json of our own layout: the plain keyword arguments of every part."""
+    bridges = {name: getattr(model, name) for name in ("bridge_in", "bridge_out")}
+    return {
+        "library": "neo_components",
+        "kind": "neo",
+        "format_version": FORMAT_VERSION,
+        "patch_embedding": dict(model.patch_embedding.hparams),
+        "pre_buffer": dict(model.pre_buffer.hparams) | {"backend": "auto"},
+        "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
+        **{name: dict(bridge.hparams) if bridge is not None else None for name, bridge in bridges.items()},
+    }
+
+
+def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
+    """Empty parts as an own config describes them.
+
+    Raises:
+        ValueError: if a later version wrote it, or it lacks a part or has wrong arguments.
+    """
+    check_format(config, folder)
+    try:
+        parts: Parts = {
+            "patch_embedding": PatchEmbedding(**config["patch_embedding"]),
+            "pre_buffer": PreBuffer(**config["pre_buffer"]),
+            "post_llm": PostLLM(**config["post_llm"]),
+        }
+        for name in ("bridge_in", "bridge_out"):
+            parts[name] = Bridge(**config[name]) if config.get(name) else None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json does not describe a NEO model: {error}") from error
+    return parts
+
+
+def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
+    """Empty parts as a released config of either kit describes them; ``layer_types`` is not looked at.
+
+    Raises:
+        ValueError: if a setting is not supported or missing.
+    """
+    try:
+        return _parts_from_released(config)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json lacks {error} of the released NEO layout") from error
+
+
+def _parts_from_released(config: dict[str, Any]) -> Parts:
+    llm, vision = config["llm_config"], config["vision_config"]
+    sizes = qwen3_sizes(llm | {"tie_word_embeddings": is_tied(config)})
+    total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
+    base_hw = float(llm.get("rope_theta_hw", 1e4))
+    bases = {"base_t": rope_base(llm), "base_h": base_hw, "base_w": base_hw}
+    shared = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps")
+    same = {name: sizes[name] for name in shared} | bases
+    ratio = vision.get("downsample_ratio", config.get("downsample_ratio"))
+    return {
+        "patch_embedding": PatchEmbedding(
+            hidden_size=sizes["hidden_size"],
+            width=vision["hidden_size"],
+            patch_size=vision["patch_size"],
+            fold=round(1 / float(_scalar(ratio if ratio is not None else 0.5))),
+            channels=vision.get("num_channels", 3),
+            base=float(vision.get("rope_theta_vision", 1e4)),
+        ),
+        "pre_buffer": PreBuffer(depth=before, **same),
+        "post_llm": PostLLM(
+            vocab_size=sizes["vocab_size"],
+            depth=total - before,
+            tie_embeddings=sizes["tie_embeddings"],
+            **same,
+            **_image_ids(config, sizes["vocab_size"]),
+        ),
+    }
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether a released config ties the head to the word embedding; either level may say so."""
+    return bool(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False)))
+
+
+def _scalar(value: Any) -> Any:
+    """The value of a field that was written as a tuple by accident (a trailing comma)."""
+    return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _image_ids(config: dict[str, Any], vocab_size: int) -> dict[str, int]:
+    """The image tokens' ids. They are added to the tokenizer in one go, visual token, ``<img>``, ``</img>``; the config
+    of the inference kit states none, so there they are the last free ones that its released tokenizers use."""
+    token = config.get("img_context_token_id")
+    if token is None:
+        token = RELEASED_IMAGE_TOKEN if vocab_size > RELEASED_IMAGE_TOKEN + 2 else vocab_size
+    start = config.get("img_start_token_id", token + 1)
+    return {"image_token_id": token, "image_start_id": start, "image_end_id": start + 1}
+
+
+RELEASED_IMAGE_TOKEN = 151669
+"""Id of ``<IMG_CONTEXT>`` in the Qwen3 vocabulary: the first one behind its 151,669 tokens."""
+
+
+class Released:
+    """Names and forms of the released layout for a model of ``before`` pre-Buffer layers."""
+
+    def __init__(self, before: int, fold: int, channels: int, patch_size: int) -> None:
+        self.before, self.fold, self.channels, self.patch_size = before, fold, channels, patch_size
+
+    def rename(self, name: str) -> str:
+        """Our name -> the released one."""
+        embedding = "pre_buffer.patch_embedding."
+        if name.startswith(embedding):
+            part = name.removeprefix(embedding).replace("patch_proj", "patch_embedding")
+            return "vision_model.embeddings." + part.replace("token_proj", "dense_embedding")
+        if name.startswith("pre_buffer.layers."):
+            return "language_model.model." + name.removeprefix("pre_buffer.")
+        part = name.removeprefix("post_llm.")
+        if part.startswith("layers."):
+            _, number, rest = part.split(".", 2)
+            return f"language_model.model.layers.{int(number) + self.before}.{rest}"
+        if part.startswith("lm_head."):
+            return "language_model." + part
+        return "language_model.model." + part.replace("word_embedding", "embed_tokens")
+
+    def read(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """How stored tensors become ours: convolutions become matrices."""
+        return {
+            "pre_buffer.patch_embedding.patch_proj.weight": lambda w: w.flatten(1),
+            "pre_buffer.patch_embedding.token_proj.weight": lambda w: w.permute(0, 2, 3, 1).flatten(1),
+        }
+
+    def write(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`read`."""
+        if name == "pre_buffer.patch_embedding.patch_proj.weight":
+            return tensor.unflatten(1, (self.channels, self.patch_size, self.patch_size))
+        if name == "pre_buffer.patch_embedding.token_proj.weight":
+            return tensor.unflatten(1, (self.fold, self.fold, -1)).permute(0, 3, 1, 2)
+        return tensor
+
+
+def load_released(model: nn.Module, folder: Path) -> None:
+    """Fills a model from released weights; the vectors of ``<img>`` and ``</img>`` come from their word embeddings."""
+    released = released_of(model)
+    boundary = "pre_buffer.boundary"
+    load_strict(model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary)
+    table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
+    with torch.no_grad():
+        for place, row in rows.items():
+            model.pre_buffer.boundary[place] = table[row]  # type: ignore[index, operator, union-attr]
+
+
+def save_released(model: Any, folder: str | Path) -> Path:
+    """Writes the released layout with the training kit's config.
+
+    Raises:
+        ValueError: if the model has what that layout cannot say: bridges, another RoPE or mask, other sizes of
+            pre-Buffer and post-LLM, image tokens beyond the vocabulary.
+    """
+    _check_expressible(model)
+    released = released_of(model)
+    state = {
+        released.rename(name): released.write(name, tensor)
+        for name, tensor in model.state_dict().items()
+        if name != "pre_buffer.boundary"
+    }
+    embedding = state["language_model.model.embed_tokens.weight"].clone()
+    for place, row in _boundary_rows(model).items():
+        embedding[row] = model.pre_buffer.boundary[place]
+    state["language_model.model.embed_tokens.weight"] = embedding
+    return save_folder(folder, state, released_config(model))
+
+
+def released_of(model: Any) -> Released:
+    """The released names of that model."""
+    patch = model.patch_embedding.hparams
+    return Released(model.pre_buffer.hparams.depth, patch.fold, patch.channels, patch.patch_size)
+
+
+def _boundary_rows(model: Any) -> dict[int, int]:
+    """Place among the boundary vectors -> row of the word embedding, for those that have one."""
+    h = model.post_llm.hparams
+    return {n: row for n, row in enumerate((h.image_start_id, h.image_end_id)) if row < h.vocab_size}
+
+
+def _check_expressible(model: Any) -> None:
+    pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
+    same = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps", "base_t")
+    faults = [f"{n}: pre-Buffer {pre[n]}, post-LLM {post[n]}" for n in (*same, "base_h", "base_w") if pre[n] != post[n]]
+    faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
+    faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
+    faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
+    if post.base_h != post.base_w:
+        faults.append(f"base_h {post.base_h} differs from base_w {post.base_w}")
+    if patch.position != "rotary":
+        faults.append(f"patch position {patch.position!r} (only 'rotary')")
+    ids = (post.image_token_id, post.image_start_id, post.image_end_id)
+    if max(ids) >= post.vocab_size or ids[2] != ids[1] + 1:
+        faults.append(f"image token ids {ids} are no neighbouring rows of the {post.vocab_size} word embeddings")
+    if faults:
+        raise ValueError('layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults))
+
+
+def released_config(model: Any) -> dict[str, Any]:
+    """config.json as the released training kit reads it."""
+    pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
+    layers = pre.depth + post.depth
+    return {
+        "architectures": ["NEOChatModel"],
+        "model_type": "neo_chat",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "hidden_size": post.hidden_size,
+        "img_context_token_id": post.image_token_id,
+        "img_start_token_id": post.image_start_id,
+        "downsample_ratio": 1 / patch.fold,
+        "tie_word_embeddings": post.tie_embeddings,
+        "llm_config": {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "extra_num_layers": pre.depth,
+            "head_dim": post.head_width,
+            "hidden_act": "silu",
+            "hidden_size": post.hidden_size,
+            "intermediate_size": post.feed_forward_size,
+            "layer_types": ["full_attention"] * layers,
+            "num_attention_heads": post.num_heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": post.num_kv_heads,
+            "rms_norm_eps": post.norm_eps,
+            "rope_scaling": None,
+            "rope_theta": post.base_t,
+            "rope_theta_hw": post.base_h,
+            "tie_word_embeddings": post.tie_embeddings,
+            "use_sliding_window": False,
+            "vocab_size": post.vocab_size,
+        },
+        "vision_config": {
+            "architectures": ["NEOVisionModel"],
+            "model_type": "neo_vision",
+            "downsample_ratio": 1 / patch.fold,
+            "hidden_size": patch.width,
+            "llm_hidden_size": patch.hidden_size,
+            "num_channels": patch.channels,
+            "patch_size": patch.patch_size,
+            "rope_theta_vision": patch.base,
+        },
+    }

@@ -1,0 +1,234 @@
+"""How attention is computed: per-document SDPA, FlexAttention, an eager version that keeps its weights, and the cache.
+
+A backend is prepared once per batch from the document and image ids and then called by every layer. All agree with
+the mask rule of ``masks.py``; a padded token's output is unspecified (finite, never read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neo_components.components.masks import Span, block_mask, dense_mask, document_spans, span_mask
+from neo_components.types import NO_IMAGE
+
+BACKENDS = ("auto", "sdpa", "flex", "eager")
+
+
+class Attend(Protocol):
+    """What a layer calls: q [B, L, N, 2E], k [B, L, K, 2E], v [B, L, K, E], scale -> [B, L, N, E]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+
+
+def prepare_attention(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", backend: str = "auto") -> Attend:
+    """The backend for one batch.
+
+    Args:
+        document_ids: [B, L].
+        image_ids: [B, L].
+        rule: registered name of the mask rule.
+        backend: ``sdpa``, ``flex``, ``eager``, or ``auto``: ``flex`` on CUDA, ``sdpa`` elsewhere (FlexAttention has
+            no backward on CPU).
+
+    Raises:
+        ValueError: if the backend's name is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "flex" if document_ids.is_cuda else "sdpa"
+    kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
+    return kinds[backend](document_ids, image_ids, rule)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of similar length, to be computed together.
+
+    Args:
+        index: [n, m] place of each token in the flattened [B * L] batch; filling points at the document's start.
+        lengths: [n] tokens of each document.
+        mask: [n, 1, m, m] bool, or ``None`` where plain causal order says the same.
+    """
+
+    index: Tensor
+    lengths: Tensor
+    mask: Tensor | None
+
+    @property
+    def valid(self) -> Tensor:
+        """[n, m] bool: not filling."""
+        return torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
+
+
+def make_buckets(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool = False) -> list[Bucket]:
+    """Groups the documents of a batch by length, so that filling stays below a quarter.
+
+    Args:
+        document_ids: [B, L].
+        image_ids: [B, L].
+        rule: registered name of the mask rule.
+        one: put all documents into a single bucket, in order.
+    """
+    spans = document_spans(document_ids)
+    groups: dict[int, list[Span]] = {}
+    for span in spans:
+        groups.setdefault(0 if one else _rounded(span.length), []).append(span)
+    return [_bucket(group, image_ids, rule) for group in groups.values()]
+
+
+def _rounded(length: int) -> int:
+    """The next size at which a bucket ends: eight steps per octave above 16."""
+    step = max(1, 1 << max(0, length.bit_length() - 4), 8)
+    return -(-length // step) * step
+
+
+def _bucket(spans: list[Span], image_ids: Tensor, rule: str) -> Bucket:
+    device, row_length = image_ids.device, image_ids.shape[1]
+    starts = torch.tensor([span.row * row_length + span.start for span in spans], device=device)
+    lengths = torch.tensor([span.length for span in spans], device=device)
+    place = torch.arange(max(span.length for span in spans), device=device)
+    index = starts[:, None] + torch.where(place < lengths[:, None], place, 0)
+    images = image_ids.flatten()[index]
+    # Filling lies behind its document, so plain causal order hides it from every real token.
+    only_text = bool((images == NO_IMAGE).all())
+    mask = None if rule == "causal" or (rule == "mixed" and only_text) else span_mask(images, lengths, rule)[:, None]
+    return Bucket(index, lengths, mask)
+
+
+class SpanAttention:
+    """Scaled dot-product attention inside each document; cost is the sum of the squared document lengths.
+
+    Args:
+        document_ids: [B, L].
+        image_ids: [B, L].
+        rule: registered name of the mask rule.
+    """
+
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
+        self.buckets = make_buckets(document_ids, image_ids, rule)
+        self.places = [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rows, length = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        out = v.new_zeros(rows * length, q.shape[1], v.shape[-1])
+        for bucket, (place, valid) in zip(self.buckets, self.places, strict=True):
+            part = sdpa(q[bucket.index], k[bucket.index], v[bucket.index], bucket.mask, scale)
+            out = out.index_copy(0, place, part[valid].to(out.dtype))
+        return out.unflatten(0, (rows, length))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Torch's SDPA on [n, m, heads, channels]; ``mask`` ``None`` means causal. Returns [n, m, N, E]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    width = v.shape[-1]
+    # The fused kernels want values as wide as keys; the zeros cost less than the unfused path on long documents.
+    if q.shape[-2] >= 512 and not q.is_cuda:
+        v = F.pad(v, (0, q.shape[-1] - width))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return out[..., :width].transpose(1, 2)
+
+
+class FlexAttention:
+    """FlexAttention with a BlockMask over the whole row; compiled on CUDA, eager (forward only) on CPU."""
+
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
+        self.mask = block_mask(document_ids, image_ids, rule)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError("FlexAttention has no backward on CPU; use attention backend 'sdpa' for training there")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = _flex(q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+
+@lru_cache(maxsize=2)
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+class EagerAttention:
+    """Plain matrix products over the whole row; ``weights`` collects [B, N, L, L] of each layer that called."""
+
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
+        self.mask = dense_mask(document_ids, image_ids, rule)[:, None]
+        self.weights: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        scores = torch.einsum("bqnc,bknc->bnqk", q, k).float() * scale
+        weights = scores.masked_fill(~self.mask, float("-inf")).softmax(-1)
+        self.weights.append(weights)
+        return torch.einsum("bnqk,bkne->bqne", weights.to(v.dtype), v)
+
+
+class KVCache:
+    """Keys and values of S documents for generation: prefill once, then one token per document and step.
+
+    Keys are twice as wide as values, as they hold T, H and W channels.
+
+    Args:
+        document_ids: [1, L] one packed row of S prompts, without padding.
+        image_ids: [1, L].
+        rules: registered name of the mask rule of each layer; tokens after the prompt are causal.
+        room: new tokens per document to make room for.
+    """
+
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rules: Sequence[str], room: int) -> None:
+        buckets = {rule: make_buckets(document_ids, image_ids, rule, one=True)[0] for rule in {*rules, "causal"}}
+        self.lengths = buckets["causal"].lengths
+        self.room = room
+        self.layers = [_CachedLayer(self, buckets[rule]) for rule in rules]
+
+    def advance(self) -> None:
+        """Counts the token that every document just got."""
+        self.lengths = self.lengths + 1
+
+    def keep(self, documents: Tensor) -> None:
+        """Drops all documents but those of index [s] int64."""
+        self.lengths = self.lengths[documents]
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[documents], layer.v[documents]
+
+
+class _CachedLayer:
+    """One layer's part of the cache; an :class:`Attend`."""
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, cache: KVCache, bucket: Bucket) -> None:
+        self.cache, self.bucket = cache, bucket
+        self.filled = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self._decode(q, k, v, scale) if self.filled else self._prefill(q, k, v, scale)
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        bucket, valid = self.bucket, self.bucket.valid
+        q_grid, k_grid, v_grid = (x.flatten(0, 1)[bucket.index] for x in (q, k, v))
+        out = sdpa(q_grid, k_grid, v_grid, bucket.mask, scale)
+        self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, self.cache.room)) for x in (k_grid, v_grid))
+        self.filled = True
+        return torch.zeros_like(out[valid]).index_copy(0, bucket.index[valid], out[valid])[None]
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        lengths = self.cache.lengths
+        rows = torch.arange(len(lengths), device=lengths.device)
+        self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
+        used = int(lengths.max()) + 1
+        seen = torch.arange(used, device=lengths.device) <= lengths[:, None]
+        return sdpa(q, self.k[:, :used], self.v[:, :used], seen[:, None, None], scale)

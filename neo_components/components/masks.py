@@ -1,0 +1,139 @@
+"""Who sees whom: the mask rule, written once and rendered three ways.
+
+A rule says, elementwise, whether a query sees a key. It is rendered as a dense boolean matrix (:func:`dense_mask`),
+as a FlexAttention BlockMask (:func:`block_mask`), and per document (:func:`document_spans`, :func:`span_mask`), so
+that the cost of a packed row grows with the documents and not with the square of the row.
+
+Source: NEO paper section 3.1 (mixed attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from neo_components.types import NO_IMAGE, PADDING
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a rule may ask of a token: its document, its image (``-1``: none) and its place in the row."""
+
+    document: Tensor
+    image: Tensor
+    place: Tensor
+
+
+MaskRule = Callable[[Tokens, Tokens], Tensor]
+MASK_RULES: dict[str, MaskRule] = {}
+
+
+def register_mask(name: str) -> Callable[[MaskRule], MaskRule]:
+    """Decorator that enters a rule under the short name that recipes use (``attention: name``)."""
+
+    def enter(rule: MaskRule) -> MaskRule:
+        MASK_RULES[name] = rule
+        return rule
+
+    return enter
+
+
+def mask_rule(name: str) -> MaskRule:
+    """The rule of that name.
+
+    Raises:
+        ValueError: if no rule has that name.
+    """
+    if name not in MASK_RULES:
+        raise ValueError(f"attention {name!r} is unknown; registered: {', '.join(sorted(MASK_RULES))}")
+    return MASK_RULES[name]
+
+
+@register_mask("mixed")
+def mixed(query: Tokens, key: Tokens) -> Tensor:
+    """Same document, and the key not later or both visual tokens of the same image."""
+    same_image = (query.image == key.image) & (query.image != NO_IMAGE)
+    return (query.document == key.document) & ((query.place >= key.place) | same_image)
+
+
+@register_mask("causal")
+def causal(query: Tokens, key: Tokens) -> Tensor:
+    """Same document and the key not later."""
+    return (query.document == key.document) & (query.place >= key.place)
+
+
+def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> Tensor:
+    """The whole matrix.
+
+    Args:
+        document_ids: [B, L].
+        image_ids: [B, L].
+        rule: registered name.
+
+    Returns:
+        [B, L, L] bool, ``True`` where the query (row) sees the key (column).
+    """
+    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
+    query = Tokens(document_ids[..., :, None], image_ids[..., :, None], place[..., :, None])
+    key = Tokens(document_ids[..., None, :], image_ids[..., None, :], place[..., None, :])
+    return mask_rule(rule)(query, key)
+
+
+def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> BlockMask:
+    """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    see = mask_rule(rule)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query = Tokens(document_ids[b, q], image_ids[b, q], q)
+        key = Tokens(document_ids[b, k], image_ids[b, k], k)
+        return see(query, key)
+
+    rows, length = document_ids.shape
+    return create_block_mask(mask_mod, rows, None, length, length, device=str(document_ids.device))
+
+
+@dataclass(frozen=True)
+class Span:
+    """One document's place: row, first token and number of tokens."""
+
+    row: int
+    start: int
+    length: int
+
+
+def document_spans(document_ids: Tensor) -> list[Span]:
+    """The runs of equal document ids of [B, L], row by row; padding is left out."""
+    spans = []
+    for row, ids in enumerate(document_ids.cpu()):
+        values, lengths = torch.unique_consecutive(ids, return_counts=True)
+        start = 0
+        for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
+            if value != PADDING:
+                spans.append(Span(row, start, length))
+            start += length
+    return spans
+
+
+def span_mask(image_ids: Tensor, lengths: Tensor, rule: str = "mixed") -> Tensor:
+    """The rule inside documents that lie one per row, aligned left.
+
+    Args:
+        image_ids: [n, m]; what lies beyond a document's length is not looked at.
+        lengths: [n] tokens of each document.
+
+    Returns:
+        [n, m, m] bool. Filling sees itself, so that no row of the softmax is empty.
+    """
+    place = torch.arange(image_ids.shape[-1], device=image_ids.device)
+    filling = place >= lengths[:, None]
+    document_ids = torch.where(filling, place, torch.full_like(place, PADDING))
+    return dense_mask(document_ids, image_ids.masked_fill(filling, NO_IMAGE), rule)

@@ -1,0 +1,97 @@
+"""The patch embedding layer: pixels become visual tokens by two matrix products over the patches of all images.
+
+Source: NEO paper equation 1, ``x_v = Conv2(GELU(Conv1(I)) + PE)``. A convolution whose stride equals its kernel is a
+matrix product over cut-out patches, so images of any number and size need neither a loop nor padding.
+"""
+
+from __future__ import annotations
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POSITIONS = ("rotary", "sincos", "none")
+
+
+class PatchEmbedding(lightning.LightningModule):
+    """Patches to visual tokens.
+
+    Args:
+        hidden_size: D, width of the pre-Buffer.
+        width: features of a patch, a multiple of 4.
+        patch_size: side of a patch in pixels.
+        fold: patches per side of a visual token.
+        channels: image channels, C.
+        position: ``rotary`` turns the features by column and row (released NEO weights), ``sincos`` adds a fixed
+            table (the paper), ``none`` leaves them.
+        base: base of the position frequencies.
+
+    Weights start as normal(0, 1/sqrt(fan in)) (unit gain).
+
+    Raises:
+        ValueError: if ``position`` is unknown or ``width`` is no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int = 1024,
+        patch_size: int = 16,
+        fold: int = 2,
+        channels: int = 3,
+        position: str = "rotary",
+        base: float = 1e4,
+    ) -> None:
+        super().__init__()
+        if position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        if width % 4:
+            raise ValueError(f"width must be a multiple of 4, half for columns and half for rows, got {width}")
+        self.save_hyperparameters()
+        self.patch_proj = nn.Linear(channels * patch_size**2, width)
+        self.token_proj = nn.Linear(fold**2 * width, hidden_size)
+        self.group = fold**2
+        self.position, self.base = position, base
+        for projection in (self.patch_proj, self.token_proj):
+            nn.init.normal_(projection.weight, 0.0, projection.in_features**-0.5)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, patches: Tensor, patch_positions: Tensor) -> Tensor:
+        """Embeds patches.
+
+        Args:
+            patches: [P, C * patch_size**2], normalised pixels as (channel, y, x); the ``fold**2`` patches of a visual
+                token, row by row, are neighbours (``patchify`` and ``pack`` order them so).
+            patch_positions: [P, 2] row and column of each patch in its image.
+
+        Returns:
+            [P / fold**2, D].
+        """
+        features = F.gelu(self.patch_proj(patches.to(self.patch_proj.weight.dtype)))
+        if self.position != "none":
+            angle = self._angles(patch_positions)
+            features = (_turn(features, angle) if self.position == "rotary" else features + _table(angle)).to(
+                features.dtype
+            )
+        return self.token_proj(features.reshape(-1, self.group * features.shape[-1]))
+
+    def _angles(self, patch_positions: Tensor) -> Tensor:
+        """[P, width/2]: angles by column, then by row."""
+        half = self.patch_proj.out_features // 2
+        exponents = torch.arange(0, half, 2, dtype=torch.float32, device=patch_positions.device) / half
+        frequency = 1.0 / self.base**exponents
+        row, column = patch_positions.float().unbind(-1)
+        return torch.cat([column[:, None] * frequency, row[:, None] * frequency], dim=-1)
+
+
+def _turn(features: Tensor, angle: Tensor) -> Tensor:
+    """Rotates neighbouring channels of [P, width] by [P, width/2]."""
+    even, odd = features[..., 0::2], features[..., 1::2]
+    cosine, sine = angle.cos(), angle.sin()
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
+
+
+def _table(angle: Tensor) -> Tensor:
+    """The sinusoidal table of [P, width/2] angles: sine and cosine of neighbouring channels, [P, width]."""
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)

@@ -1,0 +1,191 @@
+"""The post-LLM: a pretrained language model whose blocks got height and width channels.
+
+At the start the new keys are zero, so the H/W score is exactly 0 and text reads as in the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.components.backends import Attend
+from neo_components.components.layers import RMSNorm
+from neo_components.components.primitive import PrimitiveStack
+from neo_components.llms import family_of
+from neo_components.types import NO_IMAGE
+from neo_components.weights import TensorFiles, load_strict, read_config, resolve
+
+
+class PostLLM(PrimitiveStack):
+    """Word embedding, ``depth`` native primitives, final norm and head.
+
+    Args:
+        vocab_size: V.
+        depth: number of blocks.
+        hidden_size: D.
+        num_heads: N.
+        num_kv_heads: K.
+        head_width: E.
+        feed_forward_size: width of the gated feed-forward.
+        norm_eps: of all norms.
+        rope: registered name of the RoPE variant.
+        base_t, base_h, base_w: bases of the T, H and W frequencies.
+        attention: registered name of the mask rule.
+        tie_embeddings: the head is the word embedding.
+        image_token_id, image_start_id, image_end_id: ids of a visual token, ``<img>`` and ``</img>``. A vocabulary
+            without them gets the next free ids: they need no row in the word embedding, as their vectors come from the
+            pre-Buffer's side.
+        source: where the weights come from; its tokenizer names the tokens when a bridge is fitted.
+        backend: attention backend.
+        init_std: standard deviation of the initial weights.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_width: int,
+        feed_forward_size: int,
+        norm_eps: float = 1e-6,
+        rope: str = "native",
+        base_t: float = 1e6,
+        base_h: float = 1e4,
+        base_w: float = 1e4,
+        attention: str = "mixed",
+        tie_embeddings: bool = False,
+        image_token_id: int | None = None,
+        image_start_id: int | None = None,
+        image_end_id: int | None = None,
+        source: str = "",
+        backend: str = "auto",
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__(
+            depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
+            base_w, attention, backend, init_std,
+        )  # fmt: skip
+        image_token_id = vocab_size if image_token_id is None else image_token_id
+        image_start_id = image_token_id + 1 if image_start_id is None else image_start_id
+        image_end_id = image_start_id + 1 if image_end_id is None else image_end_id
+        self.save_hyperparameters()
+        self.word_embedding = nn.Embedding(vocab_size, hidden_size)
+        nn.init.normal_(self.word_embedding.weight, 0.0, init_std)
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.lm_head: nn.Linear | None = None
+        if not tie_embeddings:
+            self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+            nn.init.normal_(self.lm_head.weight, 0.0, init_std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D] weight of the head."""
+        return self.word_embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Word embeddings [B, L, D] of [B, L] ids; an image token's id beyond the vocabulary gives an arbitrary row,
+        which the caller replaces."""
+        return self.word_embedding(token_ids.clamp(max=self.word_embedding.num_embeddings - 1))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        attend: Attend | Sequence[Attend] | None = None,
+        hidden_states: dict[str, Tensor] | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """All blocks and the final norm, [B, L, D] -> [B, L, D]; arguments as in :meth:`PrimitiveStack.run`."""
+        return self.norm(self.run(x, positions, document_ids, image_ids, attend, hidden_states, first))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: [..., D] -> [..., V]."""
+        return nn.functional.linear(hidden, self.head_weight)
+
+    def text_logits(self, token_ids: Tensor) -> Tensor:
+        """Plain causal text through the language model alone.
+
+        Args:
+            token_ids: [B, L] int64.
+
+        Returns:
+            [B, L, V].
+        """
+        rows, length = token_ids.shape
+        none = torch.full_like(token_ids, NO_IMAGE)
+        positions = self.rotary.index_rule(none[0].cpu(), [])[None].expand(rows, length, 3).to(token_ids.device)
+        return self.logits(self(self.embed(token_ids), positions, torch.zeros_like(token_ids), none))
+
+    @torch.no_grad()
+    def init_hw_from_t(self) -> None:
+        """Sets the H/W parts of every block to the start that leaves the language model unchanged."""
+        for layer in self.layers:
+            layer.self_attn.init_hw_from_t()  # type: ignore[union-attr, operator]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        rope: str = "native",
+        base_h: float = 1e4,
+        base_w: float = 1e4,
+        attention: str = "mixed",
+        backend: str = "auto",
+    ) -> PostLLM:
+        """Reads a language model in the Hugging Face layout and widens it.
+
+        Args:
+            source: folder or hub id; safetensors, one file or several.
+            rope: registered name of the RoPE variant.
+            base_h, base_w: bases of the new frequencies; that of T is the language model's.
+            attention: registered name of the mask rule.
+            backend: attention backend.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint, or only a pickled one.
+            ValueError: if the family or a setting is not supported, or the tensors do not fit.
+        """
+        folder = resolve(source)
+        config = read_config(folder)
+        family = family_of(config)
+        sizes = family.sizes(config)
+        ids = image_token_ids(folder, sizes["vocab_size"])
+        module = cls(
+            **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
+            backend=backend,
+        )  # fmt: skip
+        tied = ("lm_head.weight",) if sizes["tie_embeddings"] else ()
+        load_strict(module, TensorFiles(folder), family.rename, ignore=tied, only=_is_pretrained)
+        module.init_hw_from_t()
+        return module
+
+
+def _is_pretrained(name: str) -> bool:
+    """Whether a weight of the post-LLM exists in the language model: all but the H/W parts."""
+    part = name.split(".")[-2]
+    return part not in {"q_proj_hw", "k_proj_hw", "q_norm_h", "q_norm_w", "k_norm_h", "k_norm_w"}
+
+
+IMAGE_TOKENS = {"image_token_id": "<IMG_CONTEXT>", "image_start_id": "<img>", "image_end_id": "</img>"}
+
+
+def image_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
+    """Ids of the image tokens: those of the folder's tokenizer, else the next free ones, in the order of
+    ``IMAGE_TOKENS``; a folder without tokenizer counts on from ``vocab_size``."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {name: vocab_size + place for place, name in enumerate(IMAGE_TOKENS)}
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    # add_special_tokens leaves known tokens as they are, and is what load_tokenizer does to the same file.
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in IMAGE_TOKENS.values()])
+    return {name: tokenizer.token_to_id(token) for name, token in IMAGE_TOKENS.items()}

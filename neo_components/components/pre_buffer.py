@@ -1,0 +1,244 @@
+"""The pre-Buffer: native primitives before the language model, and all that belongs to their side.
+
+It carries the patch embedding layer and the two vectors that frame an image, so that its weights alone are the
+reusable asset (NEO paper section 3.2): save it, load it in another project, attach it to another language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.components.backends import Attend
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.primitive import PrimitiveStack
+from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder, save_tensors
+
+FORMAT_VERSION = 1
+ANCHORS = "anchors"
+
+
+@dataclass
+class Anchors:
+    """Word embeddings of common tokens, for fitting a bridge to another language model.
+
+    Args:
+        tokens: A token strings, as the tokenizer stores them.
+        vectors: [A, D] their word embeddings on the pre-Buffer's side.
+    """
+
+    tokens: list[str]
+    vectors: Tensor
+
+
+@dataclass
+class AssetInfo:
+    """What a saved pre-Buffer tells beside its weights.
+
+    Args:
+        image: normalisation and pixel limits of the images that it was trained with.
+        provenance: recipe, data, steps, scores, library version: plain values.
+        license: licence of the weights.
+        card: text of the model card; a short one is written if empty.
+    """
+
+    image: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    license: str = ""
+    card: str = ""
+
+
+class PreBuffer(PrimitiveStack):
+    """``depth`` native primitives of width D. The arguments are those of the post-LLM that it is trained with.
+
+    Args:
+        depth: number of primitives; 0 passes everything through.
+        hidden_size: D.
+        num_heads: N.
+        num_kv_heads: K.
+        head_width: E.
+        feed_forward_size: width of the gated feed-forward.
+        norm_eps: of all norms.
+        rope: registered name of the RoPE variant.
+        base_t, base_h, base_w: bases of the T, H and W frequencies.
+        attention: registered name of the mask rule.
+        backend: attention backend.
+        init_std: standard deviation of the initial projections.
+
+    Attributes:
+        patch_embedding: the :class:`PatchEmbedding` in front of it, once :meth:`adopt` or ``NEO`` joined them.
+        boundary: [2, D] vectors of the tokens ``<img>`` and ``</img>``.
+        anchors: :class:`Anchors` of the language model that it was trained with, if known.
+        info: :class:`AssetInfo`.
+    """
+
+    patch_embedding: PatchEmbedding | None
+
+    def __init__(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_width: int,
+        feed_forward_size: int,
+        norm_eps: float = 1e-6,
+        rope: str = "native",
+        base_t: float = 1e6,
+        base_h: float = 1e4,
+        base_w: float = 1e4,
+        attention: str = "mixed",
+        backend: str = "auto",
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__(
+            depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
+            base_w, attention, backend, init_std,
+        )  # fmt: skip
+        self.save_hyperparameters()
+        self.patch_embedding = None
+        self.boundary = nn.Parameter(torch.randn(2, hidden_size) * init_std)
+        self.anchors: Anchors | None = None
+        self.info = AssetInfo()
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        attend: Attend | Sequence[Attend] | None = None,
+    ) -> Tensor:
+        """Maps embedded tokens, visual and text alike.
+
+        Args:
+            x: [B, L, D].
+            positions: [B, L, 3].
+            document_ids: [B, L].
+            image_ids: [B, L].
+            attend: a backend prepared by the caller.
+
+        Returns:
+            [B, L, D].
+        """
+        return self.run(x, positions, document_ids, image_ids, attend)
+
+    def adopt(self, patch_embedding: PatchEmbedding) -> None:
+        """Joins a patch embedding layer, which becomes part of the asset.
+
+        Raises:
+            ValueError: if the widths differ.
+        """
+        if patch_embedding.hparams.hidden_size != self.hparams.hidden_size:
+            raise ValueError(
+                f"patch embedding of hidden size {patch_embedding.hparams.hidden_size} does not fit "
+                f"a pre-Buffer of hidden size {self.hparams.hidden_size}"
+            )
+        self.patch_embedding = patch_embedding
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the asset: config.json, model.safetensors, README.md, and anchors.safetensors if there are anchors.
+
+        Raises:
+            ValueError: if no patch embedding was joined.
+        """
+        if self.patch_embedding is None:
+            raise ValueError("a pre-Buffer is saved with its patch embedding; join one by NEO(...) or adopt(...)")
+        config = {
+            "library": "neo_components",
+            "kind": "pre_buffer",
+            "format_version": FORMAT_VERSION,
+            "pre_buffer": dict(self.hparams) | {"backend": "auto"},
+            "patch_embedding": dict(self.patch_embedding.hparams),
+            "image": self.info.image,
+            "provenance": self.info.provenance,
+            "license": self.info.license,
+        }
+        folder = save_folder(folder, self.state_dict(), config, self.info.card or self._card())
+        if self.anchors is not None:
+            table = self.anchors.vectors.half()
+            strings = "\0".join(self.anchors.tokens).encode()
+            tokens = torch.frombuffer(bytearray(strings), dtype=torch.uint8)
+            save_tensors(folder / f"{ANCHORS}.safetensors", {"vectors": table, "tokens": tokens})
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> PreBuffer:
+        """Reads an asset from a folder or hub repository.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is no pre-Buffer, too new, or its tensors do not fit.
+        """
+        folder = resolve(source)
+        config = read_config(folder)
+        if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
+            raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
+        check_format(config, folder)
+        module = cls(**config["pre_buffer"])
+        module.adopt(PatchEmbedding(**config["patch_embedding"]))
+        load_strict(module, TensorFiles(folder))
+        module.info = AssetInfo(
+            config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
+        )
+        if (folder / f"{ANCHORS}.safetensors").is_file():
+            files = TensorFiles(folder, ANCHORS)
+            strings = bytes(files.get("tokens").tolist()).decode()
+            module.anchors = Anchors(strings.split("\0"), files.get("vectors").float())
+        return module
+
+    def push_to_hub(self, repo: str, **options: Any) -> None:
+        """Publishes the asset as a hub repository.
+
+        Args:
+            repo: ``owner/name``.
+            options: passed on to ``HfApi.create_repo`` (``private``, ``token`` ...).
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.get("token"))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo, exist_ok=True, **options)
+            api.upload_folder(repo_id=repo, folder_path=folder)
+
+    def _card(self) -> str:
+        h = self.hparams
+        assert self.patch_embedding is not None
+        scores = "".join(f"- {name}: {value}\n" for name, value in self.info.provenance.items())
+        return (
+            f"---\nlibrary_name: neo-components\nlicense: {self.info.license or 'unknown'}\n---\n"
+            "# Pre-Buffer of a native vision-language model\n\n"
+            f"{h.depth} native primitives of width {h.hidden_size} ({h.num_heads} query heads, {h.num_kv_heads} "
+            f"key/value heads of width {h.head_width}, RoPE `{h.rope}`, attention `{h.attention}`) behind a patch "
+            f"embedding for {self.patch_embedding.hparams.patch_size}-pixel patches.\n\n"
+            "```python\nfrom neo_components import PreBuffer, attach\n"
+            'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n'
+            + (f"\n## Provenance\n\n{scores}" if scores else "")
+        )
+
+
+def check_format(config: dict[str, Any], folder: Path) -> None:
+    """Refuses what a later version of the library wrote.
+
+    Raises:
+        ValueError: if ``format_version`` is missing or newer than this library's.
+    """
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format_version {version!r}, this library reads up to {FORMAT_VERSION}; "
+            "upgrade neo-components to open it"
+        )
+
+
+def _read_card(folder: Path) -> str:
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,282 @@
+"""NEO: patch embedding, pre-Buffer and post-LLM joined into a native vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from neo_components.checkpoint import (
+    layout_of,
+    load_released,
+    own_config,
+    parts_from_own,
+    parts_from_released,
+    save_released,
+)
+from neo_components.components.backends import Attend, EagerAttention
+from neo_components.components.bridge import Bridge
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.generation import generate
+from neo_components.packing import pack
+from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
+from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder
+
+LOSS_CHUNK = 1024
+"""Labelled tokens whose logits exist at the same time on the training path."""
+
+
+class NEO(lightning.LightningModule):
+    """The whole model.
+
+    Args:
+        patch_embedding: pixels to visual tokens.
+        pre_buffer: primitives that visual and text tokens pass first; it takes the patch embedding as its part.
+        post_llm: the widened language model.
+        bridge_in: maps the language model's word embeddings to the pre-Buffer's width; ``None`` if they are the same.
+        bridge_out: maps the pre-Buffer's output to the language model's width.
+
+    Raises:
+        ValueError: if the widths do not meet, or pre-Buffer and post-LLM count positions by different rules.
+    """
+
+    def __init__(
+        self,
+        patch_embedding: PatchEmbedding,
+        pre_buffer: PreBuffer,
+        post_llm: PostLLM,
+        bridge_in: Bridge | None = None,
+        bridge_out: Bridge | None = None,
+    ) -> None:
+        super().__init__()
+        pre_buffer.adopt(patch_embedding)
+        self.pre_buffer = pre_buffer
+        self.post_llm = post_llm
+        self.bridge_in = bridge_in
+        self.bridge_out = bridge_out
+        self._check()
+
+    def _check(self) -> None:
+        inner, outer = self.pre_buffer.hparams.hidden_size, self.post_llm.hparams.hidden_size
+        seams = [("bridge_in", self.bridge_in, outer, inner), ("bridge_out", self.bridge_out, inner, outer)]
+        for name, bridge, come, go in seams:
+            widths = (bridge.hparams.in_width, bridge.hparams.out_width) if bridge is not None else (come, come)
+            if widths != (come, go):
+                raise ValueError(
+                    f"{name} must map width {come} to {go} (pre-Buffer {inner}, post-LLM {outer}), "
+                    f"got {'none' if bridge is None else f'{widths[0]} to {widths[1]}'}; attach(...) builds bridges"
+                )
+        if self.pre_buffer.rotary.index_rule is not self.post_llm.rotary.index_rule:
+            raise ValueError(
+                f"pre-Buffer and post-LLM count positions by different rules: rope {self.pre_buffer.hparams.rope!r} "
+                f"and {self.post_llm.hparams.rope!r}; build both with the same rope"
+            )
+
+    @property
+    def patch_embedding(self) -> PatchEmbedding:
+        """The patch embedding layer."""
+        assert self.pre_buffer.patch_embedding is not None
+        return self.pre_buffer.patch_embedding
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What ``pack`` has to know about this model."""
+        patch, llm = self.patch_embedding.hparams, self.post_llm.hparams
+        return InputSpec(
+            image_token_id=llm.image_token_id,
+            image_start_id=llm.image_start_id,
+            image_end_id=llm.image_end_id,
+            vocab_size=llm.vocab_size,
+            patch_size=patch.patch_size,
+            fold=patch.fold,
+            channels=patch.channels,
+            index_rule=self.post_llm.rotary.index_rule,
+        )
+
+    @property
+    def layer_rules(self) -> list[str]:
+        """Name of the mask rule of every block, pre-Buffer first."""
+        return [stack.rule for stack in (self.pre_buffer, self.post_llm) for _ in stack.layers]
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Named groups of parameters, by module; a stage names those that it trains.
+
+        ``pre_buffer`` includes the boundary vectors but not the patch embedding; ``post_llm`` is the whole language
+        model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
+        """
+        pre, post = self.pre_buffer, self.post_llm
+        groups: dict[str, list[nn.Parameter]] = {
+            "patch_embedding": list(self.patch_embedding.parameters()),
+            "pre_buffer": [pre.boundary, *pre.layers.parameters()],
+            "post_llm": list(post.parameters()),
+            "post_llm.hw": [p for part in post.hw_modules() for p in part.parameters()],
+            "post_llm.word_embedding": list(post.word_embedding.parameters()),
+            "post_llm.head": list((post.lm_head or post.word_embedding).parameters()),
+        }
+        bridges = [bridge for bridge in (self.bridge_in, self.bridge_out) if bridge is not None]
+        if bridges:
+            groups["bridge"] = [p for bridge in bridges for p in bridge.parameters()]
+        return groups
+
+    def embed(self, batch: Batch) -> Tensor:
+        """[B, L, D of the pre-Buffer]: word embeddings, boundary vectors and visual tokens at their places."""
+        pre, llm = self.pre_buffer, self.post_llm.hparams
+        x = self.post_llm.embed(batch.token_ids)
+        if self.bridge_in is not None:
+            x = self.bridge_in(x)
+        for vector, token_id in zip(pre.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
+            x = torch.where((batch.token_ids == token_id)[..., None], vector.to(x.dtype), x)
+        visual = (batch.image_ids != NO_IMAGE).flatten().nonzero()[:, 0]
+        if len(visual):
+            tokens = self.patch_embedding(batch.patches, batch.patch_positions).to(x.dtype)
+            x = x.flatten(0, 1).index_copy(0, visual, tokens).view_as(x)
+        return x
+
+    def hidden(
+        self,
+        batch: Batch,
+        attend: Attend | Sequence[Attend] | None = None,
+        hidden_states: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The final norm's output.
+
+        Args:
+            batch: packed rows.
+            attend: attention for all blocks, prepared by the caller: one backend or one per block (a cache).
+            hidden_states: filled with ``embed``, ``layer_<i>`` and ``final_norm``.
+
+        Returns:
+            [B, L, D of the post-LLM].
+        """
+        depth = len(self.pre_buffer.layers)
+        first, then = (attend[:depth], attend[depth:]) if isinstance(attend, Sequence) else (attend, attend)
+        where = (batch.positions, batch.document_ids, batch.image_ids)
+        x = self.embed(batch)
+        if hidden_states is not None:
+            hidden_states["embed"] = x
+        x = self.pre_buffer.run(x, *where, first, hidden_states)
+        if self.bridge_out is not None:
+            x = self.bridge_out(x)
+        x = self.post_llm(x, *where, then, hidden_states, depth)
+        if hidden_states is not None:
+            hidden_states["final_norm"] = x
+        return x
+
+    def forward(self, batch: Batch, output_hidden_states: bool = False) -> Output:
+        """Logits of every token, and the loss if there are labels.
+
+        Args:
+            batch: packed rows.
+            output_hidden_states: also return what each step produced.
+
+        Returns:
+            ``Output``: logits [B, L, V], loss scalar or ``None``.
+        """
+        states: dict[str, Tensor] | None = {} if output_hidden_states else None
+        hidden = self.hidden(batch, hidden_states=states)
+        labelled = bool((batch.labels != IGNORED).any())
+        return Output(self.post_llm.logits(hidden), self._loss(hidden, batch) if labelled else None, states)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The training path: ``sum(w * nll) / max(sum(w), 1e-5)``, logits formed at labelled tokens only, in chunks.
+
+        Args:
+            batch: packed rows; 0 is returned (with gradients of 0) if nothing is labelled.
+
+        Returns:
+            Scalar float32.
+        """
+        return self._loss(self.hidden(batch), batch)
+
+    def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        target, weight = batch.labels[:, 1:], batch.loss_weights[:, 1:]
+        learnt = target != IGNORED
+        state, target, weight = hidden[:, :-1][learnt], target[learnt], weight[learnt]
+        total = state.float().sum() * 0.0
+        for s, t, w in zip(state.split(LOSS_CHUNK), target.split(LOSS_CHUNK), weight.split(LOSS_CHUNK), strict=True):
+            # Recomputed in the backward pass, so that no two chunks' logits exist together.
+            if len(t):
+                total = total + recompute(self._weighted_nll, s, t, w, use_reentrant=False)
+        return total / weight.sum().clamp(min=1e-5)
+
+    def _weighted_nll(self, state: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        nll = F.cross_entropy(self.post_llm.logits(state).float(), target, reduction="none")
+        return (nll * weight).sum()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 16,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_token_ids: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Continues prompts; arguments as in :func:`neo_components.generation.generate`.
+
+        Args:
+            samples: prompts, without labels.
+
+        Returns:
+            One [new] int64 tensor per sample, the stop token included.
+        """
+        prompts = pack(samples, self.input_spec).to(self.post_llm.word_embedding.weight.device)
+        training = self.training
+        self.eval()
+        try:
+            return generate(self, prompts, max_new_tokens, do_sample, temperature, top_p, stop_token_ids, generator)
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def attention_maps(self, batch: Batch) -> list[Tensor]:
+        """Attention weights of every block, pre-Buffer first: [B, N, L, L] each."""
+        attend = [EagerAttention(batch.document_ids, batch.image_ids, rule) for rule in self.layer_rules]
+        self.hidden(batch, attend)
+        return [backend.weights[0] for backend in attend]
+
+    def save_pretrained(self, folder: str | Path, layout: str = "neo_components") -> Path:
+        """Writes the model.
+
+        Args:
+            folder: made if absent.
+            layout: ``neo_components``, or ``released`` (the layout of the published NEO weights).
+
+        Raises:
+            ValueError: if the layout is unknown or cannot hold this model.
+        """
+        if layout == "released":
+            return save_released(self, folder)
+        if layout != "neo_components":
+            raise ValueError(f"layout must be 'neo_components' or 'released', got {layout!r}")
+        return save_folder(folder, self.state_dict(), own_config(self))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> NEO:
+        """Reads a model in our own or the released layout, told apart by config.json.
+
+        Args:
+            source: folder or hub id.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint, or only a pickled one.
+            ValueError: if it is no NEO model, or a tensor is missing, unexpected or misshapen.
+        """
+        folder = resolve(source)
+        config = read_config(folder)
+        if layout_of(config, folder) == "released":
+            model = cls(**parts_from_released(config, folder))
+            load_released(model, folder)
+            return model
+        model = cls(**parts_from_own(config, folder))
+        load_strict(model, TensorFiles(folder))
+        return model

@@ -1,0 +1,156 @@
+"""Packing: samples become one row of tokens, and everything that the model needs to know about it.
+
+Documents of a row never see each other: every token carries its document's number, and T positions restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, InputSpec, Sample
+
+REDUCTIONS = {"token": 0.0, "sample": 1.0, "square": 0.5}
+"""Exponent p of the weight ``1 / n**p`` of each of a document's n learnt tokens."""
+
+
+def pack(
+    samples: Sequence[Sample], spec: InputSpec, loss_reduction: str = "square", row_length: int | None = None
+) -> Batch:
+    """Packs samples into one row.
+
+    Args:
+        samples: documents, in order.
+        spec: ``model.input_spec``.
+        loss_reduction: weight of a learnt token: ``token`` 1, ``sample`` 1/n, ``square`` 1/sqrt(n), n the number of
+            learnt tokens of its document.
+        row_length: pads the row to this many tokens.
+
+    Returns:
+        A batch of one row, [1, L].
+
+    Raises:
+        ValueError: if a sample's images do not fit its tokens, an id or a label is out of range, the samples are
+            longer than the row, or the reduction is unknown. The sample is named.
+    """
+    if loss_reduction not in REDUCTIONS:
+        raise ValueError(f"loss_reduction must be one of {', '.join(REDUCTIONS)}, got {loss_reduction!r}")
+    if not samples:
+        raise ValueError("pack needs at least one sample")
+    documents = [_document(sample, spec, place, loss_reduction) for place, sample in enumerate(samples)]
+    columns = {name: torch.cat([document[name] for document in documents]) for name in documents[0]}
+    columns["document_ids"] = torch.cat([torch.full_like(s.token_ids, n) for n, s in enumerate(samples)])
+    columns["image_ids"] = _number_images(columns["image_ids"], columns["document_ids"], samples)
+    length = len(columns["token_ids"])
+    if row_length is not None:
+        if length > row_length:
+            raise ValueError(f"{length} tokens do not fit a row of {row_length}; pack fewer samples or raise row_length")
+        columns = {name: _pad(column, row_length, FILLING[name]) for name, column in columns.items()}
+    images = [image for sample in samples for image in sample.images]
+    patches, places = patchify(images, spec)
+    rows = {name: column[None] for name, column in columns.items()}
+    return Batch(**rows, patches=patches, patch_positions=places, keys=[[sample.key for sample in samples]])
+
+
+FILLING = {
+    "token_ids": 0, "positions": 0, "document_ids": PADDING, "image_ids": NO_IMAGE, "labels": IGNORED,
+    "loss_weights": 0,
+}  # fmt: skip
+
+
+def _pad(column: Tensor, length: int, value: int) -> Tensor:
+    filling = column.new_full((length - column.shape[0], *column.shape[1:]), value)
+    return torch.cat([column, filling])
+
+
+def _number_images(image_ids: Tensor, document_ids: Tensor, samples: Sequence[Sample]) -> Tensor:
+    """Counts images over the whole row instead of within each document."""
+    before = torch.tensor([0] + [len(sample.images) for sample in samples]).cumsum(0)
+    return torch.where(image_ids == NO_IMAGE, image_ids, image_ids + before[document_ids])
+
+
+def _document(sample: Sample, spec: InputSpec, place: int, loss_reduction: str) -> dict[str, Tensor]:
+    """Every per-token column of one sample but its document number; images counted from 0."""
+    name = f"sample {sample.key!r}" if sample.key else f"sample {place}"
+    ids = sample.token_ids
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(f"{name}: token_ids must be [L] with L > 0, got shape {tuple(ids.shape)}")
+    known = (ids >= 0) & (ids < spec.vocab_size) | torch.isin(ids, torch.tensor(spec.image_ids))
+    if not known.all():
+        raise ValueError(
+            f"{name}: token id {int(ids[~known][0])} is out of range; the vocabulary has {spec.vocab_size} tokens "
+            f"and the image tokens are {spec.image_ids}"
+        )
+    grids = [_grid(image, spec, name) for image in sample.images]
+    visual = ids == spec.image_token_id
+    counts = [rows * columns for rows, columns in grids]
+    if int(visual.sum()) != sum(counts):
+        raise ValueError(
+            f"{name}: {int(visual.sum())} image tokens (id {spec.image_token_id}), but its {len(counts)} images "
+            f"give {sum(counts)} visual tokens {counts}"
+        )
+    image_ids = torch.full_like(ids, NO_IMAGE)
+    image_ids[visual] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    labels = _labels(sample, spec, name)
+    learnt = labels != IGNORED
+    weight = max(int(learnt.sum()), 1) ** -REDUCTIONS[loss_reduction]
+    return {
+        "token_ids": ids,
+        "positions": spec.index_rule(image_ids, grids),
+        "image_ids": image_ids,
+        "labels": labels,
+        "loss_weights": learnt.float() * weight,
+    }
+
+
+def _labels(sample: Sample, spec: InputSpec, name: str) -> Tensor:
+    if sample.labels is None:
+        return torch.full_like(sample.token_ids, IGNORED)
+    if sample.labels.shape != sample.token_ids.shape:
+        raise ValueError(f"{name}: {tuple(sample.labels.shape)} labels for {tuple(sample.token_ids.shape)} token ids")
+    labels = sample.labels.clone()
+    # Nothing precedes a document's first token, so it cannot be learnt: in the row, another document would predict it.
+    labels[0] = IGNORED
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= spec.vocab_size))
+    if wrong.any():
+        raise ValueError(
+            f"{name}: label {int(labels[wrong][0])} is out of range; the vocabulary has {spec.vocab_size} tokens "
+            "(image tokens cannot be learnt; use -100)"
+        )
+    return labels
+
+
+def _grid(image: Tensor, spec: InputSpec, name: str) -> tuple[int, int]:
+    """Rows and columns of visual tokens."""
+    factor = spec.factor
+    if image.ndim != 3 or image.shape[0] != spec.channels or image.shape[1] % factor or image.shape[2] % factor:
+        raise ValueError(
+            f"{name}: image of shape {tuple(image.shape)}; it must be [{spec.channels}, H, W] with H and W multiples "
+            f"of {factor} (load_image resizes so)"
+        )
+    return image.shape[1] // factor, image.shape[2] // factor
+
+
+def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """Cuts images into patches in the order that ``PatchEmbedding`` wants.
+
+    Args:
+        images: [C, H, W] each.
+        spec: sizes.
+
+    Returns:
+        Patches [P, C * patch_size**2] (channel, y, x), and their rows and columns [P, 2]. Visual tokens row by row, the
+        ``fold**2`` patches of each next to each other, row by row too.
+    """
+    c, p, f = spec.channels, spec.patch_size, spec.fold
+    patches, places = [torch.zeros(0, c * p * p)], [torch.zeros(0, 2, dtype=torch.int64)]
+    for image in images:
+        rows, columns = image.shape[1] // p, image.shape[2] // p
+        cut = image.reshape(c, rows // f, f, p, columns // f, f, p)
+        patches.append(cut.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, c * p * p))
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        folded = grid.reshape(rows // f, f, columns // f, f, 2).permute(0, 2, 1, 3, 4)
+        places.append(folded.reshape(rows * columns, 2))
+    return torch.cat(patches), torch.cat(places)

@@ -1,0 +1,229 @@
+"""The quickstart's data: the easy-VQA package's own train and test split, as conversations in shards.
+
+easy-VQA (Victor Zhou, 2019): pictures of 64 x 64 pixels with one coloured shape, questions about the shape, about its
+colour, and yes/no questions about either. The package brings 4,000 pictures with 38,575 questions to train on and 1,000
+with 9,673 to test on; there are 13 answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neo_components.data import write_shards
+
+KINDS = ("shape", "color", "yes_no")
+"""The kinds of question."""
+
+_SHAPES = {"circle", "rectangle", "triangle"}
+_YES_NO = {"yes", "no"}
+
+
+@dataclass(frozen=True)
+class EasyVQAImage:
+    """One picture of the package and everything that is asked about it.
+
+    Args:
+        number: its number in the split.
+        path: the PNG file.
+        questions: (question, answer) pairs in the package's order.
+    """
+
+    number: int
+    path: Path
+    questions: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class EasyVQAPart:
+    """One folder of shards that :func:`write_easy_vqa` wrote.
+
+    Args:
+        folder: the folder.
+        samples: number of samples.
+        questions: number of questions.
+        images: number of different images, 0 for text.
+        kinds: number of questions of each kind.
+    """
+
+    folder: Path
+    samples: int = 0
+    questions: int = 0
+    images: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+def read_easy_vqa(split: str) -> list[EasyVQAImage]:
+    """The pictures of one split with their questions, ordered by number.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+
+    Raises:
+        ValueError: for another split.
+        ModuleNotFoundError: if the package ``easy-vqa`` is not installed.
+    """
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the quickstart reads the package easy-vqa: run `pip install easy-vqa`") from error
+
+    if split not in ("train", "test"):
+        raise ValueError(f"easy-VQA has no split {split!r}; it has 'train' and 'test'")
+    train = split == "train"
+    questions, answers, numbers = easy_vqa.get_train_questions() if train else easy_vqa.get_test_questions()
+    paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
+    asked = defaultdict(list)
+    for question, answer, number in zip(questions, answers, numbers, strict=True):
+        asked[number].append((question, answer))
+    return [EasyVQAImage(number, Path(paths[number]), tuple(asked[number])) for number in sorted(asked)]
+
+
+def question_kind(answer: str) -> str:
+    """The kind of a question, told by its answer: yes or no, one of three shapes, else a colour."""
+    return "yes_no" if answer in _YES_NO else "shape" if answer in _SHAPES else "color"
+
+
+def write_easy_vqa(
+    folder: str | Path,
+    *,
+    validation_images: int = 400,
+    questions_per_sample: int = 2,
+    text_questions_per_sample: int = 8,
+    seed: int = 0,
+) -> dict[str, EasyVQAPart]:
+    """Writes easy-VQA as shards, one folder for each use.
+
+    ``train_all``: every training question once; a sample is one picture and some questions about it, so a picture is in
+    several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
+    captions. ``train_text``: every training question once, without pictures; all about one picture share conversations.
+    ``validation``: pictures held out of the training split, one question a sample. ``test``: the whole test split, one
+    question a sample. Training samples are in random order, the others ordered by picture.
+
+    Each sample's ``kind`` lists the kind of each of its questions.
+
+    Args:
+        folder: where the five folders go.
+        validation_images: number of training pictures held out, with all of their questions.
+        questions_per_sample: most questions of a training sample with a picture.
+        text_questions_per_sample: most questions of a sample of ``train_text``.
+        seed: of the held-out pictures and of the order of samples and questions.
+
+    Returns:
+        The folders and counts, by name.
+
+    Raises:
+        ValueError: if no picture is left to train on, or a number of questions is not positive.
+    """
+    folder = Path(folder)
+    train, validation = split_images(validation_images, seed)
+    parts = {
+        "train_all": list(_conversations(train, questions_per_sample, seed)),
+        "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
+        "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
+        "validation": list(_conversations(validation, 1)),
+        "test": list(_conversations(read_easy_vqa("test"), 1)),
+    }
+    return {name: _write(samples, folder / name) for name, samples in parts.items()}
+
+
+def split_images(validation_images: int, seed: int) -> tuple[list[EasyVQAImage], list[EasyVQAImage]]:
+    """The pictures of the package's training split, cut by ``seed`` into those to train on and those held out.
+
+    Raises:
+        ValueError: if ``validation_images`` leaves nothing to train on or is negative.
+    """
+    images = read_easy_vqa("train")
+    if not 0 <= validation_images < len(images):
+        raise ValueError(f"validation_images is {validation_images}; allowed: 0 to {len(images) - 1}")
+    held_out = set(random.Random(seed).sample(range(len(images)), validation_images))
+    train = [image for place, image in enumerate(images) if place not in held_out]
+    return train, [images[place] for place in sorted(held_out)]
+
+
+def text_conversations(images: Sequence[EasyVQAImage], seed: int = 0) -> list[list[dict[str, str]]]:
+    """What a language model is trained on: the questions alone and in conversations, never a picture.
+
+    Half of the conversations are one question long, so that the model learns what answers a bare question may have. In
+    the others all questions about one picture follow each other: from the answers given so far the model learns how
+    answers hang together (a shape that is red is not blue), as a real language model knows it from its texts.
+    """
+    most = max(len(image.questions) for image in images)
+    samples = [*_conversations(images, 1, seed, pictures=False), *_conversations(images, most, seed, pictures=False)]
+    return [sample["conversations"] for sample in samples]
+
+
+def baselines() -> dict[str, float]:
+    """Scores on the test split of two answers that never look at a picture.
+
+    Returns:
+        ``"majority"``: always the commonest answer of the training split. ``"lookup"``: for each question its
+        commonest answer there, the best that a reader of the question alone can do.
+    """
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for image in read_easy_vqa("train"):
+        for question, answer in image.questions:
+            by_question[question][answer] += 1
+    overall = sum(by_question.values(), Counter()).most_common(1)[0][0]
+    asked = [pair for image in read_easy_vqa("test") for pair in image.questions]
+    best = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
+    return {
+        "majority": sum(answer == overall for _, answer in asked) / len(asked),
+        "lookup": sum(answer == best.get(question, overall) for question, answer in asked) / len(asked),
+    }
+
+
+def _conversations(
+    images: Iterable[EasyVQAImage],
+    questions_per_sample: int,
+    seed: int | None = None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    pictures: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Samples of at most ``questions_per_sample`` questions; with a seed, questions and samples are shuffled."""
+    if questions_per_sample < 1:
+        raise ValueError(f"a sample needs at least one question, got {questions_per_sample}")
+    shuffle = random.Random(seed)
+    samples = []
+    for image in images:
+        asked = [pair for pair in image.questions if question_kind(pair[1]) in kinds]
+        if seed is not None:
+            shuffle.shuffle(asked)
+        for start in range(0, len(asked), questions_per_sample):
+            some = asked[start : start + questions_per_sample]
+            samples.append(_sample(image, f"{image.number:04d}-{start:02d}", some, pictures))
+    if seed is not None:
+        shuffle.shuffle(samples)
+    yield from samples
+
+
+def _sample(image: EasyVQAImage, key: str, asked: Sequence[tuple[str, str]], pictures: bool) -> dict[str, Any]:
+    """One sample in LLaVA form; the image tag stands before the first question."""
+    turns = []
+    for place, (question, answer) in enumerate(asked):
+        tag = "<image>\n" if pictures and place == 0 else ""
+        turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    return {
+        "key": key,
+        "conversations": turns,
+        "images": [image.path] if pictures else [],
+        "kind": [question_kind(answer) for _, answer in asked],
+    }
+
+
+def _write(samples: list[dict[str, Any]], folder: Path) -> EasyVQAPart:
+    """Writes one folder of shards and counts what is in it."""
+    write_shards(samples, folder)
+    kinds = Counter(kind for sample in samples for kind in sample["kind"])
+    return EasyVQAPart(
+        folder=folder,
+        samples=len(samples),
+        questions=kinds.total(),
+        images=len({path for sample in samples for path in sample["images"]}),
+        kinds={kind: kinds[kind] for kind in KINDS if kinds[kind]},
+    )

@@ -1,0 +1,213 @@
+"""Imports go down only: proved on the syntax tree of every file, by the tables below."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "neo_components"
+
+# From the bottom up. A layer may import the layers below it and nothing else of the package.
+LAYERS: tuple[set[str], ...] = (
+    {"types", "progress"},
+    {"llms", "weights"},
+    {"components"},
+    {"generation", "checkpoint"},
+    {"model"},
+    {"data", "recipe", "assets", "training", "evaluation", "viewers"},
+    {"__init__"},
+    {"quickstart"},
+    {"cli"},
+)
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+# What a layer may import beside it.
+SIDEWAYS: dict[str, set[str]] = {
+    "training": {"data", "recipe"},
+    "evaluation": {"data"},
+    "viewers": {"data"},
+}
+# What may import less than its layer allows.
+ONLY: dict[str, set[str]] = {"data": {"types", "progress"}}
+
+# The parts that each component is made of; it imports no other sibling.
+PARTS: dict[str, set[str]] = {
+    "layers": set(),
+    "rotary": set(),
+    "masks": set(),
+    "attention": {"layers", "masks", "rotary"},
+    "patch_embedding": {"layers", "rotary"},
+    "primitive": {"attention", "layers", "masks", "rotary"},
+    "pre_buffer": {"primitive", "attention", "layers", "masks", "rotary"},
+    "post_llm": {"primitive", "attention", "layers", "masks", "rotary"},
+    "bridge": {"layers"},
+}
+
+OUTSIDE = {"tests", "benchmarks", "recipes", "conftest"}
+HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib"}
+
+
+def module_name(file: Path, root: Path = ROOT) -> str:
+    """``neo_components/a/b.py`` -> ``neo_components.a.b``; a folder's ``__init__.py`` -> ``neo_components.a``."""
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+def imports(source: str, module: str, is_folder: bool, known: set[str]) -> Iterator[str]:
+    """Dotted names of all modules that ``source`` imports, wherever it does: at the top, in functions, for types only.
+
+    ``from package import name`` counts as ``package.name`` if that is a module, otherwise as ``package``.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                package = parts[: len(parts) - node.level + is_folder]
+                base = ".".join([*package, *filter(None, [node.module])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def top(module: str) -> str:
+    """The row of the table that a module of the package belongs to."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def allowed(name: str) -> set[str]:
+    """What the modules of row ``name`` may import of the package."""
+    below = set().union(*LAYERS[: HEIGHT[name]])
+    return ONLY.get(name, below | SIDEWAYS.get(name, set())) | {name}
+
+
+def faults(module: str, imported: str) -> str | None:
+    """Why ``module`` may not import ``imported``; ``None`` if it may."""
+    if imported.split(".")[0] in OUTSIDE:
+        return f"{module} imports {imported}, which is no part of the package"
+    if imported.split(".")[0] != PACKAGE:
+        return None
+    if top(imported) not in allowed(top(module)):
+        return f"{module} imports {imported}: {top(module)} may import {sorted(allowed(top(module)))}"
+    in_components = module.startswith(f"{PACKAGE}.components.") and imported.startswith(f"{PACKAGE}.components")
+    if in_components and module != imported:
+        part, sibling = module.split(".")[2], [*imported.split("."), "__init__"][2]
+        if sibling not in PARTS[part]:
+            return f"{module} imports {imported}: the parts of {part} are {sorted(PARTS[part])}"
+    return None
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module: str) -> None:
+    is_folder = FILES[module].name == "__init__.py"
+    found = imports(FILES[module].read_text(), module, is_folder, set(FILES))
+    assert [fault for imported in found if (fault := faults(module, imported))] == []
+
+
+def test_tables_name_what_is_there() -> None:
+    """A new module needs a place in the table, a removed one leaves it."""
+    assert set().union(*LAYERS) == {top(module) for module in FILES}
+    components = {module.split(".")[2] for module in FILES if module.startswith(f"{PACKAGE}.components.")}
+    assert set(PARTS) == components
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("neo_components.types", "from neo_components import NEO", "neo_components"),
+        ("neo_components.types", "from neo_components import model", "neo_components.model"),
+        ("neo_components.model", "def f():\n    import neo_components.cli", "neo_components.cli"),
+        ("neo_components.model", "if TYPE_CHECKING:\n    from neo_components.cli import app", "neo_components.cli"),
+        ("neo_components.model", "from . import cli", "neo_components.cli"),
+        ("neo_components.model", "importlib.import_module('neo_components.cli')", "neo_components.cli"),
+        ("neo_components.model", "from tests.conftest import data_folder", "tests.conftest"),
+        ("neo_components.data.images", "from ..model import NEO", "neo_components.model"),
+        (
+            "neo_components.data.images",
+            "from neo_components.components import masks",
+            "neo_components.components.masks",
+        ),
+        ("neo_components.components.bridge", "from .primitive import X", "neo_components.components.primitive"),
+        ("neo_components.components.bridge", "from neo_components.components import X", "neo_components.components"),
+    ],
+)
+def test_forbidden_imports_are_found(module: str, source: str, expected: str) -> None:
+    known = {"neo_components.model", "neo_components.cli", "neo_components.components.masks"}
+    assert list(imports(source, module, False, known)) == [expected]
+    assert faults(module, expected)
+
+
+def test_relative_imports_of_a_folder() -> None:
+    known = {"neo_components.data.images", "neo_components.types"}
+    source = "from .images import load_image\nfrom . import images\nfrom ..types import Sample\nfrom .. import types"
+    assert list(imports(source, "neo_components.data", True, known)) == [
+        "neo_components.data.images",
+        "neo_components.data.images",
+        "neo_components.types",
+        "neo_components.types",
+    ]
+
+
+def imports_at_load(tree: ast.AST) -> Iterator[str]:
+    """First parts of the names that loading a file imports: not those inside functions or under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).split(".")[0]
+        yield from imports_at_load(node)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_heavy_libraries_load_where_they_are_used(module: str) -> None:
+    assert HEAVY.intersection(imports_at_load(ast.parse(FILES[module].read_text()))) == set()
+
+
+def run_python(code: str) -> list[str]:
+    """Words of the last line that a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_import_is_light() -> None:
+    loaded = run_python("import sys, neo_components; print('loaded', *sys.modules)")
+    assert PACKAGE in loaded
+    assert HEAVY.intersection(loaded) == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "quickstart", "train", "evaluate", "chat", "export", "attach", "convert", "data", "inspect", "recipes"],
+)
+def test_help_does_not_load_torch(command: str) -> None:
+    arguments = ["neo", *command.split(), "--help"]
+    loaded = run_python(
+        f"""
+import sys
+from neo_components.cli import main
+sys.argv = {arguments}
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("loaded", *sys.modules)
+"""
+    )
+    assert f"{PACKAGE}.cli" in loaded
+    assert {"torch", "lightning", *HEAVY}.intersection(loaded) == set()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
@@ -127,7 +127,7 @@ def _scalar(value: Any) -> Any:
     return value[0] if isinstance(value, (list, tuple)) else value
 
 
-def _image_ids(config: dict[str, Any], vocab_size: int) -> dict[str, int]:
+def _image_ids(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The image tokens' ids. They are added to the tokenizer in one go, visual token, ``<img>``, ``</img>``; the config
     of the inference kit states none, so there they are the last free ones that its released tokenizers use."""
     token = config.get("img_context_token_id")
@@ -179,7 +179,7 @@ class Released:
         return tensor
 
 
-def load_released(model: nn.Module, folder: Path) -> None:
+def load_released(model: Any, folder: Path) -> None:
     """Fills a model from released weights; the vectors of ``<img>`` and ``</img>`` come from their word embeddings."""
     released = released_of(model)
     boundary = "pre_buffer.boundary"
@@ -187,7 +187,7 @@ def load_released(model: nn.Module, folder: Path) -> None:
     table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
     with torch.no_grad():
         for place, row in rows.items():
-            model.pre_buffer.boundary[place] = table[row]  # type: ignore[index, operator, union-attr]
+            model.pre_buffer.boundary[place] = table[row]
 
 
 def save_released(model: Any, folder: str | Path) -> Path:

@@ -75,16 +75,20 @@ def generate(
 
 def _later_positions(model: Any, prompts: Batch, count: int) -> Tensor:
     """[S, count, 3]: where the model's index rule puts the tokens after each prompt, as if they were text."""
-    rule = model.input_spec.index_rule
+    spec = model.input_spec
+    document_ids, image_ids = prompts.document_ids[0].cpu(), prompts.image_ids[0].cpu()
+    # The last patch of an image tells its size.
+    last = image_ids[image_ids != NO_IMAGE].bincount().cumsum(0) * spec.fold**2 - 1
+    grids = ((prompts.patch_positions.cpu()[last] + 1) // spec.fold).tolist()
     rows = []
-    for document in range(int(prompts.document_ids.max()) + 1):
-        inside = prompts.document_ids[0] == document
-        images = prompts.image_ids[0, inside].cpu()
-        # Only T and the last position matter behind the prompt, so each image is one row of tokens.
-        numbers, sizes = torch.unique(images[images != NO_IMAGE], return_counts=True)
-        images = torch.where(images == NO_IMAGE, images, torch.searchsorted(numbers, images))
+    for document in range(int(document_ids.max()) + 1):
+        images = image_ids[document_ids == document]
+        numbers = images[images != NO_IMAGE].unique().tolist()
+        if numbers:
+            images = torch.where(images == NO_IMAGE, images, images - numbers[0])
         text = torch.full((count,), NO_IMAGE)
-        rows.append(rule(torch.cat([images, text]), [(1, int(size)) for size in sizes])[len(images) :])
+        positions = spec.index_rule(torch.cat([images, text]), [tuple(grids[number]) for number in numbers])
+        rows.append(positions[len(images) :])
     return torch.stack(rows).to(prompts.positions.device)
 
 

@@ -93,6 +93,12 @@ def _document(sample: Sample, spec: InputSpec, place: int, loss_reduction: str) 
         )
     image_ids = torch.full_like(ids, NO_IMAGE)
     image_ids[visual] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    runs = image_ids.unique_consecutive()
+    if int((runs != NO_IMAGE).sum()) != len(counts):
+        raise ValueError(
+            f"{name}: the runs of image tokens (id {spec.image_token_id}) do not match its images, which give "
+            f"{counts} visual tokens in this order; each image needs one unbroken run"
+        )
     labels = _labels(sample, spec, name)
     learnt = labels != IGNORED
     weight = max(int(learnt.sum()), 1) ** -REDUCTIONS[loss_reduction]

@@ -55,16 +55,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: if the folder has none, so is no checkpoint.
         ValueError: if the file is no JSON object.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no {CONFIG}")
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: if the file is no JSON object.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    return config
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 class TensorFiles:
@@ -85,8 +93,10 @@ class TensorFiles:
         if (folder / f"{stem}.safetensors").is_file():
             files = [folder / f"{stem}.safetensors"]
         elif index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / Path(name).name for name in sorted(set(names))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map, which says in which file each tensor lies")
+            files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         else:
             self._refuse(stem)
         self.files: dict[str, Path] = {}

@@ -68,8 +68,8 @@ def test_code_comes_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert installed.parent in Path(where.strip()).parents
 
 
-def test_recipes_are_listed_copied_and_valid(installed: Path, tmp_path: Path) -> None:
-    """Every shipped recipe is listed by ``neo recipes`` and passes ``neo recipes validate``, from an unrelated folder."""
+def test_recipes_are_listed_and_valid(installed: Path, tmp_path: Path) -> None:
+    """From an unrelated folder, ``neo recipes`` lists every shipped recipe and ``validate`` accepts it."""
     shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
     listed = run(installed / "neo", "recipes", folder=tmp_path)
     for recipe in shipped:

@@ -73,8 +73,15 @@ class NativeAttention(nn.Module):
         return self.o_proj(attend(q, k, v, self.scale).flatten(-2))
 
     def _heads(
-        self, t: Tensor, hw: Tensor, norm: nn.Module, norm_h: nn.Module, norm_w: nn.Module, rotary: tuple[Tensor, Tensor]
+        self,
+        t: Tensor,
+        hw: Tensor,
+        norm: nn.Module,
+        norm_h: nn.Module,
+        norm_w: nn.Module,
+        rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
+        """Queries or keys: [B, L, heads * E] of T and of H/W -> [B, L, heads, 2E], normed and rotated."""
         t = t.unflatten(-1, (-1, self.head_width))
         h, w = hw.unflatten(-1, (-1, self.head_width)).chunk(2, dim=-1)
         return rotate([norm(t), norm_h(h), norm_w(w)], *rotary)

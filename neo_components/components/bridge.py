@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import lightning
 import torch
 from torch import Tensor, nn
 
+from neo_components.components.component import Component
 
-class Bridge(lightning.LightningModule):
+
+class Bridge(Component):
     """An affine map between two widths.
 
     Args:
@@ -38,7 +39,7 @@ class Bridge(lightning.LightningModule):
             ridge: penalty relative to the mean variance of the source.
 
         Returns:
-            The share of the target's variance that the fit leaves unexplained, 0 (exact) to 1 (no better than the mean).
+            The share of the target's variance left unexplained, 0 (exact) to 1 (no better than the mean).
         """
         x, y = source.double(), target.double()
         x_mean, y_mean = x.mean(0), y.mean(0)

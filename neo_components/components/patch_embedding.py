@@ -6,15 +6,16 @@ matrix product over cut-out patches, so images of any number and size need neith
 
 from __future__ import annotations
 
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neo_components.components.component import Component
+
 POSITIONS = ("rotary", "sincos", "none")
 
 
-class PatchEmbedding(lightning.LightningModule):
+class PatchEmbedding(Component):
     """Patches to visual tokens.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,15 @@ class PostLLM(PrimitiveStack):
 
         Returns:
             [B, L, V].
+
+        Raises:
+            ValueError: if an id is no row of the word embedding.
         """
+        vocab_size = self.word_embedding.num_embeddings
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+            raise ValueError(
+                f"token ids must lie in 0 to {vocab_size - 1}, got {int(token_ids.min())} to {int(token_ids.max())}"
+            )
         rows, length = token_ids.shape
         none = torch.full_like(token_ids, NO_IMAGE)
         positions = self.rotary.index_rule(none[0].cpu(), [])[None].expand(rows, length, 3).to(token_ids.device)
@@ -156,7 +165,10 @@ class PostLLM(PrimitiveStack):
         folder = resolve(source)
         config = read_config(folder)
         family = family_of(config)
-        sizes = family.sizes(config)
+        try:
+            sizes = family.sizes(config)
+        except KeyError as error:
+            raise ValueError(f"{folder}/config.json lacks {error} of a {family.model_type} model") from error
         ids = image_token_ids(folder, sizes["vocab_size"])
         module = cls(
             **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
@@ -177,7 +189,7 @@ def _is_pretrained(name: str) -> bool:
 IMAGE_TOKENS = {"image_token_id": "<IMG_CONTEXT>", "image_start_id": "<img>", "image_end_id": "</img>"}
 
 
-def image_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
+def image_token_ids(folder: Path, vocab_size: int) -> dict[str, Any]:
     """Ids of the image tokens: those of the folder's tokenizer, else the next free ones, in the order of
     ``IMAGE_TOKENS``; a folder without tokenizer counts on from ``vocab_size``."""
     path = folder / "tokenizer.json"

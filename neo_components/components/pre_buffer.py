@@ -180,8 +180,11 @@ class PreBuffer(PrimitiveStack):
         if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
             raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
         check_format(config, folder)
-        module = cls(**config["pre_buffer"])
-        module.adopt(PatchEmbedding(**config["patch_embedding"]))
+        try:
+            module = cls(**config["pre_buffer"])
+            module.adopt(PatchEmbedding(**config["patch_embedding"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a pre-Buffer: {error}") from error
         load_strict(module, TensorFiles(folder))
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)

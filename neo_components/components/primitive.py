@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 
 from neo_components.components.attention import NativeAttention
 from neo_components.components.backends import Attend, prepare_attention
+from neo_components.components.component import Component
 from neo_components.components.layers import GatedFeedForward, RMSNorm
 from neo_components.components.masks import mask_rule
 from neo_components.components.rotary import Rotary
 
 
-class NativePrimitive(lightning.LightningModule):
+class NativePrimitive(Component):
     """One block: ``x + attention(norm(x))``, then ``x + feed_forward(norm(x))`` (NEO paper equation 3).
 
     Alone it is used as ``block(x, *block.prepare(positions, document_ids, image_ids))``; in a stack, rotary tables
@@ -78,7 +78,7 @@ class NativePrimitive(lightning.LightningModule):
         return rotary(positions), prepare_attention(document_ids, image_ids, h.attention, backend)
 
 
-class PrimitiveStack(lightning.LightningModule):
+class PrimitiveStack(Component):
     """``depth`` primitives with one rotary table and one mask rule. Base of ``PreBuffer`` and ``PostLLM``.
 
     Args:

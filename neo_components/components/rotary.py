@@ -122,11 +122,11 @@ def _native() -> RopeVariant:
 
 @register_rope("1d")
 def _one_dimensional() -> RopeVariant:
-    """The language model's own positions; the new channels turn with the same index (``mirror``) and base T."""
+    """The language model's own positions; its table is repeated over the new channels (``mirror``)."""
 
     def table(head_width: int, base_t: float, base_h: float, base_w: float) -> PairTable:
-        half = head_width // 2
-        return section(T, head_width, base_t) + section(T, half, base_t) + section(T, half, base_t)
+        own = section(T, head_width, base_t)
+        return own + own
 
     return RopeVariant(sequential_positions, table)
 
@@ -158,11 +158,19 @@ class Rotary(nn.Module):
         self.index_rule = variant.index_rule
         self.register_buffer("axis", torch.tensor(table.axis), persistent=False)
         self.register_buffer("frequency", torch.tensor(table.frequency, dtype=torch.float32), persistent=False)
+        self._table = table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Moves with the model to another device, but not to another type: rounded frequencies turn far positions by
+        wrong angles."""
+        super()._apply(fn, recurse)
+        self.frequency = torch.tensor(self._table.frequency, dtype=torch.float32, device=self.frequency.device)
+        return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [B, L, 3] -> cosines and sines, each [B, L, 1, E] float32 (one entry per pair, for any head)."""
         # Half precision would merge neighbouring positions, so the angle is float32 whatever the model's type.
-        angle = positions[..., self.axis].float() * self.frequency.float()
+        angle = positions[..., self.axis].float() * self.frequency
         return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 

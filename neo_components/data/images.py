@@ -1,8 +1,8 @@
 """From an image file to the normalised pixels that a patch embedding reads.
 
-Sizes follow the smart resize of the Qwen2-VL family, which NEO uses (architectures: pre-processing): sides are multiples
-of one visual token's side, the area stays within limits and the aspect ratio is kept as well as that allows. Pixels are
-resized by Pillow's bicubic filter and normalised with the ImageNet mean and standard deviation.
+Sizes follow the smart resize of the Qwen2-VL family, which NEO uses: sides are multiples of one visual token's side,
+the area stays within limits, and the aspect ratio is kept as well as that allows. Pixels are resized by Pillow's
+bicubic filter and normalised with the ImageNet mean and standard deviation.
 
 EXIF orientation is not applied, as in the released model's code: pixels are taken as they are stored.
 """
@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from neo_components.data.tally import SampleError
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT_RATIO = 200
@@ -32,7 +34,7 @@ _MEAN = np.array(IMAGE_MEAN, np.float32)[:, None, None]
 _STD = np.array(IMAGE_STD, np.float32)[:, None, None]
 
 
-class ImageError(ValueError):
+class ImageError(SampleError):
     """An image that cannot be used.
 
     Args:
@@ -41,16 +43,15 @@ class ImageError(ValueError):
     """
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
-        super().__init__(message)
-        self.reason = reason
+        super().__init__(message, reason)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size that an image is resized to.
 
-    Each side is rounded to a multiple of ``factor``. An area over ``max_pixels`` is scaled down with sides rounded down,
-    one under ``min_pixels`` is scaled up with sides rounded up. No side falls below ``factor``, so a very long image may
-    exceed ``max_pixels``.
+    Each side is rounded to a multiple of ``factor``. An area over ``max_pixels`` is scaled down with sides rounded
+    down, one under ``min_pixels`` is scaled up with sides rounded up. No side falls below ``factor``, so a very long
+    image may exceed ``max_pixels``.
 
     Args:
         height: pixels.
@@ -96,7 +97,9 @@ def max_pixels_per_image(count: int, min_pixels: int, max_pixels: int) -> int:
     return max(2 * max_pixels // count, min_pixels) if count > 1 else max_pixels
 
 
-def open_image(source: ImageSource, name: str | None = None, max_decoded_pixels: int = MAX_DECODED_PIXELS) -> Image.Image:
+def open_image(
+    source: ImageSource, name: str | None = None, max_decoded_pixels: int = MAX_DECODED_PIXELS
+) -> Image.Image:
     """Opens an image and checks what its header says; no pixel is decoded yet.
 
     Args:
@@ -141,7 +144,9 @@ def _open_header(data: bytes, name: str) -> Image.Image:
         raise ImageError(f"{name}: not a readable image ({_first_line(error)})") from None
 
 
-def image_size(image: Image.Image, factor: int, min_pixels: int, max_pixels: int, name: str = "image") -> tuple[int, int]:
+def image_size(
+    image: Image.Image, factor: int, min_pixels: int, max_pixels: int, name: str = "image"
+) -> tuple[int, int]:
     """:func:`smart_resize` of an opened image, with its name in the message: (height, width) in pixels."""
     width, height = image.size
     try:
@@ -223,14 +228,13 @@ def load_image(
 def _on_contrasting_background(image: Image.Image) -> Image.Image:
     """Fills transparent areas so that what is visible stands out.
 
-    The released code takes black where the mean of the visible 8-bit channel values is above 382.5. No 8-bit mean is, so
-    the background is always white; an image without any visible pixel is left alone.
+    The released code takes black where the mean of the visible 8-bit channel values is above 382.5. No 8-bit mean is,
+    so the background is always white; an image without any visible pixel is left alone.
     """
     if image.mode != "RGBA":
         return image
     alpha = image.getchannel("A")
-    lowest, highest = alpha.getextrema()
-    if lowest > 0 or highest == 0:
+    if alpha.getextrema()[0] != 0 or alpha.getbbox() is None:  # no transparent pixel, or no other
         return image
     background = Image.new("RGB", image.size, (255, 255, 255))
     background.paste(image, mask=alpha)

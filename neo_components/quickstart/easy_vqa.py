@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def write_easy_vqa(
     *,
     validation_images: int = 400,
     questions_per_sample: int = 2,
-    text_questions_per_sample: int = 8,
+    text_questions_per_sample: int = 4,
     seed: int = 0,
 ) -> dict[str, EasyVQAPart]:
     """Writes easy-VQA as shards, one folder for each use.
@@ -145,16 +146,19 @@ def split_images(validation_images: int, seed: int) -> tuple[list[EasyVQAImage],
     return train, [images[place] for place in sorted(held_out)]
 
 
-def text_conversations(images: Sequence[EasyVQAImage], seed: int = 0) -> list[list[dict[str, str]]]:
-    """What a language model is trained on: the questions alone and in conversations, never a picture.
+def text_conversations(
+    images: Sequence[EasyVQAImage], seed: int = 0, questions_per_sample: int = 4
+) -> list[list[dict[str, str]]]:
+    """What a language model is trained on: the questions about some pictures, never the pictures.
 
-    Half of the conversations are one question long, so that the model learns what answers a bare question may have. In
-    the others all questions about one picture follow each other: from the answers given so far the model learns how
-    answers hang together (a shape that is red is not blue), as a real language model knows it from its texts.
+    Each question comes twice: alone, so that the model learns which answers it may have, and in a conversation of up to
+    ``questions_per_sample`` about the same picture, so that longer texts are familiar too.
     """
-    most = max(len(image.questions) for image in images)
-    samples = [*_conversations(images, 1, seed, pictures=False), *_conversations(images, most, seed, pictures=False)]
-    return [sample["conversations"] for sample in samples]
+    return [
+        sample["conversations"]
+        for questions in (1, questions_per_sample)
+        for sample in _conversations(images, questions, seed, pictures=False)
+    ]
 
 
 def baselines() -> dict[str, float]:
@@ -185,7 +189,7 @@ def _conversations(
     kinds: Sequence[str] = KINDS,
     pictures: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Samples of at most ``questions_per_sample`` questions; with a seed, questions and samples are shuffled."""
+    """Samples of at most ``questions_per_sample`` questions; with a seed, samples and questions are in random order."""
     if questions_per_sample < 1:
         raise ValueError(f"a sample needs at least one question, got {questions_per_sample}")
     shuffle = random.Random(seed)
@@ -193,13 +197,25 @@ def _conversations(
     for image in images:
         asked = [pair for pair in image.questions if question_kind(pair[1]) in kinds]
         if seed is not None:
-            shuffle.shuffle(asked)
+            asked = _mixed(asked, shuffle)
         for start in range(0, len(asked), questions_per_sample):
             some = asked[start : start + questions_per_sample]
+            if seed is not None:
+                shuffle.shuffle(some)
             samples.append(_sample(image, f"{image.number:04d}-{start:02d}", some, pictures))
     if seed is not None:
         shuffle.shuffle(samples)
     yield from samples
+
+
+def _mixed(asked: Sequence[tuple[str, str]], shuffle: random.Random) -> list[tuple[str, str]]:
+    """In random order, but kinds in turn: an answer that stands in the same sample already teaches nothing new."""
+    by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    for pair in asked:
+        by_kind[question_kind(pair[1])].append(pair)
+    for pairs in by_kind.values():
+        shuffle.shuffle(pairs)
+    return [pair for turn in zip_longest(*by_kind.values()) for pair in turn if pair is not None]
 
 
 def _sample(image: EasyVQAImage, key: str, asked: Sequence[tuple[str, str]], pictures: bool) -> dict[str, Any]:

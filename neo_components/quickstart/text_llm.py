@@ -1,7 +1,7 @@
 """Trains a small language model and its tokenizer on text alone: the quickstart's stand-in for a pretrained LLM.
 
-The result is an ordinary Hugging Face folder (Qwen3 architecture, ChatML form), so that the library reads it in the same
-way as a released model. The tokenizer is a byte-level BPE, learnt from the same conversations.
+The result is an ordinary Hugging Face folder (Qwen3 architecture, ChatML form), so that the library reads it in the
+same way as a released model. The tokenizer is a byte-level BPE, learnt from the same conversations.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def train_text_llm(
     feed_forward: int = 384,
     vocab_size: int = 512,
     tie_word_embeddings: bool = True,
-    steps: int = 400,
-    tokens_per_step: int = 4096,
+    steps: int = 300,
+    tokens_per_step: int = 2048,
     learning_rate: float = 3e-3,
     seed: int = 0,
     title: str | None = "training the text LLM",
@@ -115,8 +115,7 @@ def train_text_llm(
             tie_word_embeddings=tie_word_embeddings,
         )
         losses = _train(model, tokenizer(texts)["input_ids"], steps, tokens_per_step, learning_rate, seed, title)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save(model, tokenizer, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return TextLLM(folder, parameters, model.config.vocab_size, losses, time.monotonic() - started)
 
@@ -193,6 +192,20 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3ForCaus
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the Hugging Face folder, without the progress bar that transformers shows for its one small file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _train(

@@ -1,0 +1,146 @@
+"""The pre-Buffer asset: take it out of a trained model, attach it to another language model.
+
+Between two language models stand two bridges, one for word embeddings coming in and one for the output going on. Both
+are fitted by least squares on the tokens that the two vocabularies share.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neo_components.components.bridge import Bridge
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
+from neo_components.model import NEO
+from neo_components.weights import resolve
+
+BRIDGES = ("auto", "identity", "least_squares", "random")
+MIN_SHARED = 16
+"""Fewest shared tokens that a bridge is fitted from."""
+
+log = logging.getLogger(__name__)
+
+
+def export_pre_buffer(
+    model: NEO, folder: str | Path, tokenizer: str | Path, anchors: int = 4096, info: AssetInfo | None = None
+) -> Path:
+    """Writes a model's pre-Buffer, with patch embedding, boundary vectors and anchors, as a standalone folder.
+
+    Args:
+        model: a trained model.
+        folder: made if absent.
+        tokenizer: folder or hub id of the tokenizer of its language model.
+        anchors: most tokens in the anchor table; the first ids of a BPE vocabulary are the most used.
+        info: normalisation, provenance, licence and card to keep with it.
+
+    Returns:
+        The folder.
+    """
+    strings = token_strings(tokenizer)
+    rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
+    vectors = model.post_llm.word_embedding.weight.detach()[[row for _, row in rows]]
+    if model.bridge_in is not None:
+        vectors = model.bridge_in(vectors).detach()
+    model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
+    model.pre_buffer.info = info or AssetInfo()
+    return model.pre_buffer.save_pretrained(folder)
+
+
+def attach(
+    pre_buffer: PreBuffer | str | Path,
+    llm: PostLLM | str | Path,
+    bridge: str = "auto",
+    tokenizer: str | Path | None = None,
+) -> NEO:
+    """Joins a pre-Buffer to a language model.
+
+    Args:
+        pre_buffer: an asset, or its folder or hub id. The module becomes part of the returned model.
+        llm: folder or hub id of a language model, or a ``PostLLM``.
+        bridge: ``identity`` (no bridges, equal widths), ``least_squares`` (fitted on shared tokens), ``random``, or
+            ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained with, else
+            least squares.
+        tokenizer: folder or hub id of the language model's tokenizer; by default where the model came from.
+
+    Returns:
+        A model ready for tuning.
+
+    Raises:
+        ValueError: if the two cannot be joined that way; the message says why and what to do.
+    """
+    if bridge not in BRIDGES:
+        raise ValueError(f"bridge must be one of {', '.join(BRIDGES)}, got {bridge!r}")
+    pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer)
+    if pre.patch_embedding is None:
+        raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
+    h = pre.hparams
+    if not isinstance(llm, PostLLM):
+        llm = PostLLM.from_pretrained(
+            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend
+        )
+    same_width = h.hidden_size == llm.hparams.hidden_size
+    if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
+        return NEO(pre.patch_embedding, pre, llm)
+    bridge_in = Bridge(llm.hparams.hidden_size, h.hidden_size)
+    bridge_out = Bridge(h.hidden_size, llm.hparams.hidden_size)
+    if bridge != "random":
+        ours, theirs = shared_embeddings(pre, llm, tokenizer)
+        unexplained = bridge_in.fit(theirs, ours), bridge_out.fit(ours, theirs)
+        log.info(
+            "bridges fitted on %d shared tokens; variance left unexplained: in %.3f, out %.3f", len(ours), *unexplained
+        )
+    return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out)
+
+
+def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:
+    """Whether the language model's word embeddings are the anchors, up to the rounding of their float16."""
+    if pre.anchors is None:
+        log.warning("the pre-Buffer has no anchors to compare; equal widths are taken as the same language model")
+        return True
+    ours, theirs = shared_embeddings(pre, llm, tokenizer)
+    return bool(torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4))
+
+
+def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Word embeddings of the tokens that both sides know: [n, D of the pre-Buffer] and [n, D of the language model].
+
+    Raises:
+        ValueError: if the pre-Buffer has no anchors, the tokenizer is unknown, or too few tokens are shared.
+    """
+    way_out = "; use bridge='random' and train the bridges"
+    if pre.anchors is None:
+        raise ValueError(
+            "this pre-Buffer has no anchors (word embeddings to fit a bridge from): export it with its "
+            f"tokenizer{way_out}"
+        )
+    source = tokenizer or llm.hparams.source
+    if not source:
+        raise ValueError(f"the language model's tokenizer is not known: give tokenizer=folder_or_hub_id{way_out}")
+    strings = token_strings(source)
+    pairs = [(place, strings[text]) for place, text in enumerate(pre.anchors.tokens) if text in strings]
+    pairs = [(place, row) for place, row in pairs if row < llm.hparams.vocab_size]
+    if len(pairs) < MIN_SHARED:
+        raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
+    ours = pre.anchors.vectors[[place for place, _ in pairs]]
+    theirs = llm.word_embedding.weight.detach().cpu().float()[[row for _, row in pairs]]
+    return ours, theirs
+
+
+def token_strings(source: str | Path) -> dict[str, int]:
+    """What each token of a tokenizer reads as -> its id, in order of ids; spaces written as spaces.
+
+    Args:
+        source: folder or hub id with a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(resolve(source))
+    strings: dict[str, int] = {}
+    for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)
+    return strings

@@ -1,0 +1,106 @@
+"""A trained model with its tokenizer and image limits: ask a question, get an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neo_components.data import encode_prompt, load_image, load_tokenizer
+from neo_components.evaluation import stop_token_ids
+from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
+from neo_components.model import NEO
+from neo_components.types import Sample
+from neo_components.weights import read_json, resolve, write_text
+
+PREPROCESSOR = "preprocessor_config.json"
+DEFAULT_PIXELS = (256**2, 2048**2)
+"""Fewest and most pixels of an image where a folder does not say (NEO paper, SFT)."""
+
+
+@dataclass
+class Chat:
+    """A model and what turns a user's input into its input.
+
+    Args:
+        model: the model.
+        tokenizer: Hugging Face tokenizer with the image tokens.
+        min_pixels: images are scaled up to at least this many pixels.
+        max_pixels: and down to at most this many.
+    """
+
+    model: NEO
+    tokenizer: Any
+    min_pixels: int = DEFAULT_PIXELS[0]
+    max_pixels: int = DEFAULT_PIXELS[1]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Chat:
+        """Reads a model folder (or hub id) with its tokenizer and preprocessor_config.json.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if a file is damaged or does not fit.
+        """
+        folder = resolve(source)
+        limits = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+        return cls(
+            NEO.from_pretrained(folder),
+            load_tokenizer(str(folder)),
+            limits.get("min_pixels", DEFAULT_PIXELS[0]),
+            limits.get("max_pixels", DEFAULT_PIXELS[1]),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes model, tokenizer and image limits into one folder."""
+        folder = self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        write_text(folder / PREPROCESSOR, json.dumps(self.image_config(), indent=2) + "\n")
+        return folder
+
+    def image_config(self) -> dict[str, Any]:
+        """Normalisation and limits of images, as stored beside models and assets."""
+        return {
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "factor": self.model.input_spec.factor,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        }
+
+    def prompt(self, question: str, images: Sequence[Any] = ()) -> Sample:
+        """The model's input for a question about images (paths, bytes or PIL images).
+
+        Images without an ``<image>`` tag in the question are put in front of it, a line each.
+        """
+        factor = self.model.input_spec.factor
+        limit = max_pixels_per_image(len(images), self.min_pixels, self.max_pixels)
+        pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
+        if "<image>" not in question:
+            question = "<image>\n" * len(images) + question
+        counts = [image.shape[1] * image.shape[2] // factor**2 for image in pixels]
+        turns = [{"from": "human", "value": question}]
+        ids = encode_prompt(turns, self.tokenizer, counts, image_ids=self.model.input_spec.image_ids)
+        return Sample(ids, None, pixels)
+
+    def ask(self, question: str, images: Sequence[Any] = (), max_new_tokens: int = 256, **options: Any) -> str:
+        """The answer.
+
+        Args:
+            question: text; ``<image>`` marks the place of each image.
+            images: paths, bytes or PIL images.
+            max_new_tokens: most tokens of the answer.
+            options: of ``NEO.generate``.
+
+        Raises:
+            ValueError: if an image cannot be read, or tags and images do not agree in number.
+        """
+        with torch.inference_mode():
+            answer = self.model.generate(
+                [self.prompt(question, images)], max_new_tokens, stop_token_ids=stop_token_ids(self.tokenizer), **options
+            )
+        return self.tokenizer.decode(answer[0], skip_special_tokens=True).strip()

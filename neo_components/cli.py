@@ -1,0 +1,231 @@
+"""The command line, ``neo ...``. Heavy modules load inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compose, train, evaluate and reuse native vision-language models.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make training data.")
+recipes_app = typer.Typer(help="List, copy and check recipes.", invoke_without_command=True)
+app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: dotted.key=value ...")]
+Imports = Annotated[list[str] | None, typer.Option("--import", help="Module that registers your own parts.")]
+Model = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+@app.command()
+def quickstart(
+    output: Out = Path("outputs/quickstart"),
+    scale: Annotated[float, typer.Option(help="Share of the steps and questions; below 1 only to try it out.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Train, evaluate, export and reuse a small model on real data, on a CPU, and write a report."""
+    from neo_components.quickstart.main import run
+
+    run(output, scale, seed)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Checkpoint of an interrupted run, or 'last'.")] = None,
+    imports: Imports = None,
+) -> None:
+    """Train a recipe."""
+    from neo_components.recipe import import_user_modules, load_recipe
+    from neo_components.training.run import train as run
+
+    import_user_modules(imports or [])
+    result = run(load_recipe(recipe, overrides or []), resume)
+    scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
+    typer.echo(f"{scores}\nmodel: {result.folder}  ({result.seconds / 60:.1f} min)")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    shards: Annotated[Path, typer.Argument(help="Folder of shards with questions and answers.")],
+    limit: Annotated[int | None, typer.Option(help="Ask only the first so many questions.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+) -> None:
+    """Answer every question of a folder and score by exact match."""
+    from itertools import islice
+
+    from neo_components.chat import Chat
+    from neo_components.evaluation import evaluate as run
+    from neo_components.evaluation import questions_from_shards
+
+    chat = Chat.from_pretrained(model)
+    report = run(
+        chat.model,
+        chat.tokenizer,
+        islice(questions_from_shards(shards), limit),
+        min_pixels=chat.min_pixels,
+        max_pixels=chat.max_pixels,
+        max_new_tokens=max_new_tokens,
+    )
+    for kind, value in report.accuracy.items():
+        typer.echo(f"{kind:12s} {value:.4f}  of {report.counts[kind]}")
+    if output:
+        output.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@app.command()
+def chat(
+    model: Model,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Ask a model a question about pictures."""
+    from neo_components.chat import Chat
+
+    typer.echo(Chat.from_pretrained(model).ask(question, image or [], max_new_tokens))
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Out,
+    anchors: Annotated[int, typer.Option(help="Most word embeddings to keep for fitting bridges.")] = 4096,
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+) -> None:
+    """Take a model's pre-Buffer out as a standalone asset."""
+    from neo_components.assets import export_pre_buffer
+    from neo_components.chat import Chat
+    from neo_components.components.pre_buffer import AssetInfo
+    from neo_components.weights import read_json, resolve
+
+    folder = resolve(model)
+    chat = Chat.from_pretrained(folder)
+    provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+    info = AssetInfo(chat.image_config(), provenance, license)
+    typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
+
+
+@app.command()
+def attach(
+    pre_buffer: Annotated[str, typer.Argument(help="Asset folder or hub id.")],
+    llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
+    output: Out,
+    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares or random.")] = "auto",
+) -> None:
+    """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
+    from neo_components.assets import attach as join
+    from neo_components.chat import DEFAULT_PIXELS, Chat
+    from neo_components.components.pre_buffer import PreBuffer
+    from neo_components.data import load_tokenizer
+
+    part = PreBuffer.from_pretrained(pre_buffer)
+    limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
+    chat = Chat(join(part, llm, bridge), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
+    typer.echo(chat.save_pretrained(output))
+
+
+@app.command()
+def convert(
+    model: Model,
+    output: Out,
+    layout: Annotated[str, typer.Option(help="neo_components or released.")] = "neo_components",
+) -> None:
+    """Rewrite a model in another layout."""
+    from neo_components.model import NEO
+
+    typer.echo(NEO.from_pretrained(model).save_pretrained(output, layout=layout))
+
+
+@app.command()
+def inspect(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    overrides: Overrides = None,
+    imports: Imports = None,
+) -> None:
+    """Print a recipe's complete settings, and the parameters of each group of its model."""
+    from neo_components.recipe import build, import_user_modules, load_recipe
+    from neo_components.training.groups import train_only
+
+    import_user_modules(imports or [])
+    loaded = load_recipe(recipe, overrides or [])
+    typer.echo(loaded.to_yaml())
+    model = build(loaded.model)
+    trainable = sum(p.numel() for p in train_only(model, loaded.stage.train))
+    for name, group in model.groups().items():
+        typer.echo(f"{name:24s} {sum(p.numel() for p in group):>14,d}")
+    typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {sum(p.numel() for p in model.parameters()):,d}")
+
+
+@data_app.command()
+def llava(
+    conversations: Annotated[Path, typer.Argument(help="LLaVA-style JSON or JSONL file.")],
+    output: Out,
+    images: Annotated[Path | None, typer.Option(help="Folder that the image names are relative to.")] = None,
+) -> None:
+    """Turn LLaVA-style conversations into shards."""
+    from neo_components.data import llava_to_shards
+
+    _print_counts(llava_to_shards(conversations, images, output))
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the shipped recipes."""
+    if context.invoked_subcommand is None:
+        from neo_components.recipe import list_recipes
+
+        for name, _, what in list_recipes():
+            typer.echo(f"{name:24s} {what}")
+
+
+@recipes_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    destination: Annotated[Path, typer.Argument(help="File or folder to write.")],
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    from neo_components.recipe import copy_recipe
+
+    typer.echo(copy_recipe(name, destination))
+
+
+@recipes_app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    overrides: Overrides = None,
+    imports: Imports = None,
+) -> None:
+    """Check a recipe without loading a weight; list every fault."""
+    from neo_components.recipe import import_user_modules, load_recipe
+
+    import_user_modules(imports or [])
+    load_recipe(recipe, overrides or [])
+    typer.echo("valid")
+
+
+def _print_counts(counts: Any) -> None:
+    for name, value in vars(counts).items():
+        typer.echo(f"{name:12s} {value}")
+
+
+def main() -> None:
+    """Entry point: a user's error is one message, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,10 @@
+"""Evaluation: questions, the runner that asks them, and the metrics that score the answers."""
+
+from neo_components.evaluation.metrics import ExactMatch, exact_match
+from neo_components.evaluation.questions import Question, questions_from_shards, shuffle_images, without_images
+from neo_components.evaluation.runner import Answer, Report, evaluate, stop_token_ids
+
+__all__ = [
+    "Answer", "ExactMatch", "Question", "Report", "evaluate", "exact_match", "questions_from_shards", "shuffle_images",
+    "stop_token_ids", "without_images",
+]  # fmt: skip

@@ -1,0 +1,222 @@
+"""Asks a model every question, by greedy free generation, and scores the answers by exact match."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from neo_components.data.conversation import TURN_END, encode_prompt
+from neo_components.data.images import load_image
+from neo_components.evaluation.metrics import OVERALL, ExactMatch, exact_match
+from neo_components.evaluation.questions import Question, shuffle_images
+from neo_components.progress import progress as show_progress
+from neo_components.types import InputSpec, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_MEMORY = 2**29
+"""Bytes of decoded images after which questions are asked before more images are decoded."""
+
+
+class Generator(Protocol):
+    """What can be evaluated: ``NEO``, or a ``PostLLM`` on text alone."""
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """What the model's input looks like."""
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 16,
+        do_sample: bool = False,
+        *,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Continues prompts: one [new] int64 each, the stop token included."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one question.
+
+    Args:
+        key: of the question.
+        question: its text.
+        answers: the accepted answers.
+        kind: of the question.
+        prediction: the model's answer.
+        right: whether it is one of the accepted ones.
+    """
+
+    key: str
+    question: str
+    answers: Sequence[str]
+    kind: str
+    prediction: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`evaluate`.
+
+    Args:
+        accuracy: fraction right, ``"overall"`` and of each kind.
+        counts: number of questions, ``"overall"`` and of each kind.
+        predictions: one for each question, in the order of the questions.
+    """
+
+    accuracy: dict[str, float]
+    counts: dict[str, int]
+    predictions: list[Answer]
+
+
+def evaluate(
+    model: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Iterable[Question],
+    *,
+    batch_size: int = 256,
+    max_new_tokens: int = 16,
+    min_pixels: int = 65536,
+    max_pixels: int = 4194304,
+    shuffle_images_seed: int | None = None,
+    device: torch.device | str | None = None,
+    progress: str | None = "evaluating",
+) -> Report:
+    """Asks every question and compares the answers with the accepted ones.
+
+    Answers are generated freely and greedily; special tokens and outer blanks are removed from them. An image that
+    several questions share is decoded once, as long as its questions stand near each other.
+
+    Args:
+        model: has ``generate`` and ``input_spec``.
+        tokenizer: from :func:`neo_components.data.load_tokenizer`.
+        samples: the questions.
+        batch_size: questions answered at a time.
+        max_new_tokens: most tokens of an answer.
+        min_pixels: smallest area of an image after resizing, as in training.
+        max_pixels: largest area of an image after resizing.
+        shuffle_images_seed: gives each question the image of another one (:func:`shuffle_images`): what is still right
+            then was answered without looking.
+        device: where to move the model first; ``None`` leaves it where it is.
+        progress: title of the progress shown; ``None`` shows nothing.
+
+    Raises:
+        ValueError: if there is no question, one has no accepted answer, or ``batch_size`` is not positive.
+        ImageError: (a ``ValueError``) if an image is unusable; the question is named.
+    """
+    questions = _checked(samples, batch_size)
+    asked = questions if shuffle_images_seed is None else shuffle_images(questions, shuffle_images_seed)
+    if device is not None and isinstance(model, torch.nn.Module):
+        model.to(device)
+    metric = ExactMatch(sorted({question.kind for question in questions}))
+    encoder = _Encoder(tokenizer, model.input_spec, min_pixels, max_pixels)
+    stops = stop_token_ids(tokenizer)
+    answers = [""] * len(questions)
+    with show_progress(progress, total=len(questions)) as bar:
+        for batch in _batches(asked, encoder, batch_size):
+            new = model.generate([sample for _, sample in batch], max_new_tokens, do_sample=False, stop_token_ids=stops)
+            numbers = [number for number, _ in batch]
+            for number, tokens in zip(numbers, new, strict=True):
+                answers[number] = str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
+            some = [questions[number] for number in numbers]
+            metric.update([answers[n] for n in numbers], [q.answers for q in some], [q.kind for q in some])
+            bar.advance(len(batch), note=f"accuracy {metric.right.sum() / metric.count.sum():.3f}")
+    return _report(questions, answers, metric)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end of text and ``<|im_end|>``, as far as it has them."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)} - {None, tokenizer.unk_token_id}
+    return sorted(ids)
+
+
+def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:
+    questions = list(samples)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not questions:
+        raise ValueError("no questions to ask; give at least one")
+    for question in questions:
+        if not question.answers:
+            raise ValueError(f"question {question.key!r} has no accepted answer; give one or more")
+    return questions
+
+
+class _Encoder:
+    """Makes prompts of questions; remembers the images decoded since :meth:`forget`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InputSpec, min_pixels: int, max_pixels: int) -> None:
+        self.tokenizer, self.spec = tokenizer, spec
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.images: dict[bytes | str | PathLike[str], Tensor] = {}
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the images remembered."""
+        return sum(image.nbytes for image in self.images.values())
+
+    def forget(self) -> None:
+        """Frees the images; those of samples still in use live on in them."""
+        self.images.clear()
+
+    def __call__(self, question: Question) -> Sample:
+        images = [] if question.image is None else [self._image(question)]
+        visual_tokens = [image[0].numel() // self.spec.factor**2 for image in images]
+        turns = [{"from": "human", "value": question.prompt}]
+        token_ids = encode_prompt(turns, self.tokenizer, visual_tokens, image_ids=self.spec.image_ids)
+        return Sample(token_ids, images=images, key=question.key)
+
+    def _image(self, question: Question) -> Tensor:
+        assert question.image is not None
+        if question.image not in self.images:
+            name = f"question {question.key!r}"
+            self.images[question.image] = load_image(
+                question.image, self.spec.factor, self.min_pixels, self.max_pixels, name=name
+            )
+        return self.images[question.image]
+
+
+def _batches(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
+    """Numbered prompts, about equally long ones together."""
+    for window in _windows(questions, encode, batch_size):
+        window.sort(key=lambda numbered: len(numbered[1].token_ids))
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+def _windows(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
+    """Numbered prompts in their order, as many at a time as their images fit into memory, but whole batches."""
+    window: list[tuple[int, Sample]] = []
+    for number, question in enumerate(questions):
+        window.append((number, encode(question)))
+        if len(window) % batch_size == 0 and encode.memory >= IMAGE_MEMORY:
+            yield window
+            window = []
+            encode.forget()
+    if window:
+        yield window
+
+
+def _report(questions: Sequence[Question], answers: Sequence[str], metric: ExactMatch) -> Report:
+    scores = metric.compute()
+    assert isinstance(scores, dict)
+    kinds = Counter(question.kind for question in questions)
+    predictions = [
+        Answer(q.key, q.question, q.answers, q.kind, answer, bool(exact_match(answer, q.answers)))
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    return Report(
+        accuracy={name: float(score) for name, score in scores.items()},
+        counts={OVERALL: len(questions), **{kind: kinds[kind] for kind in metric.kinds}},
+        predictions=predictions,
+    )

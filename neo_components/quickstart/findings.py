@@ -1,0 +1,50 @@
+"""What the quickstart finds on its way, for the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import typer
+
+from neo_components.evaluation import Question, Report
+from neo_components.quickstart.easy_vqa import EasyVQAPart
+from neo_components.quickstart.text_llm import TextLLM
+from neo_components.training.run import RunResult
+
+
+@dataclass
+class Findings:
+    """All that the report tells.
+
+    Args:
+        seed: of everything random.
+        scale: share of the full steps and questions.
+        minutes: time of each step.
+        data: what was written as shards.
+        llms: the two text-only language models.
+        stages: the runs of the three stages, in order.
+        reports: evaluations on the test split: ``neo``, ``blind``, ``shuffled``, ``reused`` and ``random``.
+        baselines: scores of answers that never look, from :func:`baselines`.
+        questions: the test questions.
+    """
+
+    seed: int
+    scale: float
+    minutes: dict[str, float] = field(default_factory=dict)
+    data: dict[str, EasyVQAPart] = field(default_factory=dict)
+    llms: dict[str, TextLLM] = field(default_factory=dict)
+    stages: dict[str, RunResult] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
+    questions: list[Question] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str, what: str) -> Iterator[None]:
+        """Announces and times one step."""
+        typer.secho(f"[{len(self.minutes) + 1}/6] {what}", bold=True)
+        began = time.monotonic()
+        yield
+        self.minutes[name] = (time.monotonic() - began) / 60

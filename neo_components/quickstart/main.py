@@ -1,0 +1,138 @@
+"""The main job: easy-VQA from shards to a report, by the recipes that ship with the library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from neo_components.assets import export_pre_buffer
+from neo_components.chat import Chat
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import AssetInfo, PreBuffer
+from neo_components.data import load_tokenizer
+from neo_components.evaluation import Question, Report, evaluate, questions_from_shards, without_images
+from neo_components.model import NEO
+from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
+from neo_components.quickstart.findings import Findings
+from neo_components.quickstart.report import write_report
+from neo_components.quickstart.text_llm import train_text_llm
+from neo_components.recipe import Recipe, load_recipe
+from neo_components.training.run import train
+from neo_components.weights import read_json
+
+STAGES = ("pretrain", "midtrain", "sft")
+ANSWER_TOKENS = 8
+"""Longest answer in tokens; the longest right one ("rectangle") has fewer."""
+
+
+def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
+    """Runs the whole job.
+
+    Args:
+        root: folder of all that is made.
+        scale: share of the training steps and test questions, in (0, 1]; below 1 the scores mean nothing.
+        seed: of everything random.
+
+    Raises:
+        ValueError: if ``scale`` is out of range.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale must be over 0 and at most 1, got {scale}")
+    found = Findings(seed, scale, baselines=baselines())
+    with found.step("data", "easy-VQA becomes shards"):
+        found.data = write_easy_vqa(root / "shards", seed=seed)
+    with found.step("llm", "two small language models learn text alone"):
+        _train_llms(root, found)
+    with found.step("training", "pre-training, mid-training, SFT"):
+        for name in STAGES:
+            found.stages[name] = train(_recipe(name, root, found))
+        shutil.copytree(root / "sft" / "neo", root / "neo", dirs_exist_ok=True)
+    with found.step("evaluation", "the test split is scored"):
+        _evaluate(root, found)
+    with found.step("reuse", "the pre-Buffer is exported and attached to the second language model"):
+        _reuse(root, found)
+    with found.step("report", "the report is written"):
+        chat = Chat.from_pretrained(root / "neo")
+    write_report(root, found, chat)
+    typer.echo(f'report: {root / "report.md"}\nask: neo chat {root / "neo"} --image X.png "what color is the shape?"')
+    return found
+
+
+def _train_llms(root: Path, found: Findings) -> None:
+    """The stand-ins for pretrained language models: the quickstart's own, and a wider one with another tokenizer."""
+    conversations = text_conversations(split_images(VALIDATION_IMAGES, found.seed)[0], found.seed)
+    steps = _scaled(LLM_STEPS, found.scale)
+    found.llms["llm"] = train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
+    found.llms["llm_b"] = train_text_llm(
+        conversations, root / "llm_b", hidden_size=192, heads=6, kv_heads=3, feed_forward=512, vocab_size=330,
+        steps=steps, seed=found.seed + 1, title="second LLM",
+    )  # fmt: skip
+
+
+VALIDATION_IMAGES = 400
+LLM_STEPS = 250
+
+
+def _recipe(name: str, root: Path, found: Findings) -> Recipe:
+    """A recipe of the quickstart, moved to ``root`` and scaled."""
+    changes = [f"variables.root={root}", f"seed={found.seed}"]
+    recipe = load_recipe(f"quickstart/{name}", changes)
+    if found.scale == 1:
+        return recipe
+    steps = _scaled(recipe.stage.steps, found.scale)
+    changes += [
+        f"stage.steps={steps}",
+        f"stage.warmup_steps={min(recipe.stage.warmup_steps, steps)}",
+        f"stage.validate_every={steps}",
+        f"stage.checkpoint_every={steps}",
+        f"stage.predictions={_scaled(recipe.stage.predictions, found.scale)}",
+    ]
+    return load_recipe(f"quickstart/{name}", changes)
+
+
+def _scaled(number: int, scale: float) -> int:
+    return max(2, round(number * scale))
+
+
+def _evaluate(root: Path, found: Findings) -> None:
+    """The model on the test split as it is and with shuffled images, and the language model without images."""
+    questions = list(questions_from_shards(root / "shards" / "test"))
+    if found.scale < 1:
+        questions = questions[:: max(1, round(1 / found.scale))]
+    found.questions = questions
+    chat = Chat.from_pretrained(root / "neo")
+    found.reports["neo"] = _ask(chat, questions, "test split")
+    found.reports["shuffled"] = _ask(chat, questions, "shuffled images", shuffle_images_seed=found.seed)
+    found.reports["blind"] = _ask(text_only(root / "llm"), without_images(questions), "text-only LLM")
+
+
+def _ask(chat: Chat, questions: list[Question], title: str, **options: Any) -> Report:
+    limits: dict[str, Any] = {"min_pixels": chat.min_pixels, "max_pixels": chat.max_pixels}
+    with torch.inference_mode():
+        return evaluate(
+            chat.model, chat.tokenizer, questions, max_new_tokens=ANSWER_TOKENS, progress=title, **limits, **options
+        )
+
+
+def text_only(folder: Path) -> Chat:
+    """The language model alone, as a NEO without pre-Buffer: text passes unchanged, images are never given."""
+    llm = PostLLM.from_pretrained(folder)
+    h = llm.hparams
+    nothing = PreBuffer(0, h.hidden_size, h.num_heads, h.num_kv_heads, h.head_width, h.feed_forward_size)
+    return Chat(NEO(PatchEmbedding(h.hidden_size, width=4), nothing, llm), load_tokenizer(str(folder)))
+
+
+def _reuse(root: Path, found: Findings) -> None:
+    """Exports the pre-Buffer, attaches it to the second language model, and scores it beside a random one."""
+    folder = root / "neo"
+    chat = Chat.from_pretrained(folder)
+    info = AssetInfo(chat.image_config(), read_json(folder / "provenance.json"))
+    export_pre_buffer(chat.model, root / "pre_buffer", folder, info=info)
+    for arm, name in (("reused", "attach"), ("random", "attach_random")):
+        result = train(_recipe(name, root, found))
+        found.reports[arm] = _ask(Chat.from_pretrained(result.folder), found.questions, f"test split, {arm}")

@@ -1,0 +1,24 @@
+"""Versions of what a run's figures depend on."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    import lightning
+    import transformers
+
+    import neo_components
+
+    return {
+        "neo_components": neo_components.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }

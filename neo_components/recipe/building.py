@@ -1,0 +1,98 @@
+"""From the model section of a recipe to a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from neo_components.assets import attach
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.llms import family_of
+from neo_components.model import NEO
+from neo_components.recipe.load import complete
+from neo_components.recipe.schema import Checkpoint, Compose, ModelRecipe, PreBufferAsset, PretrainedLLM, Rope
+from neo_components.weights import read_config, resolve
+
+BLOCKS = (
+    "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
+    "rope", "base_t", "base_h", "base_w", "attention",
+)  # fmt: skip
+"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own."""
+
+
+def build(model: ModelRecipe) -> NEO:
+    """The model that a recipe describes. New weights are random: seed before, for the same ones again.
+
+    Args:
+        model: ``recipe.model``.
+
+    Raises:
+        FileNotFoundError: if a folder or hub repository that the recipe names is not there.
+        ValueError: if what is there does not fit the recipe.
+    """
+    model = complete(model)
+    if isinstance(model, Checkpoint):
+        neo = NEO.from_pretrained(model.from_pretrained)
+        neo.pre_buffer.backend = neo.post_llm.backend = model.backend
+        return neo
+    if isinstance(model.pre_buffer, PreBufferAsset):
+        return _attached(model, model.pre_buffer)
+    assert model.rope and model.attention and model.patch_embedding
+    sizes = _llm_arguments(model, model.rope, model.attention)
+    own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
+    # The language model comes last: what does not fit stops before its weights are read.
+    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
+    patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
+    return NEO(patch_embedding, pre_buffer, _post_llm(model, sizes))
+
+
+def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
+    """An asset on a language model that counts positions and masks as the asset does, unless the recipe says else."""
+    pre_buffer = PreBuffer.from_pretrained(asset.from_pretrained)
+    if asset.reset:
+        pre_buffer = _with_new_weights(pre_buffer)
+    pre_buffer.backend = model.backend
+    h: Any = pre_buffer.hparams
+    rope = model.rope or Rope(kind=h.rope, base_h=h.base_h, base_w=h.base_w)
+    if rope.kind != h.rope:
+        raise ValueError(
+            f"model.rope.kind is {rope.kind!r}, but the pre-Buffer {asset.from_pretrained} was trained with "
+            f"{h.rope!r}; take model.rope away"
+        )
+    sizes = _llm_arguments(model, rope, model.attention or h.attention)
+    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge)
+
+
+def _with_new_weights(trained: PreBuffer) -> PreBuffer:
+    """A pre-Buffer of the same shapes with random weights; what it is told about its language model stays."""
+    assert trained.patch_embedding is not None
+    new = PreBuffer(**trained.hparams)
+    new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
+    new.anchors, new.info = trained.anchors, trained.info
+    return new
+
+
+def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]:
+    """Arguments of the post-LLM; of a pretrained one those that its config gives."""
+    said = {"rope": rope.kind, "base_h": rope.base_h, "base_w": rope.base_w, "attention": attention}
+    base_t = {} if rope.base_t is None else {"base_t": rope.base_t}
+    if not isinstance(model.post_llm, PretrainedLLM):
+        return asdict(model.post_llm) | said | base_t
+    source = model.post_llm.from_pretrained
+    config = read_config(resolve(source))
+    sizes = family_of(config).sizes(config)
+    if rope.base_t not in (None, sizes["base_t"]):
+        raise ValueError(
+            f"model.rope.base_t is {rope.base_t}, but the language model {source} was trained with {sizes['base_t']}; "
+            "take base_t away, or give that value"
+        )
+    return sizes | said
+
+
+def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
+    if not isinstance(model.post_llm, PretrainedLLM):
+        return PostLLM(**arguments, backend=model.backend)
+    said = {name: arguments[name] for name in ("rope", "base_h", "base_w", "attention")}
+    return PostLLM.from_pretrained(model.post_llm.from_pretrained, **said, backend=model.backend)

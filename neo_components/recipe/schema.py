@@ -1,0 +1,216 @@
+"""What a recipe may say: one dataclass per section, derived from the signatures of what the section builds.
+
+A key that is added to a component is a key of the recipe at once; its type and default are those of the signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args, get_origin
+
+import lightning
+
+from neo_components.assets import BRIDGES
+from neo_components.components.backends import BACKENDS
+from neo_components.components.masks import MASK_RULES
+from neo_components.components.patch_embedding import POSITIONS, PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.rotary import ROPE_VARIANTS
+from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
+
+FROM = "from_pretrained"
+"""The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
+
+
+def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with a component's numbers: all are positive, but ids, depths and ``init_std`` may be 0."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            may_be_zero = key.endswith("_id") or key in ("depth", "init_std")
+            if value < 0 or (value == 0 and not may_be_zero):
+                found[key] = f"got {value}, must be {'0 or more' if may_be_zero else 'positive'}"
+    return found
+
+
+_CHECKED: dict[str, Any] = {"problems": staticmethod(sizes_in_range)}
+_SHARED = ("rope", "base_t", "base_h", "base_w", "attention", "backend")
+"""Arguments of pre-Buffer and post-LLM that the model section gives to both."""
+
+if TYPE_CHECKING:
+    NewPatchEmbedding: TypeAlias = Any
+    NewPreBuffer: TypeAlias = Any
+    NewPostLLM: TypeAlias = Any
+else:
+    NewPatchEmbedding = arguments(
+        "NewPatchEmbedding",
+        PatchEmbedding,
+        omit=["hidden_size"],
+        replace={"position": (Annotated[str, Names("position", POSITIONS)], default_of(PatchEmbedding, "position"))},
+        namespace=_CHECKED,
+    )
+    NewPreBuffer = arguments(
+        "NewPreBuffer",
+        PreBuffer,
+        omit=["hidden_size", *_SHARED],
+        # Where nothing is said, the blocks are shaped like the post-LLM's.
+        replace={
+            "num_heads": (int | None, None),
+            "num_kv_heads": (int | None, None),
+            "head_width": (int | None, None),
+            "feed_forward_size": (int | None, None),
+            "norm_eps": (float | None, None),
+        },
+        namespace=_CHECKED,
+    )
+    NewPostLLM = arguments("NewPostLLM", PostLLM, omit=_SHARED, namespace=_CHECKED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreBufferAsset:
+    """A trained pre-Buffer with its patch embedding.
+
+    Args:
+        from_pretrained: folder or hub id.
+        reset: give it random weights of the same shapes: the control arm of a comparison.
+    """
+
+    from_pretrained: str
+    reset: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedLLM:
+    """A language model with its weights.
+
+    Args:
+        from_pretrained: folder or hub id, Hugging Face layout.
+    """
+
+    from_pretrained: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions of all blocks.
+
+    Args:
+        kind: registered name of the variant.
+        base_t: base of the T frequencies; a pretrained language model brings its own, which this must then equal.
+        base_h, base_w: bases of the H and W frequencies.
+    """
+
+    kind: Annotated[str, Names("rope", ROPE_VARIANTS)] = default_of(PostLLM, "rope")
+    base_t: float | None = None
+    base_h: float = default_of(PostLLM, "base_h")
+    base_w: float = default_of(PostLLM, "base_w")
+
+    problems = staticmethod(sizes_in_range)
+
+
+Attention = Annotated[str, Names("attention", MASK_RULES)]
+Backend = Annotated[str, Names("attention backend", BACKENDS)]
+Bridge = Annotated[str, Names("bridge", BRIDGES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compose:
+    """A model from its parts.
+
+    Args:
+        patch_embedding: ``None`` if the pre-Buffer is an asset, which has its own.
+        pre_buffer: sizes of a new one, or an asset.
+        post_llm: a pretrained language model, or sizes of a new one.
+        rope: ``None``: native, or that of the asset.
+        attention: registered name of the mask rule; ``None``: mixed, or that of the asset.
+        backend: how attention is computed.
+        bridge: how an asset is attached.
+
+    ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
+    """
+
+    patch_embedding: NewPatchEmbedding | None = None
+    pre_buffer: NewPreBuffer | PreBufferAsset
+    post_llm: NewPostLLM | PretrainedLLM
+    rope: Rope | None = None
+    attention: Attention | None = None
+    backend: Backend = "auto"
+    bridge: Bridge = "auto"
+
+    from_pretrained: ClassVar[None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A NEO checkpoint to continue from.
+
+    Args:
+        from_pretrained: folder or hub id, own or released layout.
+        backend: how attention is computed.
+    """
+
+    from_pretrained: str
+    backend: Backend = "auto"
+
+
+ModelRecipe = Compose | Checkpoint
+
+TRAINER_OWNED = {
+    "max_steps": "stage.steps decides",
+    "max_epochs": "stage.steps decides",
+    "val_check_interval": "stage.validate_every decides",
+    "check_val_every_n_epoch": "stage.validate_every decides",
+    "log_every_n_steps": "stage.log_every decides",
+    "default_root_dir": "output decides",
+    "enable_checkpointing": "stage.checkpoint_every decides",
+    "callbacks": "the run brings its own",
+    "logger": "the run brings its own",
+}
+"""Arguments of ``lightning.Trainer`` that a recipe may not give, and why."""
+
+
+@lru_cache
+def schema() -> Any:
+    """The dataclass of a whole recipe file. Built when first asked for, as sections lie in modules beside this one."""
+    from neo_components.data.module import NEODataModule
+    from neo_components.training.stage import StageConfig
+
+    owned = {"seed": "the seed of the whole recipe is used"}
+    data = arguments("DataRecipe", NEODataModule, omit=owned, namespace={"owned": owned})
+    # Only what is given is passed on, so Lightning's defaults stay Lightning's.
+    trainer = arguments(
+        "TrainerRecipe", lightning.Trainer, omit=TRAINER_OWNED, namespace={"owned": TRAINER_OWNED, "given_only": True}
+    )
+    return make_dataclass(
+        "RecipeSchema",
+        [
+            ("seed", int, 0),
+            ("output", str, ""),
+            ("model", ModelRecipe),
+            ("stage", StageConfig | None, None),
+            ("data", data | None, None),
+            ("trainer", trainer, field(default_factory=dict)),
+            # Only ever read through ${variables.name}, so a resolved recipe has none.
+            ("variables", dict[str, Any], field(default_factory=dict)),
+        ],
+        kw_only=True,
+    )
+
+
+@lru_cache
+def keys() -> tuple[str, ...]:
+    """Every dotted key that a recipe may have, sections included; ``[]`` stands for the items of a list."""
+    return tuple(dict.fromkeys(_keys(schema(), "")))
+
+
+def _keys(section: Any, prefix: str) -> Iterator[str]:
+    for name, hint in hints_of(section).items():
+        yield prefix + name
+        for inner in sections_of(hint):
+            yield from _keys(inner, f"{prefix}{name}.")
+        for item in get_args(hint) if get_origin(hint) in (list, tuple, Sequence) else ():
+            for inner in sections_of(item):
+                yield from _keys(inner, f"{prefix}{name}[].")

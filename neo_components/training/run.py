@@ -1,0 +1,162 @@
+"""One training run: a recipe in, a folder with the trained model out.
+
+The folder holds ``recipe.yaml`` (the complete recipe), ``checkpoints/``, ``logs/`` (TensorBoard), ``pictures/`` and
+``neo/`` (the model with tokenizer and image limits, ready for ``neo chat``, ``neo evaluate``, ``neo export`` and as the
+start of the next stage).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import neo_components
+from neo_components.chat import Chat
+from neo_components.data import load_tokenizer
+from neo_components.data.module import NEODataModule
+from neo_components.evaluation import questions_from_shards
+from neo_components.model import NEO
+from neo_components.recipe import Recipe, build
+from neo_components.training.callbacks import History, LineProgress, Predictions
+from neo_components.training.module import NEOTraining
+from neo_components.weights import read_json, write_text
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass
+class RunResult:
+    """What a run made.
+
+    Args:
+        folder: the model's folder.
+        model: the trained model.
+        metrics: last value of everything that was logged.
+        seconds: time of the training.
+        losses: (step, seconds, training loss) of every step.
+        scores: (step, seconds, exact match) of each validation that asked questions.
+    """
+
+    folder: Path
+    model: NEO
+    metrics: dict[str, float]
+    seconds: float
+    losses: list[tuple[int, float, float]] = field(default_factory=list)
+    scores: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
+    """Runs a recipe.
+
+    Args:
+        recipe: from ``load_recipe``.
+        resume: a checkpoint of an interrupted run of the same recipe, or ``last`` for its newest one.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint to resume from, or data is missing.
+        ValueError: if parts of the recipe do not fit the model.
+    """
+    began = time.monotonic()
+    output = Path(recipe.output)
+    lightning.seed_everything(recipe.seed, workers=True, verbose=False)
+    chat = _start(recipe)
+    data = NEODataModule(**recipe.data)
+    data.input_spec = chat.model.input_spec
+    module = NEOTraining(chat.model, recipe.stage)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "recipe.yaml", recipe.to_yaml())
+    history, predictions = History(), _predictions(recipe, chat)
+    callbacks = [*_callbacks(recipe), history, *predictions]
+    trainer = lightning.Trainer(**_trainer_options(recipe), callbacks=callbacks)
+    trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(output, resume), weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
+    result.scores = [score for callback in predictions for score in callback.scores]
+    if trainer.is_global_zero:
+        chat.save_pretrained(result.folder)
+        _write_provenance(recipe, result)
+    return result
+
+
+def _start(recipe: Recipe) -> Chat:
+    """The model that the stage starts from, with tokenizer and image limits."""
+    data = recipe.data
+    return Chat(build(recipe.model), load_tokenizer(data["tokenizer"]), data["min_pixels"], data["max_pixels"])
+
+
+def _callbacks(recipe: Recipe) -> list[Callback]:
+    """Checkpoints and progress."""
+    stage = recipe.stage
+    saving = ModelCheckpoint(
+        Path(recipe.output) / "checkpoints",
+        filename="step-{step:06d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=stage.checkpoint_every,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+        save_last=True,
+    )
+    return [saving, RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)]
+
+
+def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
+    """The callback that answers validation questions, if the stage asks any."""
+    count, validation = recipe.stage.predictions, recipe.data["validation"]
+    if not (count and validation and recipe.stage.validate_every):
+        return []
+    questions = islice(questions_from_shards(validation[0].shards), count)
+    return [Predictions(list(questions), chat, Path(recipe.output) / "pictures")]
+
+
+def _trainer_options(recipe: Recipe) -> dict[str, Any]:
+    """Lightning's arguments: what the stage says, and the recipe's own ``trainer`` section on top."""
+    stage = recipe.stage
+    validates = bool(stage.validate_every and recipe.data["validation"])
+    options: dict[str, Any] = {
+        "logger": TensorBoardLogger(recipe.output, name="logs", version=""),
+        "max_steps": stage.steps,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": stage.log_every,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": stage.validate_every if validates else None,
+        "limit_val_batches": None if validates else 0,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    return options | recipe.trainer
+
+
+def _checkpoint(output: Path, resume: str | Path | None) -> Path | None:
+    if resume is None:
+        return None
+    path = output / "checkpoints" / "last.ckpt" if str(resume) == "last" else Path(resume)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
+    return path
+
+
+def _write_provenance(recipe: Recipe, result: RunResult) -> None:
+    """Adds this stage to the list of stages that made the model."""
+    before = Path(recipe.model.from_pretrained or "") / PROVENANCE
+    stages = read_json(before)["stages"] if recipe.model.from_pretrained and before.is_file() else []
+    entry = {
+        "stage": recipe.stage.name,
+        "steps": recipe.stage.steps,
+        "trained": recipe.stage.train,
+        "data": [source.shards for source in recipe.data["train"]],
+        "metrics": {name: round(value, 6) for name, value in result.metrics.items() if name.startswith("val/")},
+        "seed": recipe.seed,
+        "neo_components": neo_components.__version__,
+    }
+    write_text(result.folder / PROVENANCE, json.dumps({"stages": [*stages, entry]}, indent=2) + "\n")

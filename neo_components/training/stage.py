@@ -1,0 +1,93 @@
+"""A stage of training: what trains, for how long and how fast. The ``stage`` section of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Group = Literal[
+    "patch_embedding",
+    "pre_buffer",
+    "post_llm",
+    "post_llm.hw",
+    "post_llm.word_embedding",
+    "post_llm.head",
+    "bridge",
+    "all",
+]
+"""Groups of parameters that a stage may train: those of ``NEO.groups()``, and ``all``."""
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "steps": (1, float("inf")),
+    "lr": (0, float("inf")),
+    "min_lr_ratio": (0, 1),
+    "warmup_steps": (0, float("inf")),
+    "eps": (0, float("inf")),
+    "weight_decay": (0, float("inf")),
+    "validate_every": (0, float("inf")),
+    "checkpoint_every": (0, float("inf")),
+    "log_every": (1, float("inf")),
+    "predictions": (0, float("inf")),
+}
+"""Least and greatest value of each number of a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage.
+
+    Args:
+        name: what the stage is called in logs and reports.
+        train: groups of parameters that learn; all others stay as they are.
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW.
+        min_lr_ratio: where the cosine ends, as a fraction of ``lr``.
+        warmup_steps: steps of linear rise to ``lr`` before the cosine.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's term against division by zero.
+        weight_decay: AdamW's, on matrices only.
+        validate_every: steps between validations, 0: never.
+        checkpoint_every: steps between checkpoints, 0: only at the end.
+        log_every: steps between entries in the log.
+        predictions: validation images that are logged with question, answer and prediction.
+
+    Raises:
+        ValueError: listing every number that is out of its range.
+    """
+
+    name: str = "stage"
+    train: tuple[Group, ...]
+    steps: int = 1000
+    lr: float = 8e-4
+    min_lr_ratio: float = 0.05
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    validate_every: int = 200
+    checkpoint_every: int = 500
+    log_every: int = 10
+    predictions: int = 4
+
+    def __post_init__(self) -> None:
+        problems = self.problems(vars(self))
+        if problems:
+            raise ValueError("; ".join(f"stage.{key}: {text}" for key, text in problems.items()))
+
+    @staticmethod
+    def problems(values: Mapping[str, Any]) -> dict[str, str]:
+        """What is wrong with the values of a stage, by key. Values that are not there are not looked at."""
+        found = {}
+        for key, (least, most) in LIMITS.items():
+            if key in values and not least <= values[key] <= most:
+                room = f"from {least} to {most}" if most < float("inf") else f"{least} or more"
+                found[key] = f"got {values[key]}, must be {room}"
+        if "train" in values and not values["train"]:
+            found["train"] = "is empty: name at least one group to train, or 'all'"
+        if not all(0 <= beta < 1 for beta in values.get("betas", ())):
+            found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
+        steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
+        if steps is not None and warmup > steps:
+            found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"
+        return found

@@ -1,0 +1,241 @@
+"""The DataModule: the same batches each time, exact resume, mixtures, ranks, Lightning's Trainer."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from shard_builders import SPEC, TOKENIZER, keys, mixed_samples, module, take, write
+
+from neo_components.data import NEODataModule, Source
+from neo_components.types import Batch
+
+OPTIONS: dict[str, Any] = {"row_length": 128, "rows": 2, "shuffle": 30}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("module")
+    pictures = write(base / "pictures", mixed_samples(60, "p"), max_per_shard=16)
+    return pictures, write(base / "text", mixed_samples(20, "t", images=False), max_per_shard=16)
+
+
+def sources(folders: tuple[Path, Path]) -> list[Source]:
+    return [Source(str(folders[0]), 0.7), Source(str(folders[1]), 0.3)]
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """The state after a way through a checkpoint file that admits plain values only."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resume_equals_an_uninterrupted_run(folders: tuple[Path, Path], workers: int) -> None:
+    def fresh() -> NEODataModule:
+        return module(*sources(folders), workers=workers, **OPTIONS)
+
+    whole = take(fresh(), 14)
+    assert len({key for batch in whole for row in batch.keys for key in row}) > 60  # into the second epoch of text
+    for cut in (1, 6, 7):
+        first = fresh()
+        begun = take(first, cut)
+        second = fresh()
+        second.load_state_dict(saved(first.state_dict()))
+        rest = take(second, 14 - cut)
+        assert keys(begun + rest) == keys(whole)
+        assert torch.equal(rest[-1].patches, whole[-1].patches)
+        assert torch.equal(rest[-1].token_ids, whole[-1].token_ids)
+        state = second.state_dict()
+        assert (state["batches"], state["rows"]) == (14, 28)
+        # A second interruption.
+        third = fresh()
+        third.load_state_dict(saved(state))
+        longer = fresh()
+        take(longer, 14)
+        assert keys(take(third, 3)) == keys(take(longer, 3))
+
+
+def test_the_same_seed_gives_the_same_batches(folders: tuple[Path, Path]) -> None:
+    first, again = (keys(take(module(*sources(folders), **OPTIONS), 5)) for _ in range(2))
+    assert first == again
+    assert first == keys(take(module(*sources(folders), workers=1, **OPTIONS), 5))
+    assert first != keys(take(module(*sources(folders), seed=1, **OPTIONS), 5))
+
+
+def test_skipped_samples_are_counted_on_after_a_resume(folders: tuple[Path, Path]) -> None:
+    short = {**OPTIONS, "row_length": 45, "max_skipped": 0.9}
+    first = module(*sources(folders), **short)
+    take(first, 10)
+    second = module(*sources(folders), **short)
+    second.load_state_dict(saved(first.state_dict()))
+    take(second, 10)
+    whole = module(*sources(folders), **short)
+    take(whole, 20)
+    assert whole.describe()["train"]["skipped"]["too_long"] > 0
+    assert second.describe()["train"] == whole.describe()["train"]
+
+
+def test_shares_are_those_of_the_samples(folders: tuple[Path, Path]) -> None:
+    batches = take(module(*sources(folders), **OPTIONS), 40)
+    counts = Counter(key[0] for batch in batches for row in batch.keys for key in row)
+    total = counts.total()
+    assert total > 200
+    # Exact but for the samples that wait for their row.
+    assert abs(counts["t"] - 0.3 * total) <= 32
+
+
+def test_validation_is_the_same_each_time(folders: tuple[Path, Path]) -> None:
+    for workers in (0, 2):
+        data = module(folders[0], validation=folders, workers=workers, **OPTIONS)
+        loader = data.val_dataloader()
+        passes = [keys(list(loader)) for _ in range(2)]
+        assert passes[0] == passes[1]
+        counts = Counter(key for batch in passes[0] for row in batch for key in row)
+        assert len(counts) == 80 and set(counts.values()) == {1}
+        assert data.describe()["validation"] == {"read": 80, "skipped": {}}
+
+
+class OfRank(NEODataModule):
+    """One of two ranks, without processes."""
+
+    number = 0
+
+    def _rank(self) -> tuple[int, int]:
+        return self.number, 2
+
+
+def test_ranks_share_the_samples(tmp_path: Path) -> None:
+    folder = Source(str(write(tmp_path / "shards", mixed_samples(200), max_per_shard=50)))
+    counts = Counter[str]()
+    trained = []
+    for number in range(2):
+        data = OfRank(TOKENIZER, [folder], [folder], min_pixels=4096, max_pixels=16384, workers=2, **OPTIONS)
+        data.number, data.input_spec = number, SPEC
+        counts.update(key for batch in data.val_dataloader() for row in batch.keys for key in row)
+        trained.append({key for batch in take(data, 4) for row in batch.keys for key in row})
+    assert len(counts) == 200 and set(counts.values()) == {1}
+    assert len(trained[0]) > 10 and not trained[0] & trained[1]
+
+
+@pytest.mark.parametrize("changed", [{"workers": 2}, {"seed": 5}, {"shuffle": 3}])
+def test_resume_with_other_data_is_refused(folders: tuple[Path, Path], changed: dict[str, Any]) -> None:
+    first = module(*sources(folders), **OPTIONS)
+    take(first, 2)
+    second = module(*sources(folders), **{**OPTIONS, **changed})
+    second.load_state_dict(first.state_dict())
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"its data differs .{name}: "):
+        second.train_dataloader()
+
+
+def test_faults_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows must be at least 1, got 0; .*loss_reduction.*'mean'; share of x"):
+        module(Source("x", 0.0), rows=0, loss_reduction="mean")
+    with pytest.raises(FileNotFoundError, match="no shards"):
+        module(tmp_path).setup()
+    with pytest.raises(ValueError, match="lists no source"):
+        module().train_dataloader()
+    assert module(folders[0]).val_dataloader() == []
+    data = module(folders[0])
+    data.input_spec = None
+    with pytest.raises(ValueError, match="set input_spec"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="20 samples for 21 workers"):
+        module(folders[1], workers=21).train_dataloader()
+
+
+class Recorder(lightning.LightningModule):
+    """Learns nothing; notes the keys of each batch that reaches the training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained: list[list[list[str]]] = []
+        self.validated: list[list[list[str]]] = []
+
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        self.trained.append(batch.keys)
+        return self.weight * batch.loss_weights.sum()
+
+    def validation_step(self, batch: Batch) -> None:
+        self.validated.append(batch.keys)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class RankRecorder(Recorder):
+    """Leaves what each rank trained on in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"rank{self.global_rank}.json").write_text(json.dumps(self.trained))
+
+
+def fit(
+    folder: Path, data: NEODataModule, checkpoint: Path | None = None, recorder: Recorder | None = None, **options: Any
+) -> Recorder:
+    """A run that saves every fourth step."""
+    recorder = recorder or Recorder()
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        callbacks=[saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **options,
+    )
+    trainer.fit(recorder, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return recorder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_trainer_resumes_exactly(folders: tuple[Path, Path], tmp_path: Path, workers: int) -> None:
+    def fresh() -> NEODataModule:
+        return module(*sources(folders), validation=[folders[1]], workers=workers, **OPTIONS)
+
+    checking = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    whole = fit(tmp_path / "whole", fresh(), max_steps=11, **checking)
+    assert len(whole.trained) == 11
+    assert whole.trained == keys(take(fresh(), 11))  # nothing is lost to Lightning's look-ahead
+    for step in (4, 8):
+        resumed = fit(tmp_path / "resumed", fresh(), tmp_path / "whole" / f"step={step}.ckpt", max_steps=11, **checking)
+        assert resumed.trained == whole.trained[step:]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_stream_goes_on_over_lightnings_epochs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data = module(*sources(folders), **OPTIONS)
+    recorder = fit(tmp_path, data, max_epochs=3, limit_train_batches=3, num_sanity_val_steps=0)
+    assert recorder.trained == keys(take(module(*sources(folders), **OPTIONS), 9))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_two_ranks_resume_exactly(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def run(name: str, checkpoint: Path | None = None) -> list[list[list[list[str]]]]:
+        data = module(*sources(folders), workers=1, **OPTIONS)
+        options = {"max_steps": 7, "devices": 2, "strategy": "ddp_fork"}
+        fit(tmp_path / name, data, checkpoint, RankRecorder(tmp_path / name), **options)
+        return [json.loads((tmp_path / name / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    whole = run("whole")
+    assert whole[0] != whole[1] and len(whole[0]) == len(whole[1]) == 7
+    assert run("resumed", tmp_path / "whole" / "step=4.ckpt") == [rank[4:] for rank in whole]

@@ -1,0 +1,171 @@
+"""A stage trains what it names and nothing else, resumes exactly, and leaves a folder that works."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from neo_components import NEO, load_recipe
+from neo_components.chat import Chat
+from neo_components.data import write_shards
+from neo_components.quickstart.text_llm import train_text_llm
+from neo_components.recipe import build
+from neo_components.training.groups import train_only
+from neo_components.training.module import lr_factor
+from neo_components.training.run import train
+from neo_components.training.stage import StageConfig
+
+COLORS = ("red", "blue", "green", "black")
+
+
+def picture(color: str, seed: int) -> bytes:
+    image = Image.new("RGB", (64, 64), "white")
+    x, y = random.Random(seed).sample(range(4, 36), 2)
+    ImageDraw.Draw(image).rectangle((x, y, x + 20, y + 20), fill=color)
+    data = io.BytesIO()
+    image.save(data, "png")
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only language model and shards of coloured squares."""
+    root = tmp_path_factory.mktemp("run")
+    text = [
+        [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": color}] for color in COLORS for _ in range(8)
+    ]
+    train_text_llm(text, root / "llm", hidden_size=32, depth=2, heads=2, kv_heads=1, head_width=16, feed_forward=48,
+                   vocab_size=300, steps=5, title=None)  # fmt: skip
+    for name, count, shown in (("train", 48, True), ("text", 16, False), ("validation", 8, True)):
+        samples = [
+            {
+                "key": f"{name}{n:03d}",
+                "conversations": [
+                    {"from": "human", "value": "<image>\n" * shown + "what color?"},
+                    {"from": "gpt", "value": COLORS[n % 4]},
+                ],
+                "images": [picture(COLORS[n % 4], n)] * shown,
+                "kind": "color",
+            }
+            for n in range(count)
+        ]
+        write_shards(samples, root / name)
+    return root
+
+
+def recipe_file(root: Path, name: str, model: str, stage: str) -> Path:
+    path = root / f"{name}.yaml"
+    path.write_text(
+        f"""
+seed: 3
+output: {root}/{name}
+model: {model}
+stage: {{steps: 6, lr: 1.0e-3, validate_every: 3, checkpoint_every: 3, log_every: 1, predictions: 4, {stage}}}
+data:
+  tokenizer: {root}/llm
+  train: [{{shards: {root}/train, share: 0.7}}, {{shards: {root}/text, share: 0.3}}]
+  validation: [{{shards: {root}/validation}}]
+  row_length: 256
+  min_pixels: 4096
+  max_pixels: 4096
+  workers: 0
+trainer: {{accelerator: cpu}}
+"""
+    )
+    return path
+
+
+def pretraining(root: Path, name: str, train: str = "[patch_embedding, pre_buffer, post_llm.hw]") -> Path:
+    model = f"{{patch_embedding: {{width: 16}}, pre_buffer: {{depth: 1}}, post_llm: {{from_pretrained: {root}/llm}}}}"
+    return recipe_file(root, name, model, f"name: {name}, train: {train}")
+
+
+def started(path: Path) -> NEO:
+    """The model that a recipe starts from, with the same random weights as in the run."""
+    recipe = load_recipe(path)
+    lightning.seed_everything(recipe.seed, workers=True, verbose=False)
+    return build(recipe.model)
+
+
+@pytest.mark.parametrize("groups", [["patch_embedding", "pre_buffer", "post_llm.hw"], ["all"], ["post_llm.head"]])
+def test_frozen_stay_bit_equal_and_trainable_move(root: Path, groups: list[str]) -> None:
+    path = pretraining(root, "-".join(groups), "[" + ", ".join(groups) + "]")
+    before = started(path)
+    trainable = {id(p) for p in train_only(before, groups)}
+    result = train(load_recipe(path))
+    after = dict(result.model.named_parameters())
+    for name, old in before.named_parameters():
+        if id(old) in trainable:
+            assert not torch.equal(old, after[name]), f"{name} did not move"
+        else:
+            assert torch.equal(old, after[name]), f"{name} moved though frozen"
+
+
+def test_next_stage_starts_from_the_saved_model_and_trains_all(root: Path) -> None:
+    first = train(load_recipe(pretraining(root, "first")))
+    path = recipe_file(root, "second", f"{{from_pretrained: {first.folder}}}", "name: second, train: [all]")
+    assert all(torch.equal(a, b) for a, b in zip(started(path).parameters(), first.model.parameters(), strict=True))
+    second = train(load_recipe(path))
+    stages = json.loads((second.folder / "provenance.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["first", "second"]
+    assert stages[1]["trained"] == ["all"] and stages[1]["steps"] == 6
+    chat = Chat.from_pretrained(second.folder)
+    assert (chat.min_pixels, chat.max_pixels) == (4096, 4096)
+    assert isinstance(chat.ask("what color?", [picture("red", 0)], max_new_tokens=4), str)
+
+
+def test_same_recipe_and_seed_give_the_same_run(root: Path) -> None:
+    one, two = train(load_recipe(pretraining(root, "same"))), train(load_recipe(pretraining(root, "same")))
+    assert [loss for _, _, loss in one.losses] == [loss for _, _, loss in two.losses]
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_resume_equals_an_uninterrupted_run(root: Path) -> None:
+    whole = train(load_recipe(pretraining(root, "whole")))
+    resumed = train(load_recipe(pretraining(root, "whole")), resume=root / "whole" / "checkpoints" / "step-000003.ckpt")
+    assert [loss for step, _, loss in whole.losses if step > 3] == [loss for _, _, loss in resumed.losses]
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_what_a_run_leaves(root: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(load_recipe(pretraining(root, "left")))
+    folder = root / "left"
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step-000003.ckpt", "step-000006.ckpt"}
+    assert load_recipe(folder / "recipe.yaml").stage == load_recipe(root / "left.yaml").stage
+    events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
+    events.Reload()
+    wanted = {"train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/images_per_s", "perf/fill"}
+    assert wanted | {"val/loss", "val/exact_match"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Images("val/answers")] == [3, 6]
+    assert [step for step, _, _ in result.scores] == [3, 6]
+    assert len(events.Scalars("train/loss")) == 6
+
+
+def test_resume_without_a_checkpoint_says_so(root: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="start without --resume"):
+        train(load_recipe(pretraining(root, "none")), resume="last")
+
+
+def test_schedule_warms_up_and_ends_at_the_floor() -> None:
+    stage = StageConfig(train=["all"], steps=100, lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
+    factors = [lr_factor(step, stage) for step in range(101)]
+    assert factors[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_unknown_group_names_the_nearest(root: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'post_llm.hw'"):
+        train_only(started(pretraining(root, "groups")), ["post_llm.hv"])

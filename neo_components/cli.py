@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -179,7 +181,9 @@ def llava(
     """Turn LLaVA-style conversations into shards."""
     from neo_components.data import llava_to_shards
 
-    _print_counts(llava_to_shards(conversations, images, output))
+    counts = llava_to_shards(conversations, images, output)
+    skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(counts.skipped.items()))
+    typer.echo(f"read {counts.read}, written {counts.kept}{skipped}: {output}")
 
 
 @recipes_app.callback()
@@ -189,7 +193,7 @@ def recipes(context: typer.Context) -> None:
         from neo_components.recipe import list_recipes
 
         for name, _, what in list_recipes():
-            typer.echo(f"{name:24s} {what}")
+            typer.echo(f"{name:26s} {what}")
 
 
 @recipes_app.command()
@@ -217,15 +221,15 @@ def validate(
     typer.echo("valid")
 
 
-def _print_counts(counts: Any) -> None:
-    for name, value in vars(counts).items():
-        typer.echo(f"{name:12s} {value}")
-
-
 def main() -> None:
-    """Entry point: a user's error is one message, not a traceback."""
+    """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Lightning tells of devices that are not there, and advertises.
+    logging.getLogger("lightning").setLevel(logging.WARNING)
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        if os.environ.get("NEO_TRACEBACK"):
+            raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from neo_components import NEO, Batch, InputSpec, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.components.rotary import H, PairTable, T, W, section
 from neo_components.types import IGNORED, NO_IMAGE
+
+Edit = Callable[[dict[str, Any]], Any]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_width": 8, "feed_forward_size": 48,
@@ -49,6 +53,14 @@ def tiny_model(
     post_llm = PostLLM(**({"vocab_size": VOCAB, "depth": 2, "image_token_id": VOCAB - 3} | sizes | (post or {})))
     model = NEO(PatchEmbedding(pre_buffer.hparams.hidden_size, **patch), pre_buffer, post_llm)
     randomize(model, seed)
+    return model
+
+
+def expressible(tied: bool = False, **options: Any) -> NEO:
+    """A model that the released layout can hold whole: its boundary vectors are rows of the word embedding."""
+    model = tiny_model(post={"tie_embeddings": tied}, **options)
+    with torch.no_grad():
+        model.pre_buffer.boundary.copy_(model.post_llm.word_embedding.weight[VOCAB - 2 :])
     return model
 
 
@@ -162,3 +174,25 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def same_outputs(one: NEO, other: NEO) -> bool:
+    """Whether two models give the same logits, bit for bit, on text and images."""
+    batch, _ = random_batch(one.input_spec, seed=1, images=1)
+    with torch.no_grad():
+        return torch.equal(one(batch).logits, other(batch).logits)
+
+
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def edit_config(folder: Path, edit: Edit) -> None:
+    """Changes a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def llm_folder(folder: Path) -> Path:
+    return Path(shutil.copytree(Path(__file__).parent / "data" / "init_from_llm" / "untied" / "llm", folder))

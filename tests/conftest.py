@@ -13,6 +13,9 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 
+# The tests' models are tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:

@@ -49,7 +49,8 @@ def shaped(heads: tuple[int, int, int], patches: tuple[int, int]) -> NEO:
 def test_backends_agree(heads: tuple[int, int, int], patches: tuple[int, int]) -> None:
     """Hidden states of real tokens, losses, and gradients where the backend has them."""
     model = shaped(heads, patches)
-    batch, _ = random_batch(model.input_spec, seed=heads[0], rows=2, documents=4)
+    batch, _ = random_batch(model.input_spec, seed=heads[0], rows=2, documents=4, text=(5, 30))
+    assert batch.token_ids.shape[1] > 128
     real = batch.document_ids != PADDING
     states, losses, gradients = {}, {}, {}
     for backend in ("sdpa", "eager", "flex"):

@@ -16,6 +16,7 @@ from builders import randomize
 from PIL import Image
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample
+from neo_components.chat import Chat
 from neo_components.data import load_tokenizer, write_shards
 from neo_components.evaluation import (
     ExactMatch,
@@ -278,6 +279,31 @@ def test_bad_questions_are_named(model: NEO, tokenizer: Any) -> None:
         ask(Question("k", "why?", ["x"], image=b"no image"))
     with pytest.raises(ValueError, match="2 <image> tags for 1 images"):
         ask(Question("k", "<image> or <image>?", ["x"], image=picture("red")))
+
+
+def test_page_of_the_docs_runs(
+    model: NEO, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Chat(model, tokenizer, **PIXELS).save_pretrained("outputs/quickstart/neo")
+    samples = [
+        {
+            "key": f"{n}",
+            "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}],
+            "images": [image],
+        }
+        for n, ((q, a), image) in enumerate(
+            zip(FACTS.items(), map(picture, ("red", "blue", "red", "tan")), strict=True)
+        )
+    ]
+    write_shards(samples, "outputs/quickstart/shards/test")
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)), names)
+    assert names["report"].counts == names["shuffled"].counts == {"overall": 4, "other": 4}
+    assert names["blind"].accuracy["overall"] == 1.0
+    assert names["metric"].compute()["overall"] == 0.5
+    assert "{'overall': tensor(0.5000), 'color': tensor(1.), 'shape': tensor(0.)}" in capsys.readouterr().out
 
 
 # --- progress

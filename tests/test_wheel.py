@@ -68,11 +68,12 @@ def test_code_comes_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert installed.parent in Path(where.strip()).parents
 
 
-def test_recipes_are_listed_and_valid(installed: Path, tmp_path: Path) -> None:
-    """From an unrelated folder, ``neo recipes`` lists every shipped recipe and ``validate`` accepts it."""
-    shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
+def test_recipes_are_found(installed: Path, tmp_path: Path) -> None:
+    """From an unrelated folder, ``neo recipes`` lists every shipped recipe, and one is copied and read."""
+    names = [
+        file.relative_to(ROOT / "recipes").with_suffix("").as_posix() for file in (ROOT / "recipes").rglob("*.yaml")
+    ]
     listed = run(installed / "neo", "recipes", folder=tmp_path)
-    for recipe in shipped:
-        name = recipe.relative_to(ROOT / "recipes").with_suffix("").as_posix()
-        assert name in listed
-        run(installed / "neo", "recipes", "validate", name, folder=tmp_path)
+    assert sorted(line.split()[0] for line in listed.splitlines()) == sorted(names)
+    run(installed / "neo", "recipes", "copy", min(names), "mine.yaml", folder=tmp_path)
+    run(installed / "neo", "recipes", "validate", "mine.yaml", folder=tmp_path)

@@ -180,7 +180,8 @@ def to_pixels(
     if transparency == "contrast":
         image = _on_contrasting_background(image)
     height, width = size
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= 255
     pixels -= _MEAN

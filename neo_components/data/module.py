@@ -173,7 +173,10 @@ class NEODataModule(lightning.LightningDataModule):
         return batch
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Samples read and skipped by reason in this process, for ``train`` and ``validation``; read ahead included."""
+        """Samples read, and skipped by reason, of this rank's ``train`` and (last or current) ``validation`` stream.
+
+        Up to the last batch that left the loader; samples that wait for their row are among those read.
+        """
         return {name: progress.tally().state() for name, progress in self._progress.items()}
 
     def state_dict(self) -> dict[str, Any]:

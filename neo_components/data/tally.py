@@ -14,16 +14,24 @@ JUDGED_AFTER = 100
 """Samples that are read before the share of skipped ones may stop a run."""
 
 
+REASONS = {
+    *("unreadable", "truncated", "empty", "too_large", "aspect_ratio", "missing_image"),
+    *("image_tags", "no_answer", "too_long", "role", "reserved", "turns", "json", "images"),
+}
+"""The words by which skipped samples are counted; ``docs/data.md`` explains them."""
+
+
 class SampleError(ValueError):
     """A sample that cannot be used.
 
     Args:
         message: what is wrong and what to do.
-        reason: one word for counting.
+        reason: one of :data:`REASONS`.
     """
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
+        assert reason in REASONS, reason
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -26,6 +26,8 @@ from neo_components.training.run import train
 from neo_components.weights import read_json
 
 STAGES = ("pretrain", "midtrain", "sft")
+VALIDATION_IMAGES = 400
+LLM_STEPS = 250
 ANSWER_TOKENS = 8
 """Longest answer in tokens; the longest right one ("rectangle") has fewer."""
 
@@ -45,7 +47,8 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
         raise ValueError(f"scale must be over 0 and at most 1, got {scale}")
     found = Findings(seed, scale, baselines=baselines())
     with found.step("data", "easy-VQA becomes shards"):
-        found.data = write_easy_vqa(root / "shards", seed=seed)
+        shutil.rmtree(root / "shards", ignore_errors=True)  # of an earlier run
+        found.data = write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
     with found.step("llm", "two small language models learn text alone"):
         _train_llms(root, found)
     with found.step("training", "pre-training, mid-training, SFT"):
@@ -72,10 +75,6 @@ def _train_llms(root: Path, found: Findings) -> None:
         conversations, root / "llm_b", hidden_size=192, heads=6, kv_heads=3, feed_forward=512, vocab_size=330,
         steps=steps, seed=found.seed + 1, title="second LLM",
     )  # fmt: skip
-
-
-VALIDATION_IMAGES = 400
-LLM_STEPS = 250
 
 
 def _recipe(name: str, root: Path, found: Findings) -> Recipe:

@@ -89,7 +89,6 @@ def _try(reader: Reader, key: str, component: Any, device: str = "meta", **argum
             words = re.findall(r"\w+", text)
             if not faulty.isdisjoint(words):
                 continue
-            if words[0] in reader.given[key]:
-                reader.fault(f"{key}.{words[0]}", text.removeprefix(words[0]).strip())
-            else:
-                reader.fault(key, text)
+            # The first argument that it speaks of and that the recipe gives is the one to look at.
+            name = next((word for word in words if word in reader.given[key]), "")
+            reader.fault(f"{key}.{name}" if name else key, text.removeprefix(name).strip())

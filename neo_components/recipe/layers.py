@@ -123,7 +123,9 @@ def lay(layers: Sequence[Layer], overrides: Sequence[str], faults: list[Fault]) 
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
             faults.append(Fault(place, key, f"cannot be set: {str(error).splitlines()[0]}"))
             continue
-        for inner in (key, *(name for name, _ in _places(tree, Path(), key))):
+        parts = key.split(".")
+        made = [".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) not in origins.places]
+        for inner in (*made, key, *(name for name, _ in _places(tree, Path(), key))):
             origins.add(inner, place)
     return merged, origins
 

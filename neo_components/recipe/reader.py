@@ -185,7 +185,9 @@ class Reader:
         ]
         near = f"; nearest: {_nearest(value, choices)}" if isinstance(value, str) and choices else ""
         shown = "nothing (null)" if value is None else f"{value!r} ({type(value).__name__})"
-        brackets = f"; write [{value}]" if "list" in describe(hint) and isinstance(value, (str, int, float)) else ""
+        items = [get_args(member)[0] for member in members(hint) if get_origin(member) in (list, tuple, Sequence)]
+        single = isinstance(value, (str, int, float)) and any(not sections_of(item) for item in items)
+        brackets = f"; write [{value}]" if single else ""
         self.fault(key, f"got {shown}, wanted {describe(hint)}{near}{brackets}")
         return FAULTY
 

@@ -48,9 +48,9 @@ class StageConfig:
         eps: AdamW's term against division by zero.
         weight_decay: AdamW's, on matrices only.
         validate_every: steps between validations, 0: never.
-        checkpoint_every: steps between checkpoints, 0: only at the end.
+        checkpoint_every: steps between checkpoints, 0: none.
         log_every: steps between entries in the log.
-        predictions: validation images that are logged with question, answer and prediction.
+        predictions: validation questions that are answered at each validation, and logged with their pictures.
 
     Raises:
         ValueError: listing every number that is out of its range.

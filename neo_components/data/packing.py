@@ -1,1 +1,0 @@
-from neo_components.packing import pack, patchify  # noqa: F401  (temporary)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
-from neo_components.components.post_llm import PostLLM
+from neo_components.components.post_llm import PostLLM, image_token_ids
 from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
 from neo_components.llms.family import rope_base
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
@@ -83,12 +83,12 @@ def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
         ValueError: if a setting is not supported or missing.
     """
     try:
-        return _parts_from_released(config)
+        return _parts_from_released(config, folder)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json lacks {error} of the released NEO layout") from error
 
 
-def _parts_from_released(config: dict[str, Any]) -> Parts:
+def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     llm, vision = config["llm_config"], config["vision_config"]
     sizes = qwen3_sizes(llm | {"tie_word_embeddings": is_tied(config)})
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
@@ -112,7 +112,7 @@ def _parts_from_released(config: dict[str, Any]) -> Parts:
             depth=total - before,
             tie_embeddings=sizes["tie_embeddings"],
             **same,
-            **_image_ids(config, sizes["vocab_size"]),
+            **_image_ids(config, folder, sizes["vocab_size"]),
         ),
     }
 
@@ -127,10 +127,13 @@ def _scalar(value: Any) -> Any:
     return value[0] if isinstance(value, (list, tuple)) else value
 
 
-def _image_ids(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+def _image_ids(config: dict[str, Any], folder: Path, vocab_size: int) -> dict[str, Any]:
     """The image tokens' ids. They are added to the tokenizer in one go, visual token, ``<img>``, ``</img>``; the config
-    of the inference kit states none, so there they are the last free ones that its released tokenizers use."""
+    of the inference kit states none, so there the folder's tokenizer does, or else they are those of the released
+    tokenizers."""
     token = config.get("img_context_token_id")
+    if token is None and (folder / "tokenizer.json").is_file():
+        return image_token_ids(folder, vocab_size)
     if token is None:
         token = RELEASED_IMAGE_TOKEN if vocab_size > RELEASED_IMAGE_TOKEN + 2 else vocab_size
     start = config.get("img_start_token_id", token + 1)
@@ -238,7 +241,9 @@ def _check_expressible(model: Any) -> None:
     if max(ids) >= post.vocab_size or ids[2] != ids[1] + 1:
         faults.append(f"image token ids {ids} are no neighbouring rows of the {post.vocab_size} word embeddings")
     if faults:
-        raise ValueError('layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults))
+        raise ValueError(
+            'layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults)
+        )
 
 
 def released_config(model: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def quickstart(
     """Train, evaluate, export and reuse a small model on real data, on a CPU, and write a report."""
     from neo_components.quickstart.main import run
 
+    _quiet()
     run(output, scale, seed)
 
 
@@ -53,6 +54,7 @@ def train(
     from neo_components.training.run import train as run
 
     import_user_modules(imports or [])
+    _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
     scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
     typer.echo(f"{scores}\nmodel: {result.folder}  ({result.seconds / 60:.1f} min)")
@@ -221,11 +223,15 @@ def validate(
     typer.echo("valid")
 
 
+def _quiet() -> None:
+    """Silences Lightning's notes on devices that are not there and its advertisements; call after importing it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def main() -> None:
     """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Lightning tells of devices that are not there, and advertises.
-    logging.getLogger("lightning").setLevel(logging.WARNING)
     try:
         app()
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:

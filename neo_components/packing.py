@@ -46,7 +46,9 @@ def pack(
     length = len(columns["token_ids"])
     if row_length is not None:
         if length > row_length:
-            raise ValueError(f"{length} tokens do not fit a row of {row_length}; pack fewer samples or raise row_length")
+            raise ValueError(
+                f"{length} tokens do not fit a row of {row_length}; pack fewer samples or raise row_length"
+            )
         columns = {name: _pad(column, row_length, FILLING[name]) for name, column in columns.items()}
     images = [image for sample in samples for image in sample.images]
     patches, places = patchify(images, spec)

@@ -1,6 +1,6 @@
 """Weights on disk: safetensors and config.json, read strictly. No pickle is ever opened.
 
-The lowest layer of loading: it knows files and tensors, not models. ``llms`` and ``checkpoint`` say which name is which.
+The lowest layer of loading: it knows files and tensors; ``llms`` and ``checkpoint`` say which name is whose.
 """
 
 from __future__ import annotations

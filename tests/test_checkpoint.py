@@ -117,7 +117,9 @@ def test_half_precision_files_keep_their_values(tmp_path: Path) -> None:
 
 def test_the_backend_is_a_matter_of_the_machine_and_not_saved(tmp_path: Path) -> None:
     model = tiny_model(backend="eager")
-    assert NEO.from_pretrained(model.save_pretrained(tmp_path)).post_llm.backend == "auto"
+    again = NEO.from_pretrained(model.save_pretrained(tmp_path / "neo"))
+    asset = PreBuffer.from_pretrained(model.pre_buffer.save_pretrained(tmp_path / "asset"))
+    assert again.post_llm.backend == again.pre_buffer.backend == asset.backend == "auto"
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "bridged"])
@@ -217,6 +219,18 @@ def test_image_tokens_of_a_config_that_names_none(tmp_path: Path) -> None:
     assert again.input_spec.image_ids == (151669, 151670, 151671)
     assert torch.equal(again.pre_buffer.boundary, again.post_llm.word_embedding.weight[151670:151672])
     assert torch.equal(again.pre_buffer.boundary, model.pre_buffer.boundary)
+
+
+def test_image_tokens_of_the_tokenizer_beside_such_a_config(data_folder: Path, released: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(389)}, unk_token="w0"))
+    tokenizer.add_special_tokens(["<IMG_CONTEXT>", "<img>", "</img>"])
+    tokenizer.save(str(released / "tokenizer.json"))
+    shutil.copy(released / "config_inference_layout.json", released / "config.json")
+    again = NEO.from_pretrained(released)
+    assert again.input_spec.image_ids == (389, 390, 391)
+    assert same_tensors(again.state_dict(), NEO.from_pretrained(data_folder / "model_forward").state_dict())
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,19 @@ def test_weighted_loss_by_hand(reduction: str, power: float) -> None:
         assert float(model.loss(Batch.stack(rows))) == pytest.approx(top / bottom, abs=1e-5)
 
 
+def test_size_of_the_weights_cancels_until_it_vanishes() -> None:
+    """``sum(w * nll) / max(sum(w), 1e-5)``: small weights give the same mean, vanishing ones nothing."""
+    model = tiny_model()
+    batch, _ = random_batch(model.input_spec, seed=4)
+    whole = float(batch.loss_weights[:, 1:].sum())
+    with torch.no_grad():
+        expected = float(model.loss(batch))
+        batch.loss_weights *= 1e-3 / whole
+        assert float(model.loss(batch)) == pytest.approx(expected, rel=1e-4)
+        batch.loss_weights *= 1e-4
+        assert float(model.loss(batch)) == pytest.approx(expected * 1e-7 / 1e-5, rel=1e-4)
+
+
 def bridged() -> NEO:
     post = PostLLM(VOCAB, 1, **(SIZES | {"hidden_size": 24}))
     patch = PatchEmbedding(32, width=16, patch_size=4)

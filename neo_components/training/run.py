@@ -132,6 +132,7 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
         "limit_val_batches": None if validates else 0,
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,
     }
     return options | recipe.trainer

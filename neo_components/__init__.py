@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from neo_components.components.post_llm import PostLLM
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.components.primitive import NativePrimitive
-    from neo_components.packing import pack
     from neo_components.model import NEO
+    from neo_components.packing import pack
     from neo_components.recipe import build, load_recipe
     from neo_components.types import Batch, InputSpec, Output, Sample
 

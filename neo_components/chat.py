@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from neo_components.data import encode_prompt, load_image, load_tokenizer
-from neo_components.evaluation import stop_token_ids
 from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
+from neo_components.evaluation import stop_token_ids
 from neo_components.model import NEO
 from neo_components.types import Sample
 from neo_components.weights import read_json, resolve, write_text
@@ -101,6 +101,9 @@ class Chat:
         """
         with torch.inference_mode():
             answer = self.model.generate(
-                [self.prompt(question, images)], max_new_tokens, stop_token_ids=stop_token_ids(self.tokenizer), **options
+                [self.prompt(question, images)],
+                max_new_tokens,
+                stop_token_ids=stop_token_ids(self.tokenizer),
+                **options,
             )
         return self.tokenizer.decode(answer[0], skip_special_tokens=True).strip()

@@ -5,6 +5,7 @@ Both are read into the same parts; ``NEO.from_pretrained`` tells them apart by c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from neo_components.components.post_llm import PostLLM, image_token_ids
 from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
 from neo_components.llms.family import rope_base
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
-from neo_components.weights import TensorFiles, load_strict, save_folder
+from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors
+
+log = logging.getLogger(__name__)
+
+BOUNDARY = "boundary"
+"""File beside released weights with the vectors of ``<img>`` and ``</img>``, where the vocabulary has no rows for them."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""
@@ -136,8 +142,10 @@ def _image_ids(config: dict[str, Any], folder: Path, vocab_size: int) -> dict[st
         return image_token_ids(folder, vocab_size)
     if token is None:
         token = RELEASED_IMAGE_TOKEN if vocab_size > RELEASED_IMAGE_TOKEN + 2 else vocab_size
+        log.warning("%s names no image tokens and has no tokenizer.json; taking ids from %d on", folder, token)
     start = config.get("img_start_token_id", token + 1)
-    return {"image_token_id": token, "image_start_id": start, "image_end_id": start + 1}
+    end = config.get("img_end_token_id", start + 1)
+    return {"image_token_id": token, "image_start_id": start, "image_end_id": end}
 
 
 RELEASED_IMAGE_TOKEN = 151669
@@ -188,7 +196,10 @@ def load_released(model: Any, folder: Path) -> None:
     boundary = "pre_buffer.boundary"
     load_strict(model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary)
     table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
+    beside = TensorFiles(folder, BOUNDARY).get(BOUNDARY) if (folder / f"{BOUNDARY}.safetensors").is_file() else None
     with torch.no_grad():
+        if beside is not None:
+            model.pre_buffer.boundary.copy_(beside)
         for place, row in rows.items():
             model.pre_buffer.boundary[place] = table[row]
 
@@ -198,7 +209,7 @@ def save_released(model: Any, folder: str | Path) -> Path:
 
     Raises:
         ValueError: if the model has what that layout cannot say: bridges, another RoPE or mask, other sizes of
-            pre-Buffer and post-LLM, image tokens beyond the vocabulary.
+            pre-Buffer and post-LLM.
     """
     _check_expressible(model)
     released = released_of(model)
@@ -211,7 +222,12 @@ def save_released(model: Any, folder: str | Path) -> Path:
     for place, row in _boundary_rows(model).items():
         embedding[row] = model.pre_buffer.boundary[place]
     state["language_model.model.embed_tokens.weight"] = embedding
-    return save_folder(folder, state, released_config(model))
+    folder = save_folder(folder, state, released_config(model))
+    (folder / f"{BOUNDARY}.safetensors").unlink(missing_ok=True)  # of an earlier save
+    if len(_boundary_rows(model)) < 2:
+        # The released layout keeps the two vectors in the word embedding; here they have no rows there.
+        save_tensors(folder / f"{BOUNDARY}.safetensors", {BOUNDARY: model.pre_buffer.boundary})
+    return folder
 
 
 def released_of(model: Any) -> Released:
@@ -237,9 +253,6 @@ def _check_expressible(model: Any) -> None:
         faults.append(f"base_h {post.base_h} differs from base_w {post.base_w}")
     if patch.position != "rotary":
         faults.append(f"patch position {patch.position!r} (only 'rotary')")
-    ids = (post.image_token_id, post.image_start_id, post.image_end_id)
-    if max(ids) >= post.vocab_size or ids[2] != ids[1] + 1:
-        faults.append(f"image token ids {ids} are no neighbouring rows of the {post.vocab_size} word embeddings")
     if faults:
         raise ValueError(
             'layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults)
@@ -257,6 +270,7 @@ def released_config(model: Any) -> dict[str, Any]:
         "hidden_size": post.hidden_size,
         "img_context_token_id": post.image_token_id,
         "img_start_token_id": post.image_start_id,
+        "img_end_token_id": post.image_end_id,
         "downsample_ratio": 1 / patch.fold,
         "tie_word_embeddings": post.tie_embeddings,
         "llm_config": {

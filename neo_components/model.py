@@ -19,7 +19,7 @@ from neo_components.checkpoint import (
     parts_from_released,
     save_released,
 )
-from neo_components.components.backends import Attend, EagerAttention
+from neo_components.components.backends import Attend, EagerAttention, prepare_attention
 from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
@@ -136,7 +136,10 @@ class NEO(lightning.LightningModule):
         visual = (batch.image_ids != NO_IMAGE).flatten().nonzero()[:, 0]
         if len(visual):
             tokens = self.patch_embedding(batch.patches, batch.patch_positions).to(x.dtype)
-            x = x.flatten(0, 1).index_copy(0, visual, tokens).view_as(x)
+            return x.flatten(0, 1).index_copy(0, visual, tokens).view_as(x)
+        if self.training:
+            # Without an image the layer's gradients are zero instead of absent: every rank must have them all.
+            x = x + torch.stack([p.sum() for p in self.patch_embedding.parameters()]).sum().to(x.dtype) * 0.0
         return x
 
     def hidden(
@@ -155,16 +158,19 @@ class NEO(lightning.LightningModule):
         Returns:
             [B, L, D of the post-LLM].
         """
-        depth = len(self.pre_buffer.layers)
+        pre, post = self.pre_buffer, self.post_llm
+        if attend is None and (pre.rule, pre.backend) == (post.rule, post.backend):
+            attend = prepare_attention(batch.document_ids, batch.image_ids, post.rule, post.backend)
+        depth = len(pre.layers)
         first, then = (attend[:depth], attend[depth:]) if isinstance(attend, Sequence) else (attend, attend)
         where = (batch.positions, batch.document_ids, batch.image_ids)
         x = self.embed(batch)
         if hidden_states is not None:
             hidden_states["embed"] = x
-        x = self.pre_buffer.run(x, *where, first, hidden_states)
+        x = pre.run(x, *where, first, hidden_states)
         if self.bridge_out is not None:
             x = self.bridge_out(x)
-        x = self.post_llm(x, *where, then, hidden_states, depth)
+        x = post(x, *where, then, hidden_states, depth)
         if hidden_states is not None:
             hidden_states["final_norm"] = x
         return x
@@ -204,6 +210,8 @@ class NEO(lightning.LightningModule):
             # Recomputed in the backward pass, so that no two chunks' logits exist together.
             if len(t):
                 total = total + recompute(self._weighted_nll, s, t, w, use_reentrant=False)
+        if not len(target):
+            total = total + self.post_llm.head_weight.sum() * 0.0
         return total / weight.sum().clamp(min=1e-5)
 
     def _weighted_nll(self, state: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -249,7 +257,9 @@ class NEO(lightning.LightningModule):
 
         Args:
             folder: made if absent.
-            layout: ``neo_components``, or ``released`` (the layout of the published NEO weights).
+            layout: ``neo_components``, or ``released`` (the layout of the published NEO weights; there the vectors of
+                ``<img>`` and ``</img>`` are rows of the word embedding, so with tied embeddings these two tokens'
+                logits follow them).
 
         Raises:
             ValueError: if the layout is unknown or cannot hold this model.
@@ -258,7 +268,18 @@ class NEO(lightning.LightningModule):
             return save_released(self, folder)
         if layout != "neo_components":
             raise ValueError(f"layout must be 'neo_components' or 'released', got {layout!r}")
-        return save_folder(folder, self.state_dict(), own_config(self))
+        return save_folder(folder, self.state_dict(), own_config(self), self._card())
+
+    def _card(self) -> str:
+        pre, llm = self.pre_buffer.hparams, self.post_llm.hparams
+        return (
+            "---\nlibrary_name: neo-components\npipeline_tag: image-text-to-text\n---\n"
+            "# Native vision-language model\n\n"
+            f"A pre-Buffer of {pre.depth} and a post-LLM of {llm.depth} native primitives (NEO, arXiv 2510.14979), "
+            f"{sum(p.numel() for p in self.parameters()):,} parameters.\n\n"
+            "```python\nfrom neo_components import NEO\n\n"
+            'model = NEO.from_pretrained("THIS_FOLDER")\n```\n'
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> NEO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import lightning
@@ -39,7 +40,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-only language model and shards of coloured squares."""
     root = tmp_path_factory.mktemp("run")
     text = [
-        [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": color}] for color in COLORS for _ in range(8)
+        [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": color}]
+        for color in COLORS
+        for _ in range(8)
     ]
     train_text_llm(text, root / "llm", hidden_size=32, depth=2, heads=2, kv_heads=1, head_width=16, feed_forward=48,
                    vocab_size=300, steps=5, title=None)  # fmt: skip
@@ -163,9 +166,9 @@ def test_schedule_warms_up_and_ends_at_the_floor() -> None:
     assert factors[10] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
 def test_unknown_group_names_the_nearest(root: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean 'post_llm.hw'"):
+    with pytest.raises(ValueError, match=r"did you mean 'post_llm\.hw'"):
         train_only(started(pretraining(root, "groups")), ["post_llm.hv"])

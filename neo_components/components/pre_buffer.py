@@ -160,6 +160,7 @@ class PreBuffer(PrimitiveStack):
             "license": self.info.license,
         }
         folder = save_folder(folder, self.state_dict(), config, self.info.card or self._card())
+        (folder / f"{ANCHORS}.safetensors").unlink(missing_ok=True)  # of an earlier save
         if self.anchors is not None:
             table = self.anchors.vectors.half()
             strings = "\0".join(self.anchors.tokens).encode()

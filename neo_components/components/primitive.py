@@ -32,6 +32,9 @@ class NativePrimitive(Component):
         rope: registered name of the RoPE variant.
         base_t, base_h, base_w: bases of the T, H and W frequencies.
         attention: registered name of the mask rule.
+
+    Raises:
+        ValueError: if a size or a name is not possible.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class PrimitiveStack(Component):
         init_std: float,
     ) -> None:
         super().__init__()
+        if depth < 0:
+            raise ValueError(f"depth must be 0 or more, got {depth}")
         mask_rule(attention)
         sizes: dict[str, Any] = {
             "hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_width": head_width,

@@ -159,7 +159,7 @@ def _text(figures: Mapping[str, Any], found: Findings, root: Path) -> str:
     steps = "\n".join(f"| {name} | {value:.1f} |" for name, value in minutes.items())
     return f"""# Quickstart report
 
-{partial}easy-VQA, {figures['questions']['overall']:,} test questions, answered by free generation, exact match.
+{partial}easy-VQA, {figures["questions"]["overall"]:,} test questions, answered by free generation, exact match.
 
 | | overall | shape | color | yes/no |
 |---|---|---|---|---|
@@ -172,12 +172,12 @@ With the images shuffled among the questions, accuracy falls by {fall:.1f} point
 ## Reuse of the pre-Buffer
 
 The exported pre-Buffer, attached to a second language model of another width and tokenizer and tuned for
-{_steps(root)} steps, answers {reuse['reused']:.3f} of the test questions; the same model with a pre-Buffer of random weights,
-the same data and the same steps, {reuse['random']:.3f}.
+{_steps(root)} steps, answers {reuse["reused"]:.3f} of the test questions; the same model with a pre-Buffer of random weights,
+the same data and the same steps, {reuse["random"]:.3f}.
 
 ## Training
 
-Accuracy on {256 if found.scale == 1 else 'some'} validation questions against minutes of training:
+Accuracy on {256 if found.scale == 1 else "some"} validation questions against minutes of training:
 
 | stage | step | minutes | exact match |
 |---|---|---|---|
@@ -201,12 +201,12 @@ Where the model looks as it begins its answer, and who sees whom in a packed row
 |---|---|
 {steps}
 
-Seed {figures['seed']}. {', '.join(f'{name} {value}' for name, value in figures['versions'].items())}.
+Seed {figures["seed"]}. {", ".join(f"{name} {value}" for name, value in figures["versions"].items())}.
 
 ## Ask more
 
 ```
-neo chat {root / 'neo'} --image X.png "what color is the shape?"
+neo chat {root / "neo"} --image X.png "what color is the shape?"
 ```
 """
 

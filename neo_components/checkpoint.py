@@ -24,7 +24,7 @@ from neo_components.weights import TensorFiles, load_strict, save_folder, save_t
 log = logging.getLogger(__name__)
 
 BOUNDARY = "boundary"
-"""File beside released weights with the vectors of ``<img>`` and ``</img>``, where the vocabulary has no rows for them."""
+"""File beside released weights: vectors of ``<img>`` and ``</img>``, where the vocabulary has no rows for them."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""

@@ -28,7 +28,7 @@ PADDING = -1
 """``Batch.document_ids`` of a token that only fills its row."""
 
 IndexRule = Callable[[Tensor, "list[tuple[int, int]]"], Tensor]
-"""``rule(image_ids [L], grids) -> positions [L, 3]`` for one document; ``grids`` lists (rows, columns) of each image."""
+"""``rule(image_ids [L], grids) -> positions [L, 3]`` of one document; ``grids``: (rows, columns) of each image."""
 
 
 @dataclass(frozen=True)

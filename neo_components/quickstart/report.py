@@ -172,8 +172,8 @@ With the images shuffled among the questions, accuracy falls by {fall:.1f} point
 ## Reuse of the pre-Buffer
 
 The exported pre-Buffer, attached to a second language model of another width and tokenizer and tuned for
-{_steps(root)} steps, answers {reuse["reused"]:.3f} of the test questions; the same model with a pre-Buffer of random weights,
-the same data and the same steps, {reuse["random"]:.3f}.
+{_steps(root)} steps, answers {reuse["reused"]:.3f} of the test questions; the same model with a pre-Buffer of random
+weights, the same data and the same steps, {reuse["random"]:.3f}.
 
 ## Training
 

@@ -40,7 +40,15 @@ def export_pre_buffer(
 
     Returns:
         The folder.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.
+        ValueError: if ``anchors`` is not positive.
     """
+    if anchors < 1:
+        raise ValueError(
+            f"anchors must be positive, got {anchors}; {MIN_SHARED} shared ones are needed to fit a bridge"
+        )
     strings = token_strings(tokenizer)
     rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
     vectors = model.post_llm.word_embedding.weight.detach()[[row for _, row in rows]]
@@ -136,10 +144,20 @@ def token_strings(source: str | Path) -> dict[str, int]:
 
     Args:
         source: folder or hub id with a tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(resolve(source))
+    folder = resolve(source)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}; give a folder that holds tokenizer.json ({reason})"
+        ) from error
     strings: dict[str, int] = {}
     for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +29,12 @@ app.add_typer(recipes_app, name="recipes")
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: dotted.key=value ...")]
 Imports = Annotated[list[str] | None, typer.Option("--import", help="Module that registers your own parts.")]
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "provenance.json",
+)  # fmt: skip
+"""Files beside the weights that are the same in every layout."""
+
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 
 
@@ -50,10 +59,10 @@ def train(
     imports: Imports = None,
 ) -> None:
     """Train a recipe."""
-    from neo_components.recipe import import_user_modules, load_recipe
+    from neo_components.recipe import load_recipe
     from neo_components.training.run import train as run
 
-    import_user_modules(imports or [])
+    _register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
     scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
@@ -64,9 +73,10 @@ def train(
 def evaluate(
     model: Model,
     shards: Annotated[Path, typer.Argument(help="Folder of shards with questions and answers.")],
-    limit: Annotated[int | None, typer.Option(help="Ask only the first so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    imports: Imports = None,
 ) -> None:
     """Answer every question of a folder and score by exact match."""
     from itertools import islice
@@ -75,6 +85,11 @@ def evaluate(
     from neo_components.evaluation import evaluate as run
     from neo_components.evaluation import questions_from_shards
 
+    _register(imports)
+    if output and output.is_dir():
+        raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     chat = Chat.from_pretrained(model)
     report = run(
         chat.model,
@@ -96,10 +111,12 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    imports: Imports = None,
 ) -> None:
     """Ask a model a question about pictures."""
     from neo_components.chat import Chat
 
+    _register(imports)
     typer.echo(Chat.from_pretrained(model).ask(question, image or [], max_new_tokens))
 
 
@@ -109,6 +126,7 @@ def export(
     output: Out,
     anchors: Annotated[int, typer.Option(help="Most word embeddings to keep for fitting bridges.")] = 4096,
     license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    imports: Imports = None,
 ) -> None:
     """Take a model's pre-Buffer out as a standalone asset."""
     from neo_components.assets import export_pre_buffer
@@ -116,6 +134,7 @@ def export(
     from neo_components.components.pre_buffer import AssetInfo
     from neo_components.weights import read_json, resolve
 
+    _register(imports)
     folder = resolve(model)
     chat = Chat.from_pretrained(folder)
     provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
@@ -129,6 +148,7 @@ def attach(
     llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
     output: Out,
     bridge: Annotated[str, typer.Option(help="auto, identity, least_squares or random.")] = "auto",
+    imports: Imports = None,
 ) -> None:
     """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
     from neo_components.assets import attach as join
@@ -136,6 +156,7 @@ def attach(
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.data import load_tokenizer
 
+    _register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
     limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
     chat = Chat(join(part, llm, bridge), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
@@ -147,11 +168,19 @@ def convert(
     model: Model,
     output: Out,
     layout: Annotated[str, typer.Option(help="neo_components or released.")] = "neo_components",
+    imports: Imports = None,
 ) -> None:
-    """Rewrite a model in another layout."""
+    """Rewrite a model in another layout; its tokenizer and image limits go along."""
     from neo_components.model import NEO
+    from neo_components.weights import resolve
 
-    typer.echo(NEO.from_pretrained(model).save_pretrained(output, layout=layout))
+    _register(imports)
+    folder = resolve(model)
+    NEO.from_pretrained(folder).save_pretrained(output, layout=layout)
+    for name in COMPANIONS:
+        if (folder / name).is_file() and folder.resolve() != output.resolve():
+            shutil.copyfile(folder / name, output / name)
+    typer.echo(output)
 
 
 @app.command()
@@ -161,10 +190,10 @@ def inspect(
     imports: Imports = None,
 ) -> None:
     """Print a recipe's complete settings, and the parameters of each group of its model."""
-    from neo_components.recipe import build, import_user_modules, load_recipe
+    from neo_components.recipe import build, load_recipe
     from neo_components.training.groups import train_only
 
-    import_user_modules(imports or [])
+    _register(imports)
     loaded = load_recipe(recipe, overrides or [])
     typer.echo(loaded.to_yaml())
     model = build(loaded.model)
@@ -216,26 +245,45 @@ def validate(
     imports: Imports = None,
 ) -> None:
     """Check a recipe without loading a weight; list every fault."""
-    from neo_components.recipe import import_user_modules, load_recipe
+    from neo_components.recipe import load_recipe
 
-    import_user_modules(imports or [])
+    _register(imports)
     load_recipe(recipe, overrides or [])
     typer.echo("valid")
+
+
+def _register(modules: list[str] | None) -> None:
+    """Imports what ``--import`` names."""
+    if modules:
+        from neo_components.recipe import import_user_modules
+
+        import_user_modules(modules)
 
 
 def _quiet() -> None:
     """Silences Lightning's notes on devices that are not there and its advertisements; call after importing it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")  # Lightning's own, no user can mend it
+
+
+def _message(error: Exception) -> str:
+    """An error's text; of one from a data worker only its own words, without the worker's traceback."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return text
+    return re.split(rf"^[\w.]*{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
 
 
 def main() -> None:
     """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
+    # Threads that spin while they wait take the cores that the data workers need: steps were 15 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        app()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        app(prog_name="neo")
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("NEO_TRACEBACK"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_message(error)}", err=True)
         sys.exit(1)

@@ -26,3 +26,24 @@ def _same_random_numbers() -> None:
 def data_folder() -> Path:
     """``tests/data``: small reference files."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of everything that the commands read, to be left as it is."""
+    from commands import build_world
+
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one run of the main job at a fiftieth of its steps: the real command, the shipped recipes."""
+    from commands import installed_neo
+
+    folder = tmp_path_factory.mktemp("quick start")  # the space must do no harm
+    done = installed_neo("quickstart", "--scale", "0.02", "-o", "out", folder=folder)
+    (folder / "stdout.txt").write_text(done.out)
+    (folder / "stderr.txt").write_text(done.err)
+    assert done.status == 0, done.err
+    return folder / "out"

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from builders import weights_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def run(*command: str | Path, folder: Path) -> str:
     """Standard output of a command that succeeds; nothing of this checkout is on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["COLUMNS"] = "200"
+    environment |= {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -77,3 +78,20 @@ def test_recipes_are_found(installed: Path, tmp_path: Path) -> None:
     assert sorted(line.split()[0] for line in listed.splitlines()) == sorted(names)
     run(installed / "neo", "recipes", "copy", min(names), "mine.yaml", folder=tmp_path)
     run(installed / "neo", "recipes", "validate", "mine.yaml", folder=tmp_path)
+
+
+def test_a_shipped_recipe_trains(installed: Path, world: Path, tmp_path: Path) -> None:
+    """A copied recipe with its paths and sizes overridden, from an unrelated folder; then the trained model answers."""
+    run(installed / "neo", "recipes", "copy", "quickstart/pretrain", "mine.yaml", folder=tmp_path)
+    shards = f"[{{shards: {world}/shards}}]"
+    where = ["output=trained", f"model.post_llm.from_pretrained={world}/llm", f"data.tokenizer={world}/llm"]
+    tiny = ["model.patch_embedding={width: 16, patch_size: 4}", "model.pre_buffer.depth=1", "data.row_length=256"]
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=2", "stage.predictions=2"]
+    pixels = ["data.min_pixels=1024", "data.max_pixels=1024"]
+    data = [f"data.train={shards}", f"data.validation={shards}"]
+    out = run(installed / "neo", "train", "mine.yaml", *where, *tiny, *short, *pixels, *data, folder=tmp_path)
+    assert "model: trained/neo" in out and "val/loss" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "trained"}
+    assert weights_of(tmp_path / "trained" / "neo")["pre_buffer.boundary"].shape == (2, 32)
+    asked = run(installed / "neo", "chat", "trained/neo", "hi", "--image", world / "red.png", folder=tmp_path)
+    assert asked.endswith("\n")

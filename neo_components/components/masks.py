@@ -52,7 +52,10 @@ def mask_rule(name: str) -> MaskRule:
         ValueError: if no rule has that name.
     """
     if name not in MASK_RULES:
-        raise ValueError(f"attention {name!r} is unknown; registered: {', '.join(sorted(MASK_RULES))}")
+        raise ValueError(
+            f"attention {name!r} is unknown; registered: {', '.join(sorted(MASK_RULES))}; if it is your own, import "
+            "the module that registers it (neo ... --import MODULE)"
+        )
     return MASK_RULES[name]
 
 

@@ -33,12 +33,15 @@ class PostLLM(PrimitiveStack):
         feed_forward_size: width of the gated feed-forward.
         norm_eps: of all norms.
         rope: registered name of the RoPE variant.
-        base_t, base_h, base_w: bases of the T, H and W frequencies.
+        base_t: base of the T frequencies.
+        base_h: base of the H frequencies.
+        base_w: base of the W frequencies.
         attention: registered name of the mask rule.
         tie_embeddings: the head is the word embedding.
-        image_token_id, image_start_id, image_end_id: ids of a visual token, ``<img>`` and ``</img>``. A vocabulary
-            without them gets the next free ids: they need no row in the word embedding, as their vectors come from the
-            pre-Buffer's side.
+        image_token_id: id of a visual token. A vocabulary without the three image tokens gets the next free ids: they
+            need no row in the word embedding, as their vectors come from the pre-Buffer's side.
+        image_start_id: id of ``<img>``.
+        image_end_id: id of ``</img>``.
         source: where the weights come from; its tokenizer names the tokens when a bridge is fitted.
         backend: attention backend.
         init_std: standard deviation of the initial weights.
@@ -154,7 +157,8 @@ class PostLLM(PrimitiveStack):
         Args:
             source: folder or hub id; safetensors, one file or several.
             rope: registered name of the RoPE variant.
-            base_h, base_w: bases of the new frequencies; that of T is the language model's.
+            base_h: base of the new H frequencies; that of T is the language model's.
+            base_w: base of the new W frequencies.
             attention: registered name of the mask rule.
             backend: attention backend.
 

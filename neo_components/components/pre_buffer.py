@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
-from neo_components.components.primitive import PrimitiveStack, init_linear
+from neo_components.components.primitive import PrimitiveStack
 from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder, save_tensors
 
 FORMAT_VERSION = 1
@@ -65,13 +65,12 @@ class PreBuffer(PrimitiveStack):
         feed_forward_size: width of the gated feed-forward.
         norm_eps: of all norms.
         rope: registered name of the RoPE variant.
-        base_t, base_h, base_w: bases of the T, H and W frequencies.
+        base_t: base of the T frequencies.
+        base_h: base of the H frequencies.
+        base_w: base of the W frequencies.
         attention: registered name of the mask rule.
         backend: attention backend.
         init_std: standard deviation of the initial projections.
-        residual_std: the same for the projections that write into the residual stream (``o_proj``, ``down_proj``);
-            ``None``: ``init_std``. A small one lets text pass a new pre-Buffer nearly unchanged, so that a frozen
-            language model behind it still reads it.
 
     Attributes:
         patch_embedding: the :class:`PatchEmbedding` in front of it, once :meth:`adopt` or ``NEO`` joined them.
@@ -98,17 +97,12 @@ class PreBuffer(PrimitiveStack):
         attention: str = "mixed",
         backend: str = "auto",
         init_std: float = 0.02,
-        residual_std: float | None = None,
     ) -> None:
         super().__init__(
             depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
             base_w, attention, backend, init_std,
         )  # fmt: skip
         self.save_hyperparameters()
-        if residual_std is not None:
-            for layer in self.layers:
-                init_linear(layer.self_attn.o_proj, residual_std)  # type: ignore[union-attr, arg-type]
-                init_linear(layer.mlp.down_proj, residual_std)  # type: ignore[union-attr, arg-type]
         self.patch_embedding = None
         self.boundary = nn.Parameter(torch.randn(2, hidden_size) * init_std)
         self.anchors: Anchors | None = None

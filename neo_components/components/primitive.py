@@ -30,7 +30,9 @@ class NativePrimitive(Component):
         feed_forward_size: width of the gated feed-forward.
         norm_eps: of all norms.
         rope: registered name of the RoPE variant.
-        base_t, base_h, base_w: bases of the T, H and W frequencies.
+        base_t: base of the T frequencies.
+        base_h: base of the H frequencies.
+        base_w: base of the W frequencies.
         attention: registered name of the mask rule.
 
     Raises:

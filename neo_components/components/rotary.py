@@ -75,7 +75,10 @@ def rope_variant(name: str) -> RopeVariant:
         ValueError: if no variant has that name.
     """
     if name not in ROPE_VARIANTS:
-        raise ValueError(f"rope {name!r} is unknown; registered: {', '.join(sorted(ROPE_VARIANTS))}")
+        raise ValueError(
+            f"rope {name!r} is unknown; registered: {', '.join(sorted(ROPE_VARIANTS))}; if it is your own, import the "
+            "module that registers it (neo ... --import MODULE)"
+        )
     return ROPE_VARIANTS[name]
 
 
@@ -137,7 +140,9 @@ class Rotary(nn.Module):
     Args:
         kind: registered name of the variant.
         head_width: E, a multiple of 4.
-        base_t, base_h, base_w: bases of the three axes' frequencies.
+        base_t: base of the T frequencies.
+        base_h: base of the H frequencies.
+        base_w: base of the W frequencies.
 
     Raises:
         ValueError: if the variant is unknown, or its table does not have E pairs.

@@ -156,13 +156,19 @@ def load_tokenizer(folder_or_hub_id: str) -> PreTrainedTokenizerBase:
         FileNotFoundError: if there is no tokenizer.
     """
     from transformers import AddedToken, AutoTokenizer
+    from transformers.utils import logging as notes
 
+    verbosity = notes.get_verbosity()
+    notes.set_verbosity_error()  # it warns of every config.json of a model that it does not know
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_id)
     except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"no tokenizer at {str(folder_or_hub_id)!r}; give a folder that holds tokenizer.json or a hub id ({error})"
+            f"no tokenizer at {str(folder_or_hub_id)!r}; give a folder that holds tokenizer.json or a hub id ({reason})"
         ) from None
+    finally:
+        notes.set_verbosity(verbosity)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in missing], special_tokens=True)

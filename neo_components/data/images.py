@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from neo_components.data.tally import SampleError
@@ -132,6 +132,8 @@ def _read(source: str | PathLike[str] | bytes, name: str | None) -> tuple[bytes,
         return bytes(source), name or f"image of {len(source)} bytes"
     if not isinstance(source, str | PathLike):
         raise TypeError(f"an image is a path, bytes or a Pillow image, got {type(source).__name__}")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no such image file: {fspath(source)}")
     return Path(source).read_bytes(), name or fspath(source)
 
 
@@ -140,6 +142,8 @@ def _open_header(data: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}", "too_large") from None
+    except UnidentifiedImageError:  # its message names nothing but an object in memory
+        raise ImageError(f"{name}: not a readable image (no known image format)") from None
     except Exception as error:  # Pillow's readers raise anything from SyntaxError to struct.error on broken headers
         raise ImageError(f"{name}: not a readable image ({_first_line(error)})") from None
 

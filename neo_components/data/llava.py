@@ -96,8 +96,10 @@ def _sample(key: str, record: Any, images: Path | None) -> RawSample:
 
 
 def _image(name: str, folder: Path | None) -> bytes:
-    path = folder / name if folder is not None else None
-    if path is None or not path.is_file():
+    if folder is None:
+        raise SampleError(f"no image {name!r}: no image folder was given", "missing_image")
+    path = folder / name
+    if not path.is_file():
         raise SampleError(f"no image {name!r} in {folder}", "missing_image")
     data = path.read_bytes()
     open_image(data, name)

@@ -25,7 +25,7 @@ def family_of(config: dict[str, Any]) -> Family:
     Raises:
         ValueError: if its ``model_type`` is not supported.
     """
-    kind = config.get("model_type")
+    kind = config.get("model_type", config.get("kind"))  # the library's own folders say their kind
     if kind not in FAMILIES:
         raise ValueError(f"language model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]

@@ -94,15 +94,14 @@ def write_easy_vqa(
     *,
     validation_images: int = 400,
     questions_per_sample: int = 2,
-    text_questions_per_sample: int = 4,
+    text_questions_per_sample: int = 1,
     seed: int = 0,
 ) -> dict[str, EasyVQAPart]:
     """Writes easy-VQA as shards, one folder for each use.
 
     ``train_all``: every training question once; a sample is one picture and some questions about it, so a picture is in
-    several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
-    captions. ``train_text``: every training question once, without pictures; all about one picture share conversations.
-    ``validation``: pictures held out of the training split, one question a sample. ``test``: the whole test split, one
+    several samples. ``train_shape``: the questions about the shape alone, one a sample. ``train_text``: every training
+    question once, without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the whole test split, one
     question a sample. Training samples are in random order, the others ordered by picture.
 
     Each sample's ``kind`` lists the kind of each of its questions.
@@ -124,7 +123,7 @@ def write_easy_vqa(
     train, validation = split_images(validation_images, seed)
     parts = {
         "train_all": list(_conversations(train, questions_per_sample, seed)),
-        "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
+        "train_shape": list(_conversations(train, 1, seed, kinds=("shape",))),
         "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
         "validation": list(_conversations(validation, 1)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),

@@ -19,7 +19,7 @@ from neo_components.evaluation import Question, Report, evaluate, questions_from
 from neo_components.model import NEO
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
-from neo_components.quickstart.report import write_report
+from neo_components.quickstart.report import ask_more, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.run import train
@@ -30,6 +30,10 @@ VALIDATION_IMAGES = 400
 LLM_STEPS = 250
 ANSWER_TOKENS = 8
 """Longest answer in tokens; the longest right one ("rectangle") has fewer."""
+MADE = ("shards", "llm", "llm_b", *STAGES, "neo", "pre_buffer", "attach", "attach_random", "pictures")
+"""Folders that a run makes."""
+MARK = ".quickstart"
+"""File in a folder that says that a run made the folders there."""
 
 
 def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
@@ -42,12 +46,13 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
 
     Raises:
         ValueError: if ``scale`` is out of range.
+        FileExistsError: if folders of the same names lie there and are not from an earlier run.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be over 0 and at most 1, got {scale}")
+    _clear(root)
     found = Findings(seed, scale, baselines=baselines())
     with found.step("data", "easy-VQA becomes shards"):
-        shutil.rmtree(root / "shards", ignore_errors=True)  # of an earlier run
         found.data = write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
     with found.step("llm", "two small language models learn text alone"):
         _train_llms(root, found)
@@ -62,8 +67,22 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
     with found.step("report", "the report is written"):
         chat = Chat.from_pretrained(root / "neo")
     write_report(root, found, chat)
-    typer.echo(f'report: {root / "report.md"}\nask: neo chat {root / "neo"} --image X.png "what color is the shape?"')
+    typer.echo(f"report: {root / 'report.md'}\nask: {ask_more(root)}")
     return found
+
+
+def _clear(root: Path) -> None:
+    """Removes what an earlier run made there, and nothing that is not known to be a run's."""
+    there = [name for name in MADE if (root / name).exists()]
+    if there and not (root / MARK).is_file():
+        raise FileExistsError(
+            f"{root} holds {', '.join(there)}, not made by an earlier quickstart, and nothing is overwritten; "
+            "give another folder by --output, or remove them"
+        )
+    for name in there:
+        shutil.rmtree(root / name)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARK).touch()
 
 
 def _train_llms(root: Path, found: Findings) -> None:
@@ -90,6 +109,7 @@ def _recipe(name: str, root: Path, found: Findings) -> Recipe:
         f"stage.validate_every={steps}",
         f"stage.checkpoint_every={steps}",
         f"stage.predictions={_scaled(recipe.stage.predictions, found.scale)}",
+        "trainer.limit_val_batches=1",
     ]
     return load_recipe(f"quickstart/{name}", changes)
 

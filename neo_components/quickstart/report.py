@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from neo_components.weights import read_json, write_text
 KINDS = ("overall", "shape", "color", "yes_no")
 PUBLISHED = 0.938
 """Test accuracy that easy-VQA's author reports for his own model (victorzhou.com, easy-VQA)."""
+LOOKS = 25
+"""From so many points of accuracy lost with the wrong images on, the report says that the model looks."""
 
 
 def write_report(root: Path, found: Findings, chat: Chat) -> Path:
@@ -42,6 +45,11 @@ def write_report(root: Path, found: Findings, chat: Chat) -> Path:
     _draw(pictures, found, chat)
     write_text(root / "report.md", _text(figures, found, root))
     return root / "report.md"
+
+
+def ask_more(root: Path) -> str:
+    """The command that asks the trained model."""
+    return f'neo chat {shlex.quote(str(root / "neo"))} --image X.png "what color is the shape?"'
 
 
 def figures_of(found: Findings) -> dict[str, Any]:
@@ -151,6 +159,7 @@ def _text(figures: Mapping[str, Any], found: Findings, root: Path) -> str:
     ]
     reuse, minutes = figures["reuse"], figures["minutes"]
     fall = 100 * (figures["accuracy"]["overall"] - figures["accuracy_shuffled"]["overall"])
+    looks = ": the model looks" if fall >= LOOKS else ""
     partial = "" if found.scale == 1 else f"**Tried out at scale {found.scale}: the scores mean nothing.**\n\n"
     curve = [
         f"| {point['stage']} | {point['step']} | {point['minutes']:.1f} | {point['accuracy']:.3f} |"
@@ -165,7 +174,7 @@ def _text(figures: Mapping[str, Any], found: Findings, root: Path) -> str:
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-With the images shuffled among the questions, accuracy falls by {fall:.1f} points: the model looks.
+With the images shuffled among the questions, accuracy falls by {fall:.1f} points{looks}.
 
 ![answers](pictures/answers.png)
 
@@ -206,7 +215,7 @@ Seed {figures["seed"]}. {", ".join(f"{name} {value}" for name, value in figures[
 ## Ask more
 
 ```
-neo chat {root / "neo"} --image X.png "what color is the shape?"
+{ask_more(root)}
 ```
 """
 

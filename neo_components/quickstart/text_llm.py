@@ -177,6 +177,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3ForCaus
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
+        initializer_range=sizes["hidden_size"] ** -0.5,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=tokenizer.pad_token_id,

@@ -100,7 +100,8 @@ class Rope:
     Args:
         kind: registered name of the variant.
         base_t: base of the T frequencies; a pretrained language model brings its own, which this must then equal.
-        base_h, base_w: bases of the H and W frequencies.
+        base_h: base of the H frequencies.
+        base_w: base of the W frequencies.
     """
 
     kind: Annotated[str, Names("rope", ROPE_VARIANTS)] = default_of(PostLLM, "rope")

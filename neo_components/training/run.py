@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import neo_components
 from neo_components.chat import Chat
@@ -72,12 +74,12 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
     module = NEOTraining(chat.model, recipe.stage)
+    history, predictions = History(), _predictions(recipe, chat)
+    trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
+    checkpoint = _checkpoint(output, resume, module)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
-    history, predictions = History(), _predictions(recipe, chat)
-    callbacks = [*_callbacks(recipe), history, *predictions]
-    trainer = lightning.Trainer(**_trainer_options(recipe), callbacks=callbacks)
-    trainer.fit(module, datamodule=data, ckpt_path=_checkpoint(output, resume), weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
     result.scores = [score for callback in predictions for score in callback.scores]
@@ -105,6 +107,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         monitor="step",
         mode="max",
         save_last=True,
+        enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
     )
     return [saving, RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)]
 
@@ -116,6 +119,13 @@ def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
         return []
     questions = islice(questions_from_shards(validation[0].shards), count)
     return [Predictions(list(questions), chat, Path(recipe.output) / "pictures")]
+
+
+def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:
+    try:
+        return lightning.Trainer(**_trainer_options(recipe), callbacks=callbacks)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}; change that key of the recipe or give trainer.KEY=VALUE") from error
 
 
 def _trainer_options(recipe: Recipe) -> dict[str, Any]:
@@ -138,12 +148,28 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
     return options | recipe.trainer
 
 
-def _checkpoint(output: Path, resume: str | Path | None) -> Path | None:
+def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> Path | None:
+    """The checkpoint to resume from; one that does not fit is refused before anything is written."""
     if resume is None:
         return None
     path = output / "checkpoints" / "last.ckpt" if str(resume) == "last" else Path(resume)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
+        done = int(saved["global_step"])
+    except Exception as error:  # torch.load raises anything from KeyError to UnpicklingError on what it did not write
+        raise ValueError(f"{path} is no checkpoint of a training run; it is damaged or something else") from error
+    if done >= module.stage.steps:
+        raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    differ = [name for name in sorted(stored.keys() | wanted) if stored.get(name) != wanted.get(name)]
+    if differ:
+        some = ", ".join(differ[:3])
+        raise ValueError(
+            f"{path} is of another model: {len(differ)} tensors differ ({some} ...); resume with the recipe of its run"
+        )
     return path
 
 

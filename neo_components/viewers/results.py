@@ -62,7 +62,7 @@ def draw_curves(
         axes.plot(mean_x, mean_y, style, color=colour, linewidth=1.8, marker="o" if len(x) < 20 else "", markersize=4)
         axes.lines[-1].set_label(name)
     if log:
-        axes.set_yscale("log")
+        _log_scale(axes)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color="#DDDDDD", linewidth=0.6)
@@ -123,6 +123,16 @@ def _write(axes: Axes, lines: Sequence[str], last: str, colour: str) -> None:
             fontsize=9, parse_math=False, color=colour if bold else "black", weight="bold" if bold else "normal",
             annotation_clip=False, in_layout=False,
         )  # fmt: skip
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _running_mean(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,222 @@
+"""What README, CONTRIBUTING and the pages tell a user to type works, and what they name exists."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from commands import good
+from shard_builders import png
+
+import neo_components
+from neo_components.cli import app
+from neo_components.data import read_shards, write_shards
+from neo_components.model import NEO
+from neo_components.recipe import list_recipes
+from neo_components.recipe.schema import keys
+from neo_components.training.stage import Group
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+NEO_COMMAND: Any = typer.main.get_command(app)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def inline(page: str) -> list[str]:
+    """The code inside the sentences of a page."""
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def bash_lines(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+def everywhere(pattern: str, also_inline: bool = True) -> list[tuple[str, str]]:
+    """(page, code) of all commands that match."""
+    found = [(page, line) for page in PAGES for line in [*bash_lines(page), *(inline(page) if also_inline else ())]]
+    return sorted({(page, line) for page, line in found if re.match(pattern, line)})
+
+
+COMMANDS = everywhere(r"neo \w")
+
+
+# --- what is typed
+
+
+def test_there_are_commands_on_the_pages_that_tell_of_them() -> None:
+    pages = {page for page, _ in COMMANDS}
+    assert {"README.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/recipes.md", "docs/data.md"} <= pages
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[" ".join(place) for place in COMMANDS])
+def test_commands_parse(page: str, line: str) -> None:
+    """Sub-command, options and required arguments, as the command line itself reads them; recipes exist."""
+    words = shlex.split(line, comments=True)[1:]
+    command, context = NEO_COMMAND, None
+    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"no command {words[0]!r}"
+        command = command.commands[words.pop(0)]
+    if not words or words == ["--help"]:
+        assert words or line in inline(page) or command.name in ("recipes", "quickstart")
+        return
+    context = command.make_context(command.name, list(words))
+    name = context.params.get("name") or context.params.get("recipe")
+    if name and "/" in name:
+        assert name in {recipe.name for recipe in list_recipes()}
+
+
+def test_options_exist() -> None:
+    """Also those that are named without their command."""
+
+    def options(command: Any) -> set[str]:
+        own = {option for parameter in command.params for option in parameter.opts}
+        return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
+
+    known = options(NEO_COMMAND) | {"--help", "--fix"}  # --fix is ruff's
+    for page in PAGES:
+        named = {
+            word for code in [*inline(page), *bash_lines(page)] for word in re.findall(r"(?<!\S)--[a-z][\w-]*", code)
+        }
+        assert named <= known, page
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {(page, line.split()[1]) for page, line in everywhere("make ")}
+    assert {("README.md", "quickstart"), ("README.md", "test"), ("docs/quickstart.md", "quickstart")} <= named
+    assert {target for _, target in named} <= targets
+
+
+# --- what is run
+
+
+@pytest.fixture
+def clone(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as it is after the quickstart, with few test questions; the working folder of the test."""
+    made = tmp_path / "outputs" / "quickstart"
+    (made / "shards").mkdir(parents=True)
+    for name in ("neo", "llm", "shards/train_shape", "shards/train_text", "shards/validation"):
+        (made / name).symlink_to(quickstart / name)
+    some = [sample for sample, _ in zip(read_shards(quickstart / "shards" / "test"), range(12), strict=False)]
+    write_shards(some, made / "shards" / "test")
+    (tmp_path / "X.png").write_bytes(png(64, 64))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_trained_model_is_asked_as_written(page: str, clone: Path) -> None:
+    [line] = [line for line in bash_lines(page) if line.startswith("neo ")]
+    answer = good(*shlex.split(line)[1:])
+    assert answer.endswith("\n") and len(answer.splitlines()) == 1
+
+
+def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
+    """The training is that of the page, cut short by further overrides."""
+    lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/recipes.md")]
+    assert [words[0] for words in lines] == ["recipes", "recipes", "recipes", "train"]
+    listed, copied, valid = (good(*words) for words in lines[:3])
+    assert all(recipe.name in listed for recipe in list_recipes())
+    assert (copied, valid) == ("my_run.yaml\n", "valid\n")
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "data.row_length=512", "data.workers=0"]
+    assert "model: outputs/quickstart/pretrain/neo" in good(*lines[3], *short)
+    assert NEO.from_pretrained("outputs/quickstart/pretrain/neo").pre_buffer.hparams.depth >= 1
+    [example] = blocks("docs/recipes.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/recipes.md", "exec"), names)
+    assert len(names["model"].pre_buffer.layers) == 4
+
+
+def test_python_of_the_readme() -> None:
+    [example] = blocks("README.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    model, [answer] = names["model"], names["answer"]
+    assert answer.shape == (8,) and answer.dtype == torch.int64
+    untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not untouched
+
+
+def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("docs/evaluation.md", "python"):
+        exec(compile(example, "docs/evaluation.md", "exec"), names)
+    assert names["report"].counts["overall"] == 12 == len(names["questions"])
+    assert names["shuffled"].counts == names["blind"].counts == names["report"].counts
+    [promised] = re.findall(r"print\(metric.compute\(\)\)  # (.*)", PAGES["docs/evaluation.md"])
+    assert capsys.readouterr().out.splitlines()[-1] == promised
+
+
+def test_python_of_the_reference() -> None:
+    [example] = blocks("docs/reference/index.md", "python")
+    exec(compile(example, "docs/reference/index.md", "exec"), {})
+
+
+# --- what is named
+
+
+def test_recipe_keys_exist() -> None:
+    groups = {name for name in Group.__args__ if "." in name}  # type: ignore[attr-defined]
+    wanted = re.compile(r"((?:model|stage|data|trainer)(?:\.[\w]+|\[\])+)(?:=.*)?")
+    found = 0
+    for page in PAGES:
+        for code in [*inline(page), *(word for _, line in COMMANDS for word in line.split())]:
+            if (key := wanted.fullmatch(code)) and key[1] not in groups:
+                found += 1
+                general = re.sub(r"\.\d+(?=\.|$)", "[]", key[1])
+                assert general in keys() or _owned(general), f"{page}: {code}"
+    assert found0
+
+
+def _owned(key: str) -> bool:
+    """Keys that the page names as not allowed."""
+    from neo_components.recipe.schema import TRAINER_OWNED
+
+    return key.removeprefix("trainer.") in TRAINER_OWNED
+
+
+def test_files_exist() -> None:
+    """Paths in code; words in capitals stand for a user's own."""
+    places = [ROOT, ROOT / "neo_components", ROOT / "neo_components" / "components", ROOT / "neo_components" / "llms"]
+    found = 0
+    for page in PAGES:
+        for code in inline(page):
+            if re.fullmatch(r"[\w./-]+\.(py|toml)|[\w.-]+(/[\w.-]+)+\.(py|yaml|md)", code) and not re.search(
+                "[A-Z]{4}", code
+            ):
+                found += 1
+                assert any((place / code).is_file() for place in places), f"{page}: {code}"
+    assert found > 10
+
+
+def test_classes_have_what_is_named() -> None:
+    """``Class.member`` in code."""
+    classes: dict[str, Any] = {}
+    for module in pkgutil.walk_packages(neo_components.__path__, "neo_components."):
+        loaded = importlib.import_module(module.name)
+        classes |= {name: value for name, value in vars(loaded).items() if inspect.isclass(value)}
+    found = 0
+    for page in PAGES:
+        for code in inline(page):
+            named = re.match(r"([A-Z]\w+)\.([a-z_]\w+)", code)
+            if named and (named[1] in classes or not named[1].isupper()):  # KEY, NAME: a user's own
+                found += 1
+                assert named[1] in classes, f"{page}: {code}"
+                assert hasattr(classes[named[1]], named[2]) or named[2] in classes[named[1]].__annotations__, code
+    assert found

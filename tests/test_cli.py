@@ -99,7 +99,7 @@ def test_evaluate_writes_scores_and_answers(world: Path, tmp_path: Path) -> None
     assert [answer["key"] for answer in report["predictions"]] == ["s0", "s1", "s2", "s3", "s4"]
     right = sum(answer["right"] for answer in report["predictions"])
     assert report["accuracy"] == {"overall": right / 5, "color": right / 5}
-    expected = Chat.from_pretrained(world / "neo").ask("What is it?", [next(_images(world))], 3)
+    expected = Chat.from_pretrained(world / "neo").ask("<image>What is it?", [next(_images(world))], 3)
     assert report["predictions"][0]["prediction"] == expected
     assert out.split() == ["overall", f"{right / 5:.4f}", "of", "5", "color", f"{right / 5:.4f}", "of", "5"]
 

@@ -130,7 +130,9 @@ def test_splits_of_easy_vqa(shards: dict[str, EasyVQAPart]) -> None:
     assert shards["train_text"].questions == shards["train_all"].questions
     assert shards["train_text"].images == 0
     assert shards["train_text"].kinds == shards["train_all"].kinds
-    assert shards["train_shape"].kinds == {"shape": shards["train_all"].kinds["shape"]}
+    open_kinds = {kind: shards["train_all"].kinds[kind] for kind in ("shape", "color")}
+    assert shards["train_open"].kinds == open_kinds
+    assert shards["train_shape"].kinds == {"shape": open_kinds["shape"]}
 
 
 def test_shards_hold_each_question_once_with_its_own_image(shards: dict[str, EasyVQAPart]) -> None:

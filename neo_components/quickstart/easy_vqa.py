@@ -100,14 +100,15 @@ def write_easy_vqa(
     """Writes easy-VQA as shards, one folder for each use.
 
     ``train_all``: every training question once; a sample is one picture and some questions about it, so a picture is in
-    several samples. ``train_shape``: the questions about the shape alone, one a sample. ``train_text``: every training
-    question once, without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the whole test split, one
-    question a sample. Training samples are in random order, the others ordered by picture.
+    several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
+    captions. ``train_shape``: those about the shape, one a sample. ``train_text``: every training question once,
+    without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the
+    whole test split, one question a sample. Training samples are in random order, the others ordered by picture.
 
     Each sample's ``kind`` lists the kind of each of its questions.
 
     Args:
-        folder: where the five folders go.
+        folder: where the folders go.
         validation_images: number of training pictures held out, with all of their questions.
         questions_per_sample: most questions of a training sample with a picture.
         text_questions_per_sample: most questions of a sample of ``train_text``.
@@ -124,6 +125,7 @@ def write_easy_vqa(
     parts = {
         "train_all": list(_conversations(train, questions_per_sample, seed)),
         "train_shape": list(_conversations(train, 1, seed, kinds=("shape",))),
+        "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
         "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
         "validation": list(_conversations(validation, 1)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),

@@ -7,6 +7,7 @@ with 9,673 to test on; there are 13 answers.
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from PIL import Image, ImageOps
 
 from neo_components.data import write_shards
 
@@ -95,11 +98,12 @@ def write_easy_vqa(
     validation_images: int = 400,
     questions_per_sample: int = 2,
     text_questions_per_sample: int = 1,
+    mirror: bool = True,
     seed: int = 0,
 ) -> dict[str, EasyVQAPart]:
     """Writes easy-VQA as shards, one folder for each use.
 
-    ``train_all``: every training question once; a sample is one picture and some questions about it, so a picture is in
+    ``train_all``: every training question; a sample is one picture and some questions about it, so a picture is in
     several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
     captions. ``train_shape``: those about the shape, one a sample. ``train_text``: every training question once,
     without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the
@@ -112,6 +116,8 @@ def write_easy_vqa(
         validation_images: number of training pictures held out, with all of their questions.
         questions_per_sample: most questions of a training sample with a picture.
         text_questions_per_sample: most questions of a sample of ``train_text``.
+        mirror: give every training sample with a picture a second time with the picture mirrored left to right: no
+            question asks for a side, and 3,600 pictures are few.
         seed: of the held-out pictures and of the order of samples and questions.
 
     Returns:
@@ -130,6 +136,9 @@ def write_easy_vqa(
         "validation": list(_conversations(validation, 1)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),
     }
+    if mirror:
+        for name in ("train_all", "train_open", "train_shape"):
+            parts[name] = _with_mirrored(parts[name], seed)
     return {name: _write(samples, folder / name) for name, samples in parts.items()}
 
 
@@ -231,6 +240,25 @@ def _sample(image: EasyVQAImage, key: str, asked: Sequence[tuple[str, str]], pic
         "images": [image.path] if pictures else [],
         "kind": [question_kind(answer) for _, answer in asked],
     }
+
+
+def _with_mirrored(samples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Every sample as it is and with its picture mirrored, in random order."""
+    files = {path: _mirrored(path) for path in {path for sample in samples for path in sample["images"]}}
+    both = samples + [
+        sample | {"key": f"{sample['key']}m", "images": [files[path] for path in sample["images"]]}
+        for sample in samples
+    ]
+    random.Random(seed).shuffle(both)
+    return both
+
+
+def _mirrored(path: Path) -> bytes:
+    """The picture mirrored left to right, as PNG."""
+    with Image.open(path) as image:
+        data = io.BytesIO()
+        ImageOps.mirror(image).save(data, "png")
+    return data.getvalue()
 
 
 def _write(samples: list[dict[str, Any]], folder: Path) -> EasyVQAPart:

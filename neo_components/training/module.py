@@ -37,8 +37,18 @@ class NEOTraining(lightning.LightningModule):
         self._step_began = 0.0
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of one batch."""
+        """Loss of one batch.
+
+        Raises:
+            ValueError: if it is not finite: whatever is trained after that is lost.
+        """
         loss = self.model.loss(batch)
+        if not torch.isfinite(loss):
+            names = [key for row in batch.keys for key in row]
+            raise ValueError(
+                f"the loss is {float(loss)} at step {self.global_step}; lower stage.lr or look at the samples of this "
+                f"step ({', '.join(names[:8])} ...); the last checkpoint is from before"
+            )
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

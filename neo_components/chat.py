@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neo_components.data import encode_prompt, load_image, load_tokenizer
+from neo_components.data.conversation import IMAGE_TAG
 from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
 from neo_components.evaluation import stop_token_ids
 from neo_components.model import NEO
@@ -80,8 +81,8 @@ class Chat:
         factor = self.model.input_spec.factor
         limit = max_pixels_per_image(len(images), self.min_pixels, self.max_pixels)
         pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
-        if "<image>" not in question:
-            question = "<image>\n" * len(images) + question
+        if IMAGE_TAG not in question:
+            question = f"{IMAGE_TAG}\n" * len(images) + question
         counts = [image.shape[1] * image.shape[2] // factor**2 for image in pixels]
         turns = [{"from": "human", "value": question}]
         ids = encode_prompt(turns, self.tokenizer, counts, image_ids=self.model.input_spec.image_ids)

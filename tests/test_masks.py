@@ -170,7 +170,7 @@ def test_a_registered_rule_reaches_every_backend() -> None:
         tiny_model(attention=name)
 
 
-# Spec 2.2: 3 text, one 2 x 3 image, 2 text, without boundary tokens.
+# 3 text, one 2 x 3 image, 2 text, without boundary tokens.
 WORKED = torch.tensor([NO_IMAGE] * 3 + [0] * 6 + [NO_IMAGE] * 2)
 CELLS = [(h, w) for h in range(2) for w in range(3)]
 
@@ -182,7 +182,7 @@ def test_native_positions_by_hand() -> None:
 
 
 def test_native_positions_with_boundary_tokens_by_hand(model: NEO) -> None:
-    """Spec 2.2, the same content between ``<img>`` and ``</img>``; and the figure's example of four patches."""
+    """The same content between ``<img>`` and ``</img>``; and the example of four patches of NEO's figure 3."""
     spec = model.input_spec
     image = torch.zeros(3, 2 * spec.factor, 3 * spec.factor)
     worked = Sample(torch.tensor([1, 2, 3, *image_tokens(spec, (2, 3)), 4, 5]), images=[image])
@@ -205,7 +205,7 @@ def test_sequential_positions_by_hand() -> None:
 
 
 def test_native_frequencies_by_hand() -> None:
-    """Spec 2.3: head width 16, bases 1e6 and 1e4."""
+    """Head width 16, bases 1e6 and 1e4."""
     table = rope_variant("native").table(16, 1e6, 1e4, 1e4)
     assert table.axis == (T,) * 8 + (H,) * 4 + (W,) * 4
     t = [1, 0.17783, 0.031623, 0.0056234, 0.001, 1.7783e-4, 3.1623e-5, 5.6234e-6]
@@ -224,7 +224,7 @@ def m_rope() -> Iterator[str]:
 
 
 def test_another_rope_by_hand(m_rope: str) -> None:
-    """Spec 2.2 and 2.3, column M."""
+    """The same content and head width under M-RoPE."""
     expected = [(n, n, n) for n in range(3)] + [(3, 3 + h, 3 + w) for h, w in CELLS] + [(6, 6, 6), (7, 7, 7)]
     assert rope_variant(m_rope).index_rule(WORKED, [(2, 3)]).tolist() == [list(p) for p in expected]
     rotary = Rotary(m_rope, 16, 1e6, 1e4, 1e4)
@@ -236,7 +236,7 @@ def test_another_rope_by_hand(m_rope: str) -> None:
 
 
 def test_another_rope_runs_in_the_model(m_rope: str) -> None:
-    """It packs, trains and generates; later blocks stand wholly behind earlier ones (spec 2.4)."""
+    """It packs, trains and generates; later blocks stand wholly behind earlier ones."""
     model = tiny_model(rope=m_rope, head_width=16)
     batch, _ = random_batch(model.input_spec, 5)
     model.loss(batch).backward()
@@ -252,7 +252,7 @@ def test_another_rope_runs_in_the_model(m_rope: str) -> None:
 
 
 def test_replicating_ropes_agree_on_text(m_rope: str) -> None:
-    """Spec 2.4: a text-only sequence under M-RoPE equals 1D exactly."""
+    """A text-only sequence under M-RoPE equals 1D exactly."""
     texts = torch.randint(0, 50, (2, 12))
     models = [tiny_model(rope=rope, head_width=16) for rope in ("1d", m_rope)]
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_a_table_of_the_wrong_length_is_refused() -> None:
 
 
 def test_native_places_equal_cells_of_two_images_alike(model: NEO) -> None:
-    """Spec 2.4: H and W differences at equal cells are zero whatever text lies between."""
+    """H and W differences at equal cells are zero whatever text lies between."""
     spec, generator = model.input_spec, torch.Generator().manual_seed(0)
     for between in (0, 1, 17):
         ids = [*image_tokens(spec, (2, 3)), *[1] * between, *image_tokens(spec, (2, 3)), 2]
@@ -291,7 +291,7 @@ def test_native_places_equal_cells_of_two_images_alike(model: NEO) -> None:
 @pytest.mark.parametrize("axis", [T, H, W])
 @pytest.mark.parametrize("rope", ["native", "1d"])
 def test_scores_depend_on_differences_only(rope: str, axis: int) -> None:
-    """Spec 2.4: adding a constant to one axis of every token leaves all attention weights unchanged."""
+    """Adding a constant to one axis of every token leaves all attention weights unchanged."""
     model = tiny_model(rope=rope)
     batch, _ = random_batch(model.input_spec, 11)
     before = model.attention_maps(batch)

@@ -92,7 +92,7 @@ class NativeAttention(nn.Module):
 
         Keys are zero. Queries are taken from the T query: of each head's E rows, in four quarters, the first and
         the third (the rotate-half partners of the fastest E/4 frequencies), once for H and once for W. Norms are 1.
-        Source: released NEO code, spec section 1.3.
+        Source: released NEO code.
         """
         quarters = self.q_proj.weight.unflatten(0, (-1, 4, self.head_width // 4))
         half = quarters[:, [0, 2]]

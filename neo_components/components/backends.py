@@ -69,7 +69,7 @@ class Bucket:
 
 
 def make_buckets(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool = False) -> list[Bucket]:
-    """Groups the documents of a batch by length, so that filling stays below a quarter.
+    """Groups the documents of a batch by length, so that filling stays below an eighth for those over 64 tokens.
 
     Args:
         document_ids: [B, L].
@@ -85,8 +85,8 @@ def make_buckets(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool =
 
 
 def _rounded(length: int) -> int:
-    """The next size at which a bucket ends: eight steps per octave above 16."""
-    step = max(1, 1 << max(0, length.bit_length() - 4), 8)
+    """The next size at which a bucket ends: multiples of 8, above 64 eight steps per octave."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
     return -(-length // step) * step
 
 
@@ -139,7 +139,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 class FlexAttention:
-    """FlexAttention with a BlockMask over the whole row; compiled on CUDA, eager (forward only) on CPU."""
+    """FlexAttention with a BlockMask over the whole row; compiled on CUDA, eager (forward only) on CPU.
+
+    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
+    """
 
     def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
         self.mask = block_mask(document_ids, image_ids, rule)
@@ -160,7 +163,10 @@ def _flex(compiled: bool) -> Any:
 
 
 class EagerAttention:
-    """Plain matrix products over the whole row; ``weights`` collects [B, N, L, L] of each layer that called."""
+    """Plain matrix products over the whole row; ``weights`` collects [B, N, L, L] of each layer that called.
+
+    Arguments as in :class:`SpanAttention`.
+    """
 
     def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
         self.mask = dense_mask(document_ids, image_ids, rule)[:, None]

@@ -92,6 +92,9 @@ class PrimitiveStack(Component):
         init_std: standard deviation of the initial projections.
 
     The other arguments are those of :class:`NativePrimitive`.
+
+    Raises:
+        ValueError: if ``depth`` is negative, or a size or a name is not possible.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ A variant is an index rule (which T, H and W position a token has) and a table (
 pair of channels turns with). The channels of a query or key head lie in three sections, T (E channels, as in the
 language model), H and W (E/2 channels each). Inside a section pair k joins channels k and k + width/2 ("rotate half").
 
-Source: NEO paper equation 2; Su et al. 2021; spec of the compared variants in the papers named at each entry.
+Source: NEO paper equation 2; Su et al. 2021.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _native() -> RopeVariant:
 
 @register_rope("1d")
 def _one_dimensional() -> RopeVariant:
-    """The language model's own positions; its table is repeated over the new channels (``mirror``)."""
+    """The language model's own positions; its table is repeated over the new channels."""
 
     def table(head_width: int, base_t: float, base_h: float, base_w: float) -> PairTable:
         own = section(T, head_width, base_t)

@@ -26,7 +26,7 @@ IMAGE_MEMORY = 2**29
 
 
 class Generator(Protocol):
-    """What can be evaluated: ``NEO``, or a ``PostLLM`` on text alone."""
+    """What can be evaluated: ``NEO``, or whatever generates like it."""
 
     @property
     def input_spec(self) -> InputSpec:

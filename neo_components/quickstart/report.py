@@ -14,13 +14,14 @@ from neo_components.chat import Chat
 from neo_components.components.masks import dense_mask
 from neo_components.evaluation import Question, Report
 from neo_components.packing import pack
+from neo_components.quickstart.easy_vqa import KINDS
 from neo_components.quickstart.findings import Findings
 from neo_components.quickstart.versions import versions
 from neo_components.types import NO_IMAGE, Sample
 from neo_components.viewers import draw_answers, draw_attention, draw_curves, draw_mask
 from neo_components.weights import read_json, write_text
 
-KINDS = ("overall", "shape", "color", "yes_no")
+COLUMNS = ("overall", *KINDS)
 PUBLISHED = 0.938
 """Test accuracy that easy-VQA's author reports for his own model (victorzhou.com, easy-VQA)."""
 LOOKS = 25
@@ -75,7 +76,7 @@ def figures_of(found: Findings) -> dict[str, Any]:
 
 
 def _scores(report: Report) -> dict[str, float]:
-    return {kind: round(report.accuracy[kind], 4) for kind in KINDS if kind in report.accuracy}
+    return {kind: round(report.accuracy[kind], 4) for kind in COLUMNS if kind in report.accuracy}
 
 
 def validation_curve(found: Findings) -> list[tuple[str, int, float, float]]:
@@ -113,7 +114,7 @@ def _eight(questions: list[Question]) -> list[tuple[int, Question]]:
     seen: set[Any] = set()
     step = max(1, len(questions) // 8)
     for number in range(8):
-        wanted = KINDS[1:][number % 3]
+        wanted = KINDS[number % len(KINDS)]
         places = [*range(number * step, len(questions)), *range(number * step)]
         free = [place for place in places if questions[place].image not in seen]
         place = next((p for p in free if questions[p].kind == wanted), free[0] if free else None)
@@ -221,7 +222,7 @@ Seed {figures["seed"]}. {", ".join(f"{name} {value}" for name, value in figures[
 
 
 def _cells(scores: Mapping[str, float]) -> str:
-    return " | ".join(f"{scores[kind]:.3f}" if kind in scores else "" for kind in KINDS)
+    return " | ".join(f"{scores[kind]:.3f}" if kind in scores else "" for kind in COLUMNS)
 
 
 def _steps(root: Path) -> int:

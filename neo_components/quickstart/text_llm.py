@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from neo_components.data.conversation import ROLES, TURN_END, TURN_START
 from neo_components.progress import progress
+from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 Conversation = Sequence[dict[str, str]]
 """Turns ``{"from": "human" | "gpt", "value": text}``."""
 
-END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -32,9 +35,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_IGNORED = -100
 
 
 @dataclass
@@ -128,9 +128,9 @@ def to_chatml(conversation: Conversation) -> str:
     """
     parts = []
     for turn in conversation:
-        if turn["from"] not in _ROLES:
-            raise ValueError(f"unknown speaker {turn['from']!r} in a conversation; allowed: {list(_ROLES)}")
-        parts.append(f"{TURN_START}{_ROLES[turn['from']]}\n{turn['value']}{TURN_END}\n")
+        if turn["from"] not in ROLES:
+            raise ValueError(f"unknown speaker {turn['from']!r} in a conversation; allowed: {list(ROLES)}")
+        parts.append(f"{TURN_START}{ROLES[turn['from']]}\n{turn['value']}{TURN_END}\n")
     return "".join(parts)
 
 
@@ -261,7 +261,7 @@ def _pad(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and labels [B, L]; padding stands at the end, where causal attention needs no mask against it."""
     length = max(map(len, documents))
     token_ids = torch.zeros(len(documents), length, dtype=torch.int64)
-    labels = torch.full_like(token_ids, _IGNORED)
+    labels = torch.full_like(token_ids, IGNORED)
     for row, document in enumerate(documents):
         token_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
     return token_ids, labels

@@ -1,4 +1,4 @@
-"""Versions of what a run's figures depend on."""
+"""What a run's figures depend on: versions of the packages, and the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Version of each package, and ``machine``: processor and number of threads."""
     import lightning
     import transformers
 

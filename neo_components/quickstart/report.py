@@ -28,22 +28,18 @@ LOOKS = 25
 """From so many points of accuracy lost with the wrong images on, the report says that the model looks."""
 
 
-def write_report(root: Path, found: Findings, chat: Chat) -> Path:
-    """Draws the pictures and writes both files.
+def write_report(root: Path, found: Findings) -> Path:
+    """Writes ``report.json`` and ``report.md``, which shows the pictures of :func:`draw_pictures`.
 
     Args:
-        root: folder of the quickstart; ``report.md``, ``report.json`` and ``pictures/`` go there.
+        root: folder of the quickstart.
         found: what the steps found.
-        chat: the trained model.
 
     Returns:
         ``report.md``.
     """
     figures = figures_of(found)
     write_text(root / "report.json", json.dumps(figures, indent=2) + "\n")
-    pictures = root / "pictures"
-    pictures.mkdir(exist_ok=True)
-    _draw(pictures, found, chat)
     write_text(root / "report.md", _text(figures, found, root))
     return root / "report.md"
 
@@ -88,7 +84,15 @@ def validation_curve(found: Findings) -> list[tuple[str, int, float, float]]:
     return curve
 
 
-def _draw(folder: Path, found: Findings, chat: Chat) -> None:
+def draw_pictures(folder: Path, found: Findings, chat: Chat) -> None:
+    """Draws losses, accuracy, eight answers, an attention map and the mask.
+
+    Args:
+        folder: made if absent.
+        found: what the steps found.
+        chat: the trained model.
+    """
+    folder.mkdir(exist_ok=True)
     losses, before = {}, 0
     for name, run in found.stages.items():
         losses[name] = ([before + step for step, _, _ in run.losses], [loss for _, _, loss in run.losses])

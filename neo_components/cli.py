@@ -277,7 +277,7 @@ def _message(error: Exception) -> str:
 
 def main() -> None:
     """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
-    # Threads that spin while they wait take the cores that the data workers need: steps were 15 times slower.
+    # Threads that spin while they wait take the cores that the data workers need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -130,7 +130,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     """Torch's SDPA on [n, m, heads, channels]; ``mask`` ``None`` means causal. Returns [n, m, N, E]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     width = v.shape[-1]
-    # The fused kernels want values as wide as keys; the zeros cost less than the unfused path on long documents.
+    # The fused kernels want values as wide as keys; the unfused path would form every score of a long document.
     if q.shape[-2] >= 512 and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))
     grouped = q.shape[1] != k.shape[1]

@@ -118,9 +118,7 @@ def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", win
     return seeing(rule, window)(query, key)
 
 
-def block_mask(
-    document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None
-) -> BlockMask:
+def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> BlockMask:
     """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -178,7 +178,7 @@ def _scaling(config: Config, rope: Config, kind: str) -> dict[str, Any]:
     known = {*SCALING_NUMBERS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL}
     if unknown := {name for name, value in rope.items() if value is not None} - known:
         raise ValueError(f"rope scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")
-    scaling = {"rope_type": kind}
+    scaling: dict[str, Any] = {"rope_type": kind}
     scaling |= {name: rope[name] for name in SCALING_NUMBERS[kind] if rope.get(name) is not None}
     context = config.get("max_position_embeddings")
     if kind == "dynamic":

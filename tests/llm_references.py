@@ -128,9 +128,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def reference(
-    family: str, folder: Path, seed: int = 1, **options: Any
-) -> Any:
+def reference(family: str, folder: Path, seed: int = 1, **options: Any) -> Any:
     """A random model of a family, saved in ``folder``; every weight, norm gain and bias counts.
 
     Args:

@@ -43,12 +43,14 @@ def test_what_a_config_leaves_out_is_the_default_of_its_class(family: str, tmp_p
 
     core: dict[str, Any] = {"vocab_size": 90, "hidden_size": 128, "intermediate_size": 40, "num_hidden_layers": 7}
     core |= {"num_attention_heads": 32, "pad_token_id": None}
+    if family == "gemma3_text":
+        core["num_attention_heads"] = 8  # its heads are wide
     if family == "qwen3_moe":
         core |= {"moe_intermediate_size": 8, "num_experts": 9}  # its own are large
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **core), attn_implementation="eager").eval()
     shake(theirs, 1)
     theirs.save_pretrained(tmp_path)
-    kept = CORE | {"num_experts", "moe_intermediate_size"}
+    kept = CORE | {"num_local_experts", "moe_intermediate_size"}
     edit_config(tmp_path, lambda c: [c.pop(name) for name in set(c) - kept])
     assert close(PostLLM.from_pretrained(tmp_path), theirs)
 
@@ -93,7 +95,11 @@ def test_the_older_name_of_longrope(tmp_path: Path) -> None:
 
     def older(config: dict[str, Any]) -> None:
         rope = config.pop("rope_parameters")
-        config["rope_scaling"] = {"type": "su", "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]}
+        config["rope_scaling"] = {
+            "type": "su",
+            "long_factor": rope["long_factor"],
+            "short_factor": rope["short_factor"],
+        }
 
     edit_config(tmp_path, older)
     assert close(PostLLM.from_pretrained(tmp_path), theirs)
@@ -280,10 +286,18 @@ def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: b
     ("family", "edit", "message"),
     [
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu' (supported: 'silu')"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention, but use_sliding_window"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 3},
+            "layer_types has sliding_attention, but use_sliding_window",
+        ),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers=3"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types has linear_attention (supported: "),
-        ("llama", {"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope' is not supported; supported: default"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "mrope"}},
+            "rope scaling 'mrope' is not supported; supported: default",
+        ),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "spin": 1}}, "rope scaling 'yarn' with spin"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantised by 'gptq'"),
@@ -298,7 +312,11 @@ def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: b
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "must have 4 numbers"),
         ("phi3", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "rotary_width must be even"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "experts_per_token must lie in 1 to num_experts (6), got 7"),
-        ("granite", {"model_type": "granitemoe"}, "language model type 'granitemoe' is not supported; supported: gemma3"),
+        (
+            "granite",
+            {"model_type": "granitemoe"},
+            "language model type 'granitemoe' is not supported; supported: gemma3",
+        ),
         ("granite", {"model_type": None}, "language model type None is not supported"),
         ("granite", {"intermediate_size": ...}, "config.json lacks 'intermediate_size' of a granite model"),
     ],

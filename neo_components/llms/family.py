@@ -80,17 +80,16 @@ def require(config: Config, allowed: Mapping[str, Sequence[Any]]) -> None:
         raise ValueError(f"this {config.get('model_type')} config is not supported: {'; '.join(faults)}")
 
 
-def block_sizes(config: Config, defaults: Mapping[str, Any] | None = None) -> Sizes:
+def block_sizes(config: Config) -> Sizes:
     """The arguments that every family has, under the names that most configs use.
 
     Args:
-        config: the config.
-        defaults: what the family's config class takes for what a config leaves out.
+        config: the config, with what the family's config class takes for what it leaves out.
 
     Raises:
-        KeyError: naming a size that is neither given nor has a default.
+        KeyError: naming a size that is not given.
     """
-    said = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **(defaults or {}), **config}
+    said = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **config}
     heads = said["num_attention_heads"]
     return {
         "vocab_size": said["vocab_size"],

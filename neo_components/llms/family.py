@@ -161,7 +161,7 @@ def rope_sizes(
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
-        raise ValueError(f"rope scaling {kind!r} is not supported; supported: {', '.join(kinds)}")
+        raise ValueError(f"rope scaling {kind!r} is not supported (supported: {', '.join(kinds)})")
     base = rope.get("rope_theta", config.get("rope_theta"))
     found: Sizes = {"base_t": float(default_base if base is None else base)}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))

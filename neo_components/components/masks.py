@@ -72,19 +72,22 @@ def causal(query: Tokens, key: Tokens) -> Tensor:
     return (query.document == key.document) & (query.place >= key.place)
 
 
-def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> Tensor:
-    """The whole matrix.
+def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", queries: int | None = None) -> Tensor:
+    """The whole matrix, or its last rows.
 
     Args:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name.
+        queries: give only the rows of the last so many tokens.
 
     Returns:
-        [B, L, L] bool, ``True`` where the query (row) sees the key (column).
+        [B, L, L] or [B, queries, L] bool, ``True`` where the query (row) sees the key (column).
     """
-    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
-    query = Tokens(document_ids[..., :, None], image_ids[..., :, None], place[..., :, None])
+    length = document_ids.shape[-1]
+    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+    rows = slice(length - (length if queries is None else queries), length)
+    query = Tokens(document_ids[..., rows, None], image_ids[..., rows, None], place[..., rows, None])
     key = Tokens(document_ids[..., None, :], image_ids[..., None, :], place[..., None, :])
     return mask_rule(rule)(query, key)
 

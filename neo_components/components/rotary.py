@@ -38,7 +38,8 @@ class PairTable:
 
 def section(axis: int, width: int, base: float) -> PairTable:
     """The pairs of one section of ``width`` channels: frequencies ``base ** (-2k / width)``, all on one axis."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    # On the CPU also where a model is built on the meta device, which has no values.
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     return PairTable((axis,) * (width // 2), tuple((1.0 / base**exponents).tolist()))
 
 
@@ -171,6 +172,12 @@ class Rotary(nn.Module):
         super()._apply(fn, recurse)
         self.frequency = torch.tensor(self._table.frequency, dtype=torch.float32, device=self.frequency.device)
         return self
+
+    @torch.no_grad()
+    def fill_tables(self) -> None:
+        """Writes axes and frequencies where they lie: after a move from the meta device they hold nothing."""
+        self.axis.copy_(torch.tensor(self._table.axis))
+        self.frequency.copy_(torch.tensor(self._table.frequency, dtype=torch.float32))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [B, L, 3] -> cosines and sines, each [B, L, 1, E] float32 (one entry per pair, for any head)."""

@@ -1,9 +1,9 @@
 """Copies the part of this library that a model needs into files that stand beside each other in one folder.
 
 transformers takes code along by following relative imports of sibling files. So every module that the roots import
-becomes one file, its imports of the package become relative, and what nothing asks for any more is left out: the methods
-that read and write files (:data:`LEFT_OUT`), then whatever only they used. A user of the folder reads the components as
-they are.
+becomes one file, its imports of the package become relative, and what nothing asks for any more is left out: the
+methods that read and write files (:data:`LEFT_OUT`), then whatever only they used. A user of the folder reads the
+components as they are.
 """
 
 from __future__ import annotations

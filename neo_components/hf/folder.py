@@ -67,7 +67,7 @@ def write_hf(
         write_text(folder / name, text)
     _check_code(folder, state)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "left"  # where generate wants it
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # where generate wants it
     stops = stop_token_ids(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stops[0])

@@ -10,24 +10,11 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
+from transformers.image_utils import load_image
 
 from neo_components.data.conversation import IMAGE_TAG, IMAGE_TOKENS
 from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
 from neo_components.packing import cut_patches
-
-
-class NEOImagesKwargs(ImagesKwargs, total=False):
-    """Limits that a call may change."""
-
-    min_pixels: int
-    max_pixels: int
-
-
-class NEOProcessorKwargs(ProcessingKwargs, total=False):
-    """The chat template writes all special tokens, so the tokenizer adds none."""
-
-    _defaults = {"text_kwargs": {"padding": False, "add_special_tokens": False}}  # noqa: RUF012 - read by transformers
 
 
 class NEOImageProcessor(ImageProcessingMixin):
@@ -42,7 +29,6 @@ class NEOImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012 - a class attribute of transformers
-    valid_kwargs = NEOImagesKwargs
 
     def __init__(
         self,
@@ -89,12 +75,6 @@ class NEOImageProcessor(ImageProcessingMixin):
                 grids.append([pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size])
         return BatchFeature({"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor(grids)})
 
-    def fetch_images(self, images: Any) -> Any:
-        """Addresses become pictures; files are opened when they are cut up."""
-        if isinstance(images, list | tuple):
-            return [self.fetch_images(image) for image in images]
-        return super().fetch_images(images) if isinstance(images, str) and not Path(images).is_file() else images
-
 
 def _by_prompt(images: Any) -> list[list[Any]]:
     """The pictures of each prompt."""
@@ -106,6 +86,8 @@ def _by_prompt(images: Any) -> list[list[Any]]:
 
 
 def _open(picture: Any) -> Image.Image:
+    if isinstance(picture, str) and not Path(picture).is_file():
+        return load_image(picture)
     if isinstance(picture, str | Path | bytes | Image.Image):
         return open_image(picture)
     return to_pil_image(picture)
@@ -120,8 +102,6 @@ class NEOProcessor(ProcessorMixin):
         chat_template: Jinja template.
         image_ids: the model's ids of the visual token, ``<img>`` and ``</img>``; the tokenizer's own if ``None``.
     """
-
-    valid_processor_kwargs = NEOProcessorKwargs
 
     def __init__(
         self,
@@ -140,7 +120,7 @@ class NEOProcessor(ProcessorMixin):
         Args:
             images: pictures: one, a list in the order of the tags of all texts, or a list for each text.
             text: a prompt or several, as :meth:`apply_chat_template` writes them, with an ``<image>`` for each picture.
-            kwargs: ``padding``, ``return_tensors`` and others of transformers; ``min_pixels`` and ``max_pixels``.
+            kwargs: ``padding``, ``return_tensors`` and others of a tokenizer; ``min_pixels`` and ``max_pixels``.
 
         Returns:
             ``input_ids`` and ``attention_mask`` [B, L], and with pictures ``pixel_values`` [P, C * patch_size**2] and
@@ -149,34 +129,46 @@ class NEOProcessor(ProcessorMixin):
         Raises:
             ValueError: if tags and pictures differ in number, or a text holds a reserved token.
         """
-        features = super().__call__(images=images, text=text, **kwargs)
-        if "input_ids" in features:
-            features["input_ids"] = self._model_ids(features["input_ids"])
-        return features
+        if images is None and text is None:
+            raise ValueError("give images, text or both")
+        limits = {name: kwargs.pop(name, None) for name in ("min_pixels", "max_pixels")} | kwargs.pop(
+            "images_kwargs", {}
+        )
+        if text is None:
+            return self.image_processor(images, **limits)
+        texts = [text] if isinstance(text, str) else list(text)
+        if any(token in prompt for prompt in texts for token in IMAGE_TOKENS):
+            raise ValueError(f"a text holds one of the reserved {', '.join(IMAGE_TOKENS)}; write {IMAGE_TAG}")
+        prompts = self._share(images, [prompt.count(IMAGE_TAG) for prompt in texts])
+        pictures = self.image_processor(prompts, **limits) if any(prompts) else {}
+        tokens = [self.replace_image_token(pictures, n) for n in range(len(pictures.get("image_grid_hw", ())))]
+        texts, offsets = self.get_text_with_replacements(texts, tokens)
+        return self._features(texts, offsets, pictures, **kwargs | kwargs.pop("text_kwargs", {}))
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """The pictures of each text in a list of their own."""
-        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if text is not None:
-            images = self._share(images, [prompt.count(IMAGE_TAG) for prompt in text])
-            if any(token in prompt for prompt in text for token in IMAGE_TOKENS):
-                raise ValueError(f"a text holds one of the reserved {', '.join(IMAGE_TOKENS)}; write {IMAGE_TAG}")
-        return images, text, *others
+    def _features(self, texts: list[str], offsets: Any, pictures: Any, **options: Any) -> BatchFeature:
+        """What the tokenizer makes of the texts, with the pictures."""
+        kind, told = options.pop("return_tensors", None), options.pop("return_text_replacement_offsets", False)
+        # The chat template writes all special tokens, so the tokenizer adds none.
+        features = dict(self.tokenizer(texts, **{"add_special_tokens": False} | options))
+        features["input_ids"] = self._model_ids(features["input_ids"])
+        features |= {"text_replacement_offsets": offsets} if told else {}
+        return BatchFeature(features | dict(pictures), kind, skip_tensor_conversion=["text_replacement_offsets"])
 
-    def _share(self, images: Any, tags: list[int]) -> list[list[Any]] | None:
-        """Hands pictures to texts by their tags."""
-        prompts = [] if images is None else _by_prompt(images)
+    def _share(self, images: Any, tags: list[int]) -> list[list[Any]]:
+        """The pictures of each text; a flat list is dealt out by the texts' tags."""
         nested = isinstance(images, list | tuple) and any(isinstance(prompt, list | tuple) for prompt in images)
+        prompts = [] if images is None else _by_prompt(images)
         if not nested:
             left = [picture for prompt in prompts for picture in prompt]
-            given = len(left)
-            prompts = [[left.pop(0) for _ in range(count) if left] for count in tags]
-            if given != sum(tags):
-                raise ValueError(f"{sum(tags)} {IMAGE_TAG} tags for {given} images; write one tag for each image")
+            dealt = [[left.pop(0) for _ in range(count) if left] for count in tags]
+            prompts = [*dealt, left] if left else dealt
         counts = [len(prompt) for prompt in prompts]
         if counts != tags:
-            raise ValueError(f"{tags} {IMAGE_TAG} tags in the texts for {counts} images; write one tag for each image")
-        return prompts if any(counts) else None
+            raise ValueError(
+                f"{sum(tags)} {IMAGE_TAG} tags for {sum(counts)} images (text by text {tags} and {counts}); write one "
+                "tag for each image"
+            )
+        return prompts
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """What a tag becomes: the visual tokens between their boundary tokens."""
@@ -184,13 +176,12 @@ class NEOProcessor(ProcessorMixin):
         token, start, end = IMAGE_TOKENS
         return start + token * (rows * columns // self.image_processor.fold**2) + end
 
-    def _model_ids(self, token_ids: Any) -> Any:
+    def _model_ids(self, rows: list[list[int]]) -> list[list[int]]:
         """The tokenizer's three image ids replaced by the model's."""
         own = self.tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
         if own == self.image_ids:
-            return token_ids
-        rows = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
+            return rows
         if clash := {i for row in rows for i in row} & set(self.image_ids) - set(own):
             raise ValueError(f"the model's image tokens {self.image_ids} use ids {sorted(clash)} of the text")
-        replaced = [[dict(zip(own, self.image_ids, strict=True)).get(i, i) for i in row] for row in rows]
-        return torch.tensor(replaced) if isinstance(token_ids, torch.Tensor) else replaced
+        new = dict(zip(own, self.image_ids, strict=True))
+        return [[new.get(i, i) for i in row] for row in rows]

@@ -1,4 +1,4 @@
-"""The chat template of an exported model: writes what the library itself writes, with pictures as messages have them."""
+"""The chat template of an exported model: writes what the library itself writes, and takes pictures in messages."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ PICTURES = (
     """\
 {%- set plain = namespace(messages=[]) -%}
 {%- for message in messages -%}
-  {%- set text = namespace(value=message.content) -%}
+  {%- set text = namespace(value=message.content, begun=false) -%}
   {%- if message.content is not string and message.content is iterable -%}
     {%- set text.value = '' -%}
     {%- for item in message.content -%}
       {%- if item.type == 'image' -%}
-        {%- set text.value = text.value + 'IMAGE_TAG\\n' -%}
+        {%- set text.value = text.value + ('IMAGE_TAG' if text.begun else 'IMAGE_TAG\\n') -%}
       {%- elif item.type == 'text' -%}
+        {%- set text.begun = true -%}
         {%- set text.value = text.value + item.text -%}
       {%- else -%}
         {{- raise_exception('content may be image or text, not ' ~ item.type) -}}
@@ -28,7 +29,8 @@ PICTURES = (
 {%- set messages = plain.messages -%}
 """
 ).replace("IMAGE_TAG", IMAGE_TAG)
-"""Turns lists of content into text, each picture a line of its own; the template of the language model follows."""
+"""Turns lists of content into text: pictures before all text are a line each, as ``Chat`` puts them, others stand where
+they are. The template of the language model follows."""
 
 CHATML = """\
 {%- for message in messages -%}

@@ -206,11 +206,12 @@ def test_sequential_positions_by_hand() -> None:
 
 def test_native_frequencies_by_hand() -> None:
     """Head width 16, bases 1e6 and 1e4."""
-    table = rope_variant("native").table(16, 1e6, 1e4, 1e4)
+    own = section(T, 16, 1e6).frequency
+    table = rope_variant("native").table(own, 1e4, 1e4)
     assert table.axis == (T,) * 8 + (H,) * 4 + (W,) * 4
     t = [1, 0.17783, 0.031623, 0.0056234, 0.001, 1.7783e-4, 3.1623e-5, 5.6234e-6]
     assert table.frequency == pytest.approx([*t, *[1, 0.1, 0.01, 0.001] * 2], rel=1e-4)
-    other = rope_variant("native").table(16, 1e6, 1e6, 1e4)
+    other = rope_variant("native").table(own, 1e6, 1e4)
     assert other.frequency[8:12] == pytest.approx([1, 0.031623, 0.001, 3.1623e-5], rel=1e-4)
 
 
@@ -267,7 +268,7 @@ def test_unknown_rope_is_named() -> None:
 
 def test_a_table_of_the_wrong_length_is_refused() -> None:
     name = "short"
-    register_rope(name)(lambda: RopeVariant(native_positions, lambda width, *bases: section(T, width, 1e4)))
+    register_rope(name)(lambda: RopeVariant(native_positions, lambda t, *bases: section(T, 2 * len(t), 1e4)))
     try:
         with pytest.raises(
             ValueError, match="rope 'short' gives 4 axes and 4 frequencies, not one each for the 8 pairs"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from neo_components.components.backends import Attend, prepare_attention, sdpa
-from neo_components.components.masks import dense_mask, document_spans
+from neo_components.components.masks import LayerRule, dense_mask, document_spans
 from neo_components.hf.rows import Rows
 
 
@@ -34,23 +35,24 @@ class CachedAttention:
         return sdpa(q, keys, values, self.mask, scale)
 
 
-def cached_attention(rows: Rows, new: int, rules: list[str], cache: Any, backend: str) -> list[Attend]:
+def cached_attention(rows: Rows, new: int, rules: Sequence[LayerRule], cache: Any, backend: str) -> list[Attend]:
     """The attention of every block.
 
     Args:
         rows: all tokens, those in the cache first.
         new: how many of them are new.
-        rules: mask rule of each block.
+        rules: whom the tokens of each block see.
         cache: see :class:`CachedAttention`.
         backend: for new tokens without any before them.
     """
     documents, images = rows.document_ids, rows.image_ids
-    attends: dict[str, Attend | None] = {}
-    masks: dict[str, Tensor | None] = {}
     # The backends take each unbroken run of tokens as a document of its own.
     runs = [span.row for span in document_spans(documents)] if new == documents.shape[1] else []
-    fresh = 0 < len(runs) == len(set(runs))
-    for rule in set(rules):
-        attends[rule] = prepare_attention(documents, images, rule, backend) if fresh else None
-        masks[rule] = None if fresh else dense_mask(documents, images, rule, new)[:, None]
+    attends: dict[LayerRule, Attend | None] = dict.fromkeys(rules)
+    masks: dict[LayerRule, Tensor | None] = dict.fromkeys(rules)
+    for rule in attends:
+        if 0 < len(runs) == len(set(runs)):
+            attends[rule] = prepare_attention(documents, images, rule.rule, backend, rule.window)
+        else:
+            masks[rule] = dense_mask(documents, images, rule.rule, rule.window, new)[:, None]
     return [CachedAttention(cache, number, attends[rule], masks[rule]) for number, rule in enumerate(rules)]

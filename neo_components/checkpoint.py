@@ -252,7 +252,9 @@ def _boundary_rows(model: Any) -> dict[int, int]:
 
 def _check_expressible(model: Any) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
-    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
+    faults = [
+        f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]
+    ]
     faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]

@@ -104,8 +104,12 @@ def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
 
 def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     llm, vision = ({name: _scalar(value) for name, value in config[part].items()} for part in CONFIGS)
-    require(llm, {"use_sliding_window": (False,), "rope_scaling": (None,), "attention_bias": (False,)})
+    require(llm, {"use_sliding_window": (False,), "attention_bias": (False,)})
+    if llm.get("rope_theta") is None and "rope_theta" not in (llm.get("rope_parameters") or {}):
+        raise ValueError(f"{folder}/config.json gives no rope_theta")
     sizes = qwen3_sizes(llm | {"layer_types": None, "tie_word_embeddings": is_tied(config)})
+    if scaling := sizes.get("rope_scaling"):
+        raise ValueError(f"rope scaling {scaling['rope_type']!r} is not part of the released NEO layout")
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
     base_hw = float(llm.get("rope_theta_hw", 1e4))
     same = {name: value for name, value in sizes.items() if name in BLOCK} | {"base_h": base_hw, "base_w": base_hw}
@@ -252,9 +256,7 @@ def _boundary_rows(model: Any) -> dict[int, int]:
 
 def _check_expressible(model: Any) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
-    faults = [
-        f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]
-    ]
+    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
     faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]

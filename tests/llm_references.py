@@ -127,7 +127,9 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def reference(family: str, folder: Path, seed: int = 1, keep: Callable[[Any], Any] | None = None, **options: Any) -> Any:
+def reference(
+    family: str, folder: Path, seed: int = 1, keep: Callable[[Any], Any] | None = None, **options: Any
+) -> Any:
     """A random model of a family, saved in ``folder``; every weight, norm gain and bias counts.
 
     Args:

@@ -152,7 +152,7 @@ def test_what_is_missing(tmp_path: Path, text: str, key: str, lacks: str) -> Non
 def test_a_misspelt_key_is_not_missing_as_well(tmp_path: Path) -> None:
     path = written(tmp_path, "model: {pre_bufer: {depth: 1}, post_llm: {from_pretraind: a/b}}")
     assert [key for key, _ in faults(path)] == ["model.pre_bufer", "model.post_llm.from_pretraind"]
-    assert faults(path)[1][1].startswith("unknown key; nearest: model.post_llm.from_pretrained (")
+    assert faults(path)[1][1].startswith("unknown key; nearest: model.post_llm.from_pretrained")
 
 
 def test_all_faults_together_each_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

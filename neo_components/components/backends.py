@@ -126,9 +126,7 @@ class SpanAttention:
         window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
     """
 
-    def __init__(
-        self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None
-    ) -> None:
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
         self.buckets = make_buckets(document_ids, image_ids, rule, window)
         self.places = [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
 
@@ -160,9 +158,7 @@ class FlexAttention:
     Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
     """
 
-    def __init__(
-        self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None
-    ) -> None:
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
         self.mask = block_mask(document_ids, image_ids, rule, window)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -186,9 +182,7 @@ class EagerAttention:
     Arguments as in :class:`SpanAttention`.
     """
 
-    def __init__(
-        self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None
-    ) -> None:
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
         self.mask = dense_mask(document_ids, image_ids, rule, window)[:, None]
         self.weights: list[Tensor] = []
 

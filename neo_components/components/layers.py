@@ -71,9 +71,7 @@ class GatedFeedForward(nn.Module):
         ValueError: if the activation is neither.
     """
 
-    def __init__(
-        self, hidden_size: int, feed_forward_size: int, activation: str = "silu", bias: bool = False
-    ) -> None:
+    def __init__(self, hidden_size: int, feed_forward_size: int, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
         self.activation = activation_of(activation)
         self.gate_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)

@@ -42,7 +42,7 @@ class PostLLM(PrimitiveStack):
             language models do otherwise than NEO on Qwen3.
         window_layers: numbers of the blocks that have the window; ``None``: all.
         window_base_t: base of the T frequencies in those blocks, unscaled; ``None``: like the others.
-        unturned_layers: numbers of the blocks whose T channels do not turn (NoPE).
+        unturned_layers: numbers of the blocks whose T channels do not turn (NoPE); ``None``: none.
         expert_layers: numbers of the blocks that have experts; ``None``: all.
         expert_size: width of one expert; ``None``: ``feed_forward_size``.
         embedding_multiplier: factor of the word embeddings. Visual tokens are put in after it.
@@ -89,7 +89,7 @@ class PostLLM(PrimitiveStack):
         normalize_experts: bool = True,
         window_layers: Sequence[int] | None = None,
         window_base_t: float | None = None,
-        unturned_layers: Sequence[int] = (),
+        unturned_layers: Sequence[int] | None = None,
         expert_layers: Sequence[int] | None = None,
         expert_size: int | None = None,
         embedding_multiplier: float = 1.0,
@@ -123,7 +123,7 @@ class PostLLM(PrimitiveStack):
             changes["window"] = None
         elif h.window is not None and h.window_base_t is not None:
             changes |= {"base_t": h.window_base_t, "rope_scaling": None}
-        if number in h.unturned_layers:
+        if number in (h.unturned_layers or ()):
             changes["rotary_width"] = 0
         if h.num_experts is not None and h.expert_layers is not None and number not in h.expert_layers:
             changes["num_experts"] = None

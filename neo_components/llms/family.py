@@ -190,4 +190,3 @@ def _scaling(config: Config, rope: Config, kind: str) -> dict[str, Any]:
         if kind in ("yarn", "longrope") and "factor" not in scaling and context and scaling[ORIGINAL]:
             scaling["factor"] = context / scaling[ORIGINAL]
     return scaling
-

@@ -5,7 +5,17 @@
 
 from __future__ import annotations
 
-from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, is_rotary_table, require, rope_sizes, window_sizes
+from neo_components.llms.family import (
+    Config,
+    Family,
+    Sizes,
+    block_sizes,
+    in_model,
+    is_rotary_table,
+    require,
+    rope_sizes,
+    window_sizes,
+)
 
 DEFAULTS = {
     "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,

@@ -26,11 +26,11 @@ FROM = "from_pretrained"
 
 
 def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a component's numbers: all are positive, but ids, depths and ``init_std`` may be 0."""
+    """What is wrong with a component's numbers: all are positive, but ids, depths, ``init_std`` and ``rotary_width`` may be 0."""
     found = {}
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            may_be_zero = key.endswith("_id") or key in ("depth", "init_std")
+            may_be_zero = key.endswith("_id") or key in ("depth", "init_std", "rotary_width")
             if value < 0 or (value == 0 and not may_be_zero):
                 found[key] = f"got {value}, must be {'0 or more' if may_be_zero else 'positive'}"
     return found
@@ -56,7 +56,7 @@ else:
         "NewPreBuffer",
         PreBuffer,
         omit=["hidden_size", *_SHARED],
-        # Where nothing is said, the blocks are shaped like the post-LLM's.
+        # Where nothing is said, the blocks have the sizes of the post-LLM's.
         replace={
             "num_heads": (int | None, None),
             "num_kv_heads": (int | None, None),

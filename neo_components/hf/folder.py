@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from importlib import import_module
@@ -16,9 +15,8 @@ import torch
 from neo_components.checkpoint import own_config
 from neo_components.components.masks import MASK_RULES
 from neo_components.components.rotary import ROPE_VARIANTS
-from neo_components.evaluation import stop_token_ids
 from neo_components.hf.bundle import bundle
-from neo_components.hf.template import chat_template
+from neo_components.hf.text import CHATML, PICTURES, write_json, write_text_side
 from neo_components.model import NEO
 from neo_components.weights import save_folder, write_text
 
@@ -66,20 +64,9 @@ def write_hf(
     for name, text in files.items():
         write_text(folder / name, text)
     _check_code(folder, state)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # where generate wants it
-    stops = stop_token_ids(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stops[0])
-    tokenizer.chat_template = chat_template(tokenizer)
-    tokenizer.save_pretrained(folder)
-    generation = {
-        "do_sample": False, "eos_token_id": stops, "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(folder / "processor_config.json", _processor(model, min_pixels, max_pixels))
-    _write_json(folder / "preprocessor_config.json", _images(model, min_pixels, max_pixels))
+    write_text_side(tokenizer, folder, PICTURES + CHATML, max_new_tokens)
+    write_json(folder / "processor_config.json", _processor(model, min_pixels, max_pixels))
+    write_json(folder / "preprocessor_config.json", _images(model, min_pixels, max_pixels))
     return folder
 
 
@@ -119,10 +106,6 @@ def _processor(model: NEO, min_pixels: int, max_pixels: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _check_parts(model: NEO) -> None:
     """Refuses what comes from outside the library.
 
@@ -132,7 +115,7 @@ def _check_parts(model: NEO) -> None:
     if model.input_spec.channels != 3:
         raise ValueError(f"pictures have 3 channels, this model reads {model.input_spec.channels}; it has no processor")
     used = [("rope", stack.hparams.rope, ROPE_VARIANTS[stack.hparams.rope].table) for stack in _stacks(model)]
-    used += [("attention", rule, MASK_RULES[rule]) for rule in model.layer_rules]
+    used += [("attention", rule, MASK_RULES[rule]) for rule in sorted({r.rule for r in model.layer_rules})]
     for kind, name, function in used:
         if function.__module__.split(".")[0] != "neo_components":
             raise ValueError(

@@ -143,9 +143,27 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         known = getattr(cache, "neo_rows", None) if past else Rows.none(spec, len(input_ids))
         if known is None:
             raise ValueError("past_key_values holds tokens that this model did not read; start with an empty cache")
+        known = known.cut(past)
+        rows = known.extend(input_ids, attention_mask, self._sizes(image_grid_hw))
+        if past and self._turn_anew(known, rows):
+            raise ValueError(
+                "the new tokens make a row so long that its frequencies change, which voids what the cache holds "
+                "(longrope and dynamic scaling); read all tokens again without past_key_values, as generate does"
+            )
+        return rows
+
+    def _sizes(self, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
+        """Rows and columns of visual tokens of each image."""
+        fold = self.model.input_spec.fold
         grids = [] if image_grid_hw is None else image_grid_hw.tolist()
-        sizes = [(rows // spec.fold, columns // spec.fold) for rows, columns in grids]
-        return known.cut(past).extend(input_ids, attention_mask, sizes)
+        return [(rows // fold, columns // fold) for rows, columns in grids]
+
+    def _turn_anew(self, before: Rows, after: Rows) -> bool:
+        """Whether rows turn by other frequencies than what they held before."""
+        if not any(isinstance(part, Rotary) and part.looks_at_length for part in self.modules()):
+            return False
+        lengths = zip(before.lengths(), after.lengths(), strict=True)
+        return any(self.model.regimes(short) != self.model.regimes(long) for short, long in lengths if short)
 
     def _batch(self, input_ids: Tensor, rows: Rows, pixel_values: Tensor | None, image_grid_hw: Tensor | None) -> Batch:
         """The new tokens as the model's own input."""
@@ -169,11 +187,26 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             patch_positions=places,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """Images go with the prompt only, unless nothing is cached and the prompt is read anew each time."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Any:
+        """Images go with the prompt only, unless it is read again: without a cache, or where the cache is void."""
+        if past_key_values is not None and not is_first_iteration and self._is_void(input_ids, past_key_values, kwargs):
+            past_key_values, is_first_iteration = DynamicCache(config=self.config), True
+            kwargs["next_sequence_length"] = None
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs |= {"pixel_values": None, "image_grid_hw": None}
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _is_void(self, input_ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether the tokens behind those in the cache change the frequencies that it was filled with."""
+        known, past = getattr(cache, "neo_rows", None), cache.get_seq_length()
+        if known is None or not 0 < past < input_ids.shape[1]:
+            return False
+        known = known.cut(past)
+        return self._turn_anew(known, known.extend(input_ids[:, past:], kwargs.get("attention_mask"), []))
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
@@ -181,10 +214,9 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         """Repeats each row, for beams and several answers: its images as a whole, not patch by patch."""
         if expand_size > 1 and input_ids is not None and kwargs.get("pixel_values") is not None:
             grids, pixels = kwargs.pop("image_grid_hw"), kwargs.pop("pixel_values")
-            rows = Rows.none(self.model.input_spec, len(input_ids))
-            fold = self.model.input_spec.fold
-            sizes = [(r // fold, c // fold) for r, c in grids.tolist()]
-            counts = [len(own) for own in rows.extend(input_ids, kwargs.get("attention_mask"), sizes).grids]
+            none = Rows.none(self.model.input_spec, len(input_ids))
+            rows = none.extend(input_ids, kwargs.get("attention_mask"), self._sizes(grids))
+            counts = [len(own) for own in rows.grids]
             patches = [int(part.prod(-1).sum()) for part in grids.split(counts)]
             again = {
                 "image_grid_hw": [part for part in grids.split(counts) for _ in range(expand_size)],

@@ -6,6 +6,7 @@ the positions come from the model's own index rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -115,6 +116,13 @@ class Rows:
         if self._known is None or self._known.shape[1] < total:
             self._known = self._all_positions(AHEAD).to(self.image_ids.device)
         return self._known[:, total - count : total]
+
+    def lengths(self) -> list[int]:
+        """T positions of each row, by which some language models choose their frequencies."""
+        total = self.image_ids.shape[1]
+        if not total:
+            return [0] * len(self.grids)
+        return [math.ceil(last) + 1 for last in self.positions(total)[..., 0].amax(1).tolist()]
 
     def _all_positions(self, ahead: int) -> Tensor:
         """[B, S + ahead, 3], as if text followed."""

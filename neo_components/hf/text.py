@@ -1,10 +1,15 @@
-"""The chat template of an exported model: writes what the library itself writes, and takes pictures in messages."""
+"""The text side of an exported folder: tokenizer, chat template and generation settings."""
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 from neo_components.data.conversation import IMAGE_TAG
+from neo_components.evaluation import stop_token_ids
+from neo_components.weights import write_text
 
 PICTURES = (
     """\
@@ -45,6 +50,29 @@ CHATML = """\
 """As ``data.encode_prompt`` writes it."""
 
 
-def chat_template(tokenizer: Any) -> str:
-    """The template for a tokenizer: ChatML, as the model was trained."""
-    return PICTURES + CHATML
+def write_text_side(tokenizer: Any, folder: Path, chat_template: str, max_new_tokens: int = 256) -> None:
+    """Writes tokenizer, chat template and generation_config.json: greedy, up to the tokens that end an answer.
+
+    Args:
+        tokenizer: Hugging Face tokenizer; it is not changed.
+        folder: where.
+        chat_template: Jinja template.
+        max_new_tokens: longest answer where a user of the folder does not say.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # where generate wants it
+    stops = stop_token_ids(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stops[0])
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    settings = {
+        "do_sample": False, "eos_token_id": stops, "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    write_json(folder / "generation_config.json", settings)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object as config files look."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
 """Writes a post-LLM's T path as an ordinary causal language model, for those who want the language model alone.
 
-What an ordinary model has no place for stays behind: the pre-Buffer and the patch embedding, and of every head the H and W
-channels. These act between words too once they are trained (text lies at H = W = 0, where they do not turn, but they still
-score), so the exported model computes what ``PostLLM.text_logits`` gives with its H/W keys at zero.
+What an ordinary model has no place for stays behind: the pre-Buffer and the patch embedding, and of every head the H
+and W channels. These act between words too once they are trained (text lies at H = W = 0, where they do not turn, but
+they still score), so the exported model computes what ``PostLLM.text_logits`` gives with its H/W keys at zero.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def language_model_config(llm: PostLLM) -> tuple[dict[str, Any], Family]:
     """
     if llm.hf_config is None:
         raise ValueError(
-            "this post-LLM was not read from a language model in the Hugging Face layout, so the form to write it in is "
-            "not known; build it by PostLLM.from_pretrained, or export the whole model by --to hf"
+            "this post-LLM was not read from a language model in the Hugging Face layout, so the form to write it in "
+            "is not known; build it by PostLLM.from_pretrained, or export the whole model by --to hf"
         )
     faults = []
     for config in _forms(llm.hf_config):
@@ -82,7 +82,7 @@ def language_model_config(llm: PostLLM) -> tuple[dict[str, Any], Family]:
         if fault is None:
             dtype = str(llm.word_embedding.weight.dtype).removeprefix("torch.")
             own = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
-            return own | {"dtype": dtype}, FAMILIES[kind]
+            return own | {"architectures": [_class_name(kind)], "dtype": dtype}, FAMILIES[kind]
         faults.append(f"as {kind}: {fault}")
     raise ValueError(f"transformers has no model that computes this language model; {'; '.join(faults)}")
 
@@ -93,11 +93,11 @@ def _forms(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if isinstance(inner := config.get("text_config"), dict):
         tied = config.get("tie_word_embeddings", True)
         kind = inner.get("model_type", f"{config['model_type']}_text")
-        yield inner | {"model_type": kind, "tie_word_embeddings": tied, "architectures": [_class_name(kind)]}
+        yield inner | {"model_type": kind, "tie_word_embeddings": tied}
     plain = {name: value for name, value in config.items() if name not in ("auto_map", "bias", "qkv_bias")}
     biases = {"attention_bias": config.get("qkv_bias", config.get("bias", config["model_type"] == "internlm2"))}
     biases["mlp_bias"] = config["model_type"] == "internlm3" and config.get("bias", False)
-    yield plain | biases | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    yield plain | biases | {"model_type": "llama"}
 
 
 def _class_name(kind: str) -> str | None:
@@ -110,11 +110,10 @@ def _class_name(kind: str) -> str | None:
 def _differs(llm: PostLLM, config: dict[str, Any]) -> str | None:
     """Why a config does not describe the T path; ``None`` if it does."""
     kind, family = config["model_type"], FAMILIES.get(config["model_type"])
-    name = (config.get("architectures") or [_class_name(kind)])[0]
     if family is None or _class_name(kind) is None:
         return f"transformers has no causal language model of type {kind!r}"
-    if _class_name(kind) != name:
-        return f"{name} is more than a language model"
+    if "text_config" in config:
+        return f"{_class_name(kind)} is more than a language model"
     try:
         said = family.sizes(config)
     except (KeyError, ValueError) as error:
@@ -122,7 +121,9 @@ def _differs(llm: PostLLM, config: dict[str, Any]) -> str | None:
     defaults = {name: p.default for name, p in inspect.signature(PostLLM).parameters.items()}
     wanted = {name: value for name, value in llm.hparams.items() if name not in NEO_ONLY}
     given = {name: said.get(name, defaults[name]) for name in wanted}
-    differ = [f"{n} is {wanted[n]!r}, the config says {given[n]!r}" for n in wanted if _plain(wanted[n]) != _plain(given[n])]
+    differ = [
+        f"{n} is {wanted[n]!r}, the config says {given[n]!r}" for n in wanted if _plain(wanted[n]) != _plain(given[n])
+    ]
     return "; ".join(differ) or None
 
 
@@ -144,7 +145,8 @@ def _check_text(llm: PostLLM) -> None:
     for layer in llm.layers:
         rule, window = layer.layer_rule  # type: ignore[misc]
         if not torch.equal(
-            dense_mask(documents, none, rule, window), dense_mask(documents, none, "causal", window)  # type: ignore[arg-type]
+            dense_mask(documents, none, rule, window),
+            dense_mask(documents, none, "causal", window),  # type: ignore[arg-type]
         ):
             raise ValueError(f"attention {rule!r} does not read text causally, as a language model does")
         own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})  # type: ignore[arg-type]
@@ -165,7 +167,9 @@ def _without_image_tokens(tokenizer: Any, llm: PostLLM) -> Any:
 
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in beyond]
-    options = {name: value for name, value in copy.deepcopy(tokenizer.init_kwargs).items() if name != "tokenizer_object"}
+    options = {
+        name: value for name, value in copy.deepcopy(tokenizer.init_kwargs).items() if name != "tokenizer_object"
+    }
     for name in ("extra_special_tokens", "additional_special_tokens"):
         if isinstance(options.get(name), list):
             options[name] = [token for token in options[name] if str(token) not in beyond]
@@ -179,7 +183,7 @@ def _check_names(config: dict[str, Any], family: Family, state: dict[str, Tensor
     Raises:
         ValueError: naming what differs.
     """
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**config))
@@ -216,8 +220,8 @@ def _card(llm: PostLLM, config: dict[str, Any], license: str) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"license: {license or 'unknown'}\n---\n"
         "# Language model of a native vision-language model\n\n"
-        f"The T path of the post-LLM of a NEO model (arXiv 2510.14979), {llm.hparams.depth} blocks, as {config['model_type']}, "
-        f"written by neo-components.\n\n{lost}"
+        f"The T path of the post-LLM of a NEO model (arXiv 2510.14979), {llm.hparams.depth} blocks, as "
+        f"{config['model_type']}, written by neo-components.\n\n{lost}"
     )
 
 

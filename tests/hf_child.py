@@ -1,6 +1,7 @@
 """What someone does who has transformers and an exported folder, and nothing of this library.
 
-Run as ``python hf_child.py JOB.json``: a folder, batches of conversations, and where to write tensors for the test.
+Run as ``python hf_child.py JOBS.json``: per model a folder, batches of conversations, and where to write tensors for
+the test.
 """
 
 from __future__ import annotations
@@ -86,57 +87,81 @@ def continued(model: Any, alone: dict[str, Tensor], cut: int) -> Tensor:
     return torch.cat([first.logits, then.logits], dim=1)
 
 
-def main(job: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
+def study(job: dict[str, Any]) -> dict[str, Tensor]:
+    """Everything that one exported model is asked; what the library must agree with is returned."""
     model, processor = load(job["folder"])
+    fold, token = model.config.patch_embedding["fold"], model.config.image_token_id
+    found: dict[str, Tensor] = {}
+    for number, conversations in enumerate(job["batches"]):
+        inputs = read(processor, conversations)
+        logits = model(**inputs).logits
+        found[f"{number}.answers"] = answers(model, inputs, eos_token_id=job["stop"])
+        uncached = answers(model, inputs, eos_token_id=job["stop"], use_cache=False)
+        assert torch.equal(uncached, found[f"{number}.answers"])
+        for row in range(len(conversations)):
+            real = inputs["attention_mask"][row].bool()
+            found[f"{number}.{row}.ids"] = inputs["input_ids"][row, real]
+            found[f"{number}.{row}.logits"] = logits[row, real]
+            if job["again"]:
+                study_row(model, one(inputs, row, fold, token), logits[row, real])
+        if job["again"]:
+            study_beams(model, inputs, [one(inputs, row, fold, token) for row in range(len(conversations))])
+    if job["again"]:
+        found |= study_rest(model, processor, job, found)
+    return found
+
+
+def study_row(model: Any, alone: dict[str, Tensor], expected: Tensor) -> None:
+    """Neither the neighbours nor a cache matters."""
+    own = model(**alone).logits[0]
+    assert torch.allclose(own, expected, atol=1e-5)
+    after = continued(model, alone, len(own) - 3)[0]
+    assert torch.allclose(after, own, atol=1e-5), (after - own).abs().max()
+
+
+def study_beams(model: Any, inputs: Any, rows: list[dict[str, Tensor]]) -> None:
+    """Two beams and both their answers: in a batch as alone. A row goes on with padding until the longest is done."""
+    both = answers(model, inputs, num_beams=2, num_return_sequences=2)
+    for row, alone in enumerate(rows):
+        beams = answers(model, alone, num_beams=2, num_return_sequences=2)
+        assert torch.equal(both[2 * row : 2 * row + 2, : beams.shape[1]], beams)
+
+
+def study_rest(model: Any, processor: Any, job: dict[str, Any], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Padding on the right, the loss, saving and loading again, half precision."""
+    more: dict[str, Tensor] = {}
     config = AutoConfig.from_pretrained(job["folder"], trust_remote_code=True)
     assert model.config.to_dict() == config.to_dict() | {"_name_or_path": model.config.name_or_path}
-    fold, token = config.patch_embedding["fold"], config.image_token_id
-    found: dict[str, Tensor] = {}
+    last = len(job["batches"]) - 1
+    flipped = read(processor, job["batches"][last], padding_side="right")
+    assert not flipped["attention_mask"][:, -1].all()
+    for row, real in enumerate(flipped["attention_mask"].bool()):
+        right = model(**flipped).logits[row, real]
+        assert torch.allclose(right, found[f"{last}.{row}.logits"], atol=1e-5)
+    labels = flipped["input_ids"].masked_fill(flipped["attention_mask"] == 0, -100)
+    more["loss.labels"] = labels.masked_fill(labels >= config.vocab_size, -100)
+    more["loss"] = model(**flipped, labels=more["loss.labels"]).loss
+    states = model(**flipped, output_hidden_states=True).hidden_states
+    assert len(states) == config.num_hidden_layers + 1
+    assert torch.equal(model.model.post_llm.logits(states[-1]), model(**flipped).logits)
+    model.save_pretrained(job["again"])
+    processor.save_pretrained(job["again"])
+    again, their = load(job["again"])
+    inputs = read(their, job["batches"][last])
+    assert torch.equal(again(**inputs).logits, model(**read(processor, job["batches"][last])).logits)
+    half, _ = load(job["folder"], dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    more["half"] = half(**inputs).logits.float()
+    for mine, theirs in zip(model.buffers(), half.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    return more
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
     with torch.no_grad():
-        for number, conversations in enumerate(job["batches"]):
-            inputs = read(processor, conversations)
-            logits = model(**inputs).logits
-            found[f"{number}.answers"] = answers(model, inputs, eos_token_id=job["stop"])
-            uncached = answers(model, inputs, eos_token_id=job["stop"], use_cache=False)
-            assert torch.equal(uncached, found[f"{number}.answers"])
-            twice = answers(model, inputs, num_beams=2, num_return_sequences=2)
-            for row in range(len(conversations)):
-                real = inputs["attention_mask"][row].bool()
-                alone = one(inputs, row, fold, token)
-                found[f"{number}.{row}.ids"] = alone["input_ids"][0]
-                found[f"{number}.{row}.logits"] = logits[row, real].clone()
-                own = model(**alone).logits[0]
-                assert torch.allclose(own, logits[row, real], atol=1e-5)
-                after = continued(model, alone, len(own) - 3)[0]
-                assert torch.allclose(after, own, atol=1e-5), (after - own).abs().max()
-                beams = answers(model, alone, num_beams=2, num_return_sequences=2)
-                assert torch.equal(_trim(twice[2 * row : 2 * row + 2], beams.shape[1]), beams)
-        flipped = read(processor, job["batches"][-1], padding_side="right")
-        assert not flipped["attention_mask"][:, -1].all()
-        for row, ids in enumerate(flipped["attention_mask"].bool()):
-            right = model(**flipped).logits[row, ids]
-            assert torch.allclose(right, found[f"{len(job['batches']) - 1}.{row}.logits"], atol=1e-5)
-        labels = flipped["input_ids"].masked_fill(flipped["attention_mask"] == 0, -100)
-        labels[labels >= config.vocab_size] = -100
-        found["loss"] = model(**flipped, labels=labels).loss
-        found["loss.labels"] = labels
-        model.save_pretrained(job["again"])
-        processor.save_pretrained(job["again"])
-        again, their = load(job["again"])
-        inputs = read(their, job["batches"][-1])
-        assert torch.equal(again(**inputs).logits, model(**read(processor, job["batches"][-1])).logits)
-        half, _ = load(job["folder"], dtype=torch.bfloat16)
-        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-        found["half"] = half(**inputs).logits.float()
-        for mine, theirs in zip(model.buffers(), half.buffers(), strict=True):
-            assert torch.equal(mine, theirs)
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, job["out"])
-
-
-def _trim(ids: Tensor, length: int) -> Tensor:
-    """A row of a batch goes on with padding until the longest is done."""
-    return ids[:, :length]
+        for job in jobs:
+            save_file({name: tensor.contiguous() for name, tensor in study(job).items()}, job["out"])
 
 
 if __name__ == "__main__":

@@ -7,18 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import randomize, tiny_model
-from llm_builders import native_model, text_llm
+from llm_builders import native_model, text_llm, word_tokenizer
+from llm_references import CASES, reference
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, pack
+from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.chat import Chat
 from neo_components.components.bridge import Bridge
 from neo_components.components.masks import MASK_RULES, register_mask
@@ -38,16 +40,15 @@ QUESTIONS = [
 """Batches of a question and its pictures."""
 
 
-def run_child(job: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """What a process without this library finds."""
-    (folder / "job.json").write_text(json.dumps(job | {"out": str(folder / "out.safetensors")}))
+def run_child(jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Runs ``hf_child.py``: a process without this library."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, CHILD, folder / "job.json"]
+    command = [sys.executable, CHILD, folder / "jobs.json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "right-padding was detected" not in done.stderr
-    return load_file(folder / "out.safetensors")
 
 
 def pictures(folder: Path) -> dict[str, Path]:
@@ -79,26 +80,63 @@ def bridged_chat(llm: Path) -> Chat:
     return Chat(model, load_tokenizer(str(llm)), 64, 2000)
 
 
-MODELS = {"plain": plain_chat, "bridged": bridged_chat}
+FAMILIES = {
+    "qwen2": "window", "llama": "dynamic", "phi3": "longrope-partial", "smollm3": "yarn-window", "mistral": "gqa",
+    "gemma3_text": "gqa", "olmo2": "gqa", "granite": "gqa", "qwen3_moe": "mixed",
+}  # fmt: skip
+"""Of each family a case of ``llm_references`` in which it differs most from Qwen3."""
+
+SHORT = {"llama": {"max_position_embeddings": 10}, "phi3": {"original_max_position_embeddings": 10}}
+"""So that answers grow beyond the context after which a document turns by other frequencies."""
+
+
+def family_chat(folder: Path, tokenizer: Any, family: str) -> Chat:
+    """A language model of another family behind a pre-Buffer like that of Qwen3; the H/W channels count."""
+    reference(family, folder, **CASES[family][FAMILIES[family]] | SHORT.get(family, {}))
+    post = PostLLM.from_pretrained(folder)
+    for seed, part in enumerate(post.hw_modules()):
+        randomize(part, seed)
+    width, heads = post.hparams.hidden_size, {"num_heads": 2, "num_kv_heads": 1, "head_width": 8}
+    pre = PreBuffer(1, width, **heads, feed_forward_size=16)
+    model = NEO(PatchEmbedding(width, width=8, patch_size=4), pre, post)
+    randomize(model.pre_buffer, 1)
+    return Chat(model, tokenizer, 64, 400)
+
+
+@dataclass
+class Case:
+    """A model, its prompts, a token to stop at, its exported folder, and what the child found there."""
+
+    chat: Chat
+    prompts: list[list[Sample]]
+    stop: int
+    folder: Path
+    found: dict[str, Tensor] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_llm(tmp_path_factory.mktemp("text") / "llm")
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def exported(request: pytest.FixtureRequest, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model, the prompts of each batch, a token to stop at, and what the child found in the exported folder."""
-    root = tmp_path_factory.mktemp(request.param)
-    chat, files = MODELS[request.param](llm), pictures(root)
-    write_hf(chat.model, chat.tokenizer, root / "my model-1.0", chat.min_pixels, chat.max_pixels)
-    prompts = [[chat.prompt(ask, [files[name] for name in names]) for ask, names in batch] for batch in QUESTIONS]
-    free = chat.model.generate(prompts[-1], 10)
-    stop = int(free[0][4])
-    batches = [[_conversation(ask, [files[name] for name in names]) for ask, names in batch] for batch in QUESTIONS]
-    job = {"folder": str(root / "my model-1.0"), "again": str(root / "again"), "batches": batches, "stop": stop}
-    return chat, prompts, stop, run_child(job, root), root
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """All models, exported and studied by one child."""
+    root = tmp_path_factory.mktemp("hf")
+    llm, files, words = text_llm(root / "llm"), pictures(root), word_tokenizer()
+    chats = {"plain": plain_chat(llm), "bridged": bridged_chat(llm)}
+    chats |= {family: family_chat(root / "llms" / family, words, family) for family in FAMILIES}
+    made, jobs = {}, []
+    for name, chat in chats.items():
+        folder = root / name / "my model-1.0"
+        write_hf(chat.model, chat.tokenizer, folder, chat.min_pixels, chat.max_pixels)
+        asked = QUESTIONS if name in ("plain", "bridged") else QUESTIONS[-1:]
+        prompts = [[chat.prompt(ask, [files[name] for name in names]) for ask, names in batch] for batch in asked]
+        stop = int(chat.model.generate(prompts[-1], 10)[0][4])
+        made[name] = Case(chat, prompts, stop, folder)
+        batches = [[_conversation(ask, [files[name] for name in names]) for ask, names in batch] for batch in asked]
+        again = str(root / name / "again") if len(asked) > 1 else ""
+        out = str(root / f"{name}.safetensors")
+        jobs.append({"folder": str(folder), "again": again, "batches": batches, "stop": stop, "out": out})
+    run_child(jobs, root)
+    for name, case in made.items():
+        case.found = load_file(root / f"{name}.safetensors")
+    return made
 
 
 def _conversation(question: str, images: list[Path]) -> list[dict[str, Any]]:
@@ -110,56 +148,68 @@ def _conversation(question: str, images: list[Path]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content if images else question}]
 
 
-def test_logits_are_the_same(exported: Any) -> None:
-    chat, prompts, _, found, _ = exported
-    for number, batch in enumerate(prompts):
+ALL = ["plain", "bridged", *FAMILIES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_the_same(name: str, cases: dict[str, Case]) -> None:
+    case = cases[name]
+    for number, batch in enumerate(case.prompts):
         for row, prompt in enumerate(batch):
-            assert torch.equal(found[f"{number}.{row}.ids"], prompt.token_ids)
+            assert torch.equal(case.found[f"{number}.{row}.ids"], prompt.token_ids)
             with torch.no_grad():
-                logits = chat.model(pack([prompt], chat.model.input_spec)).logits[0]
+                logits = case.chat.model(pack([prompt], case.chat.model.input_spec)).logits[0]
             assert float(logits.std()) > 0.05
-            assert torch.allclose(found[f"{number}.{row}.logits"], logits, atol=1e-5), (number, row)
+            near = 1e-5 * max(1.0, float(logits.abs().max()))  # float32 rounds large logits more coarsely
+            assert torch.allclose(case.found[f"{number}.{row}.logits"], logits, atol=near), (number, row)
 
 
-def test_generated_ids_are_the_same(exported: Any) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_generated_ids_are_the_same(name: str, cases: dict[str, Case]) -> None:
     """Batched with padding on the left, until each has met the stop token."""
-    chat, prompts, stop, found, _ = exported
-    lengths = set()
-    for number, batch in enumerate(prompts):
-        for row, answer in enumerate(chat.model.generate(batch, 10, stop_token_ids=[stop])):
-            assert torch.equal(found[f"{number}.answers"][row, : len(answer)], answer), (number, row)
+    case, lengths = cases[name], set()
+    for number, batch in enumerate(case.prompts):
+        for row, answer in enumerate(case.chat.model.generate(batch, 10, stop_token_ids=[case.stop])):
+            assert torch.equal(case.found[f"{number}.answers"][row, : len(answer)], answer), (number, row)
             lengths.add(len(answer))
     assert len(lengths) > 1, "all answers are equally long, so nothing was seen of stopping"
 
 
-def test_loss_and_half_precision(exported: Any) -> None:
+def test_documents_grow_from_one_regime_into_another(cases: dict[str, Case]) -> None:
+    """So that the two tests above saw a cache become void."""
+    for name in ("llama", "phi3"):
+        case = cases[name]
+        ends = [int(pack([prompt], case.chat.model.input_spec).positions[..., 0].max()) for prompt in case.prompts[-1]]
+        assert any(case.chat.model.regimes(end + 1) != case.chat.model.regimes(end + 10) for end in ends)
+
+
+@pytest.mark.parametrize("name", ["plain", "bridged"])
+def test_loss_and_half_precision(name: str, cases: dict[str, Case]) -> None:
     """transformers' own mean over labelled tokens; bfloat16 rounds alike."""
-    chat, prompts, _, found, _ = exported
-    labels, batch, losses = found["loss.labels"], prompts[-1], []
-    half = copy.deepcopy(chat.model).bfloat16()
-    for row, prompt in enumerate(batch):
+    case = cases[name]
+    labels, losses = case.found["loss.labels"], []
+    half = copy.deepcopy(case.chat.model).bfloat16()
+    for row, prompt in enumerate(case.prompts[-1]):
         with torch.no_grad():
             rounded = half(pack([prompt], half.input_spec)).logits[0].float()
-        assert torch.allclose(found["half"][row, -len(rounded) :], rounded, atol=0.05, rtol=0.02)
-        logits = found[f"{len(prompts) - 1}.{row}.logits"]
+        assert torch.allclose(case.found["half"][row, -len(rounded) :], rounded, atol=0.05, rtol=0.02)
+        logits = case.found[f"{len(case.prompts) - 1}.{row}.logits"]
         own = labels[row, : len(logits)]
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], own[1:], reduction="none")[own[1:] != -100])
-    assert torch.allclose(found["loss"], torch.cat(losses).mean(), atol=1e-5)
+    assert torch.allclose(case.found["loss"], torch.cat(losses).mean(), atol=1e-5)
 
 
-def test_files(exported: Any) -> None:
-    """Safetensors only, code only of the bundle; equal content gives equal bytes, in whatever folder."""
-    chat, _, _, _, root = exported
-    kinds = {path.suffix for path in (root / "my model-1.0").iterdir()}
-    assert kinds == {".py", ".json", ".jinja", ".md", ".safetensors"}
-    again = write_hf(chat.model, chat.tokenizer, root / "second", chat.min_pixels, chat.max_pixels)
-    files = {path.name: path.read_bytes() for path in again.iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (root / "my model-1.0").iterdir()}
-    assert not [
-        name for name, data in files.items() if str(root).encode() in data or str(CHILD.parent).encode() in data
-    ]
-    config = json.loads(files["config.json"])
-    assert config["post_llm"]["source"] == ""
+@pytest.mark.parametrize("name", ["plain", "qwen3_moe"])
+def test_files(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    """Safetensors only, and the code; equal content gives equal bytes, and nothing tells of this machine."""
+    case = cases[name]
+    files = {path.name: path.read_bytes() for path in case.folder.iterdir()}
+    assert {Path(name).suffix for name in files} == {".py", ".json", ".jinja", ".md", ".safetensors"}
+    limits = case.chat.min_pixels, case.chat.max_pixels
+    again = write_hf(case.chat.model, case.chat.tokenizer, tmp_path / "second", *limits)
+    assert files == {path.name: path.read_bytes() for path in again.iterdir()}
+    places = [str(case.folder.parent.parent), str(CHILD.parent.parent)]
+    assert not [name for name, data in files.items() for place in places if place.encode() in data]
 
 
 def test_code_that_cannot_be_taken_along_is_refused(tmp_path: Path) -> None:

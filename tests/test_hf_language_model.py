@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import randomize, tiny_model
 from commands import good, neo
+from llm_builders import word_tokenizer
 from llm_references import CASES, LENGTH, reference
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
@@ -29,17 +30,7 @@ WORDS = 60
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Sixty words, an end of text, and the image tokens beyond the vocabulary of the test's models."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
-    made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    made.add_tokens([f"filler {n}" for n in range(28)])
-    made.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
-    assert made.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>"]) == [61, 90, 91, 92]
-    return made
+    return word_tokenizer()
 
 
 def trained(folder: Path, seed: int = 5) -> PostLLM:

@@ -85,6 +85,9 @@ class _Module:
         tree = ast.parse(source)
         self.units = list(_units(tree, self.lines))
         self.used_at_first = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | _exported(tree)
+        for unit in self.units:
+            if isinstance(unit.node, ast.Import | ast.ImportFrom) and not unit.defines <= self.used_at_first:
+                unit.always = True  # imported for what it does when it is loaded
         self.wanted: set[str] = set()
         self.kept: list[_Unit] = []
         self.whole = whole
@@ -194,10 +197,20 @@ def _is_text(node: ast.stmt) -> bool:
 
 def _cut(node: ast.ClassDef) -> set[int]:
     """Lines of a class's methods that are left out, with the blank lines before them."""
+    methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+    gone = LEFT_OUT & methods.keys()
+    private = {name for name in methods if name.startswith("_") and not name.endswith("__")}
+    mentioned = {
+        name: {n.attr for n in ast.walk(part) if isinstance(n, ast.Attribute)} for name, part in methods.items()
+    }
+    # Their helpers go too: private methods that they call and no other method does.
+    called = set().union(*(mentioned[name] for name in gone))
+    kept = set().union(*(mentioned[name] for name in methods.keys() - gone - private))
+    gone |= (private & called) - kept
     lines: set[int] = set()
     end = node.lineno
     for part in node.body:
-        if isinstance(part, ast.FunctionDef) and part.name in LEFT_OUT:
+        if isinstance(part, ast.FunctionDef) and part.name in gone:
             lines |= set(range(end + 1, int(part.end_lineno or 0) + 1))
         end = int(part.end_lineno or 0)
     return lines

@@ -92,8 +92,8 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
 def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     """Empty parts as a released config of either kit describes them.
 
-    ``layer_types`` is not looked at: the training kit writes 32 entries whatever the depth. Numbers may be lists of one,
-    as the kits write what a trailing comma made a tuple.
+    ``layer_types`` is not looked at: the training kit writes 32 entries whatever the depth. Numbers may be lists of
+    one: so a tuple is written that a trailing comma made.
 
     Raises:
         ValueError: if a setting is not supported or missing.

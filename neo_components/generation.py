@@ -3,9 +3,9 @@
 The prompts are packed into one row for the prefill (mixed mask); then each step computes one token per prompt.
 Nothing is kept on the model between calls.
 
-Some language models turn long documents by other frequencies than short ones (``components/scaling.py``). Where a document
-grows from one kind into another its cached keys are void, so everything is computed anew: once for ``longrope``, at every
-token beyond the original context for ``dynamic``.
+Some language models turn long documents by other frequencies than short ones (``components/scaling.py``). Where a
+document grows from one kind into another its cached keys are void, so everything is computed anew: once for
+``longrope``, at every token beyond the original context for ``dynamic``.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
         columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)]]
         columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
         columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
-    rows = {name: torch.cat(parts)[None] for name, parts in columns.items()}
-    labels = torch.full_like(rows["token_ids"], IGNORED)
-    return replace(prompts, **rows, labels=labels, loss_weights=torch.zeros(labels.shape, device=labels.device))
+    rows: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
+    rows["labels"] = torch.full_like(rows["token_ids"], IGNORED)
+    rows["loss_weights"] = torch.zeros(rows["labels"].shape, device=rows["labels"].device)
+    return replace(prompts, **rows)
 
 
 def _later_positions(model: Any, prompts: Batch, count: int) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,9 +134,19 @@ def _open(path: Path) -> Any:
         ) from error
 
 
+class Tensors(Protocol):
+    """Stored tensors, read one by one; ``TensorFiles``, or a view of them under other names."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
 def load_strict(
     module: nn.Module,
-    tensors: TensorFiles,
+    tensors: Tensors,
     rename: Callable[[str], str] = lambda name: name,
     change: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ignore: Iterable[str] = (),

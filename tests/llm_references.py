@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ LONGROPE: dict[str, Any] = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3, 1.7],
     "long_factor": [1.0, 2.0, 5.0, 9.0],
 }  # fmt: skip
+BASE = {"rope_type": "default", "rope_theta": 5e5}
 MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
 WIDE = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8}
 
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "llama": {
         "gqa": {},
-        "mha-tied": {**MHA, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "mha-tied": {**MHA, "tie_word_embeddings": True, "rope_parameters": BASE},
         "mqa-wide": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12, "rms_norm_eps": 1e-3},
         "biases": {"attention_bias": True, "mlp_bias": True},
         "llama3": {"rope_parameters": LLAMA3},
@@ -68,7 +68,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "mistral": {
         "gqa": {"sliding_window": 11},
         "mha-tied": {**MHA, "sliding_window": None, "tie_word_embeddings": True},
-        "wide": {**WIDE, "hidden_size": 24, "sliding_window": 1, "rope_parameters": YARN},
+        "wide": {**WIDE, "hidden_size": 24, "sliding_window": 3, "rope_parameters": YARN},
     },
     "gemma3_text": {
         "gqa": {"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8},
@@ -105,7 +105,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "granite": {
         "gqa": {
-            "attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 12.0, "logits_scaling": 0.7,
+            "attention_multiplier": 0.2, "residual_multiplier": 0.3, "embedding_multiplier": 12.0,
+            "logits_scaling": 0.7,
         },
         "mha-tied": {**MHA, "tie_word_embeddings": True, "attention_multiplier": 0.5, "logits_scaling": 2.0},
         "biases": {"attention_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0},
@@ -127,9 +128,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def reference(
-    family: str, folder: Path, seed: int = 1, keep: Callable[[Any], Any] | None = None, **options: Any
-) -> Any:
+def reference(family: str, folder: Path, seed: int = 1, **options: Any) -> Any:
     """A random model of a family, saved in ``folder``; every weight, norm gain and bias counts.
 
     Args:
@@ -143,10 +142,22 @@ def reference(
     save = {name: options.pop(name) for name in ("max_shard_size",) if name in options}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **(SIZES | options))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    randomize(model, seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    shake(model, seed)
     model.save_pretrained(folder, **save)
     return model
+
+
+def shake(model: Any, seed: int) -> None:
+    """Random weights for a model of transformers; gains of norms lie around 1 in either form."""
+    randomize(model, seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Gemma3RMSNorm":
+                module.weight -= 1
+            elif type(module).__name__ == "Gemma3TextScaledWordEmbedding":
+                # As large as what the blocks add, in spite of the factor, so that what they do is seen.
+                module.weight *= 0.4
 
 
 def plain(family: str, folder: Path, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """Native attention: queries and keys carry T, H and W channels, each with its own norm and rotation.
 
-What language models differ in here (biases, norm of the T channels, scale, how many T channels turn) is a flat argument;
-the H and W channels are the same beside every one of them.
+What language models differ in (biases, norm of the T channels, scale, how many T channels turn) is a flat argument; the
+H and W channels are the same beside every one of them.
 
 Source: NEO paper section 3.1 and equation 2.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.layers import RMSNorm
 from neo_components.components.rotary import rotate
-
 
 QK_NORMS = ("head", "whole", "none")
 """Norm of the T channels of queries and keys: over each head, over all heads together (OLMo 2), or none."""

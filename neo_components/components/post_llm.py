@@ -123,7 +123,8 @@ class PostLLM(PrimitiveStack):
 
     def block_changes(self, number: int) -> dict[str, Any]:
         """What block ``number`` has other than the arguments for all blocks say."""
-        h, changes = self.hparams, {}
+        h = self.hparams
+        changes: dict[str, Any] = {}
         if h.window is not None and h.window_layers is not None and number not in h.window_layers:
             changes["window"] = None
         elif h.window is not None and h.window_base_t is not None:

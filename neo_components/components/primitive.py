@@ -18,7 +18,7 @@ from neo_components.components.masks import LayerRule, mask_rule
 from neo_components.components.rotary import Rotary
 
 PLACEMENTS = ("before", "after", "both")
-"""Where a block norms: what goes into attention and feed-forward, what comes out of them (OLMo 2), or both (Gemma 3)."""
+"""Where a block norms: what goes into attention and feed-forward, what comes out (OLMo 2), or both (Gemma 3)."""
 
 
 class NativePrimitive(Component):
@@ -181,7 +181,8 @@ class PrimitiveStack(Component):
     layers: nn.ModuleList
 
     def build(self) -> None:
-        """Makes the blocks from ``hparams``: arguments of :class:`NativePrimitive`, ``depth``, ``backend``, ``init_std``.
+        """Makes the blocks from ``hparams``: arguments of :class:`NativePrimitive`, ``depth``, ``backend`` and
+        ``init_std``.
 
         Raises:
             ValueError: if ``depth`` is negative, or a size or a name is not possible.

@@ -123,7 +123,7 @@ def _dynamic(scaling: Scaling, width: int, base: float, regime: int) -> Tensor:
         return 1.0 / powers(width, base)
     factor, original = scaling["factor"], scaling[ORIGINAL]
     stretch = torch.tensor(float(factor * regime), device="cpu") / original - (factor - 1)
-    return 1.0 / powers(width, base * stretch ** (width / (width - 2)))  # type: ignore[arg-type]
+    return 1.0 / powers(width, base * stretch ** (width / (width - 2)))
 
 
 def _llama3(scaling: Scaling, width: int, base: float, regime: int) -> Tensor:

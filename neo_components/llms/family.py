@@ -80,17 +80,16 @@ def require(config: Config, allowed: Mapping[str, Sequence[Any]]) -> None:
         raise ValueError(f"this {config.get('model_type')} config is not supported: {'; '.join(faults)}")
 
 
-def block_sizes(config: Config, defaults: Mapping[str, Any] | None = None) -> Sizes:
+def block_sizes(config: Config) -> Sizes:
     """The arguments that every family has, under the names that most configs use.
 
     Args:
-        config: the config.
-        defaults: what the family's config class takes for what a config leaves out.
+        config: the config, with what the family's config class takes for what it leaves out.
 
     Raises:
-        KeyError: naming a size that is neither given nor has a default.
+        KeyError: naming a size that is not given.
     """
-    said = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **(defaults or {}), **config}
+    said = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **config}
     heads = said["num_attention_heads"]
     return {
         "vocab_size": said["vocab_size"],
@@ -178,7 +177,7 @@ def _scaling(config: Config, rope: Config, kind: str) -> dict[str, Any]:
     known = {*SCALING_NUMBERS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL}
     if unknown := {name for name, value in rope.items() if value is not None} - known:
         raise ValueError(f"rope scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")
-    scaling = {"rope_type": kind}
+    scaling: dict[str, Any] = {"rope_type": kind}
     scaling |= {name: rope[name] for name in SCALING_NUMBERS[kind] if rope.get(name) is not None}
     context = config.get("max_position_embeddings")
     if kind == "dynamic":

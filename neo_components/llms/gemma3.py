@@ -65,7 +65,7 @@ def _ropes(config: Config, sizes: Sizes) -> Sizes:
     full = dict(both.get("full_attention") or {}) | dict(config.get("rope_scaling") or {})
     sliding = both.get("sliding_attention") or {}
     require(sliding, {"rope_type": ("default",)})
-    base = float(sliding.get("rope_theta", config.get("rope_local_base_freq", 1e4)))
+    base = float(sliding.get("rope_theta") or config.get("rope_local_base_freq") or 1e4)
     types = _types(config)
     if "full_attention" not in types:
         return {"base_t": base}

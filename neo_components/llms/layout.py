@@ -101,7 +101,7 @@ def to_stored(state: Mapping[str, Tensor], family: Family, sizes: Sizes) -> dict
             stored[_first(family.rename(name))] = tensor
         elif inner == group.ours[0]:
             ours = [state[block + part] for part in group.ours]
-            names = [_join(_first(family.rename(block)), part) for part in group.stored(sizes)]
+            names = [_first(family.rename(block)) + part for part in group.stored(sizes)]
             stored.update(zip(names, group.write(sizes, ours), strict=True))
     return stored
 

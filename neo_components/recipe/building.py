@@ -21,8 +21,8 @@ BLOCKS = (
 )  # fmt: skip
 """Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own.
 
-What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to go
-from one language model to another, so its blocks are NEO's unless the recipe says else.
+What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to
+go from one language model to another, so its blocks are NEO's unless the recipe says else.
 """
 
 

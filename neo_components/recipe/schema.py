@@ -25,12 +25,16 @@ FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
 
 
+MAY_BE_ZERO = ("depth", "init_std", "rotary_width")
+
+
 def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a component's numbers: all are positive, but ids, depths, ``init_std`` and ``rotary_width`` may be 0."""
+    """What is wrong with a component's numbers: all are positive, but ids and the arguments of ``MAY_BE_ZERO`` may be
+    0."""
     found = {}
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            may_be_zero = key.endswith("_id") or key in ("depth", "init_std", "rotary_width")
+            may_be_zero = key.endswith("_id") or key in MAY_BE_ZERO
             if value < 0 or (value == 0 and not may_be_zero):
                 found[key] = f"got {value}, must be {'0 or more' if may_be_zero else 'positive'}"
     return found

@@ -37,7 +37,7 @@ def bundle(roots: Mapping[str, str]) -> dict[str, str]:
         ValueError: if a module imports the package in a way that cannot become a relative import of one name.
     """
     modules: dict[str, _Module] = {}
-    waiting = [(name, None) for name in roots]
+    waiting: list[tuple[str, str | None]] = [(name, None) for name in roots]
     while waiting:
         name, wanted = waiting.pop()
         if name not in modules:

@@ -16,7 +16,7 @@ from neo_components.checkpoint import own_config
 from neo_components.components.masks import MASK_RULES
 from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.hf.bundle import bundle
-from neo_components.hf.text import CHATML, PICTURES, write_json, write_text_side
+from neo_components.hf.text import chat_template, write_json, write_text_side
 from neo_components.model import NEO
 from neo_components.weights import save_folder, write_text
 
@@ -55,16 +55,18 @@ def write_hf(
         The folder. Equal models give equal bytes.
 
     Raises:
-        ValueError: if the model has a part that is not the library's, so that its code cannot be taken along.
+        ValueError: if the model has a part that is not the library's, so that its code cannot be taken along, or no
+            chat template leads to the tokens that the model is asked in.
     """
     _check_parts(model)
+    template = chat_template(tokenizer, pictures=True)
     files = bundle(ROOTS)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     folder = save_folder(folder, state, _config(model), _card(model, license))
     for name, text in files.items():
         write_text(folder / name, text)
     _check_code(folder, state)
-    write_text_side(tokenizer, folder, PICTURES + CHATML, max_new_tokens)
+    write_text_side(tokenizer, folder, template, max_new_tokens)
     write_json(folder / "processor_config.json", _processor(model, min_pixels, max_pixels))
     write_json(folder / "preprocessor_config.json", _images(model, min_pixels, max_pixels))
     return folder
@@ -114,7 +116,9 @@ def _check_parts(model: NEO) -> None:
     """
     if model.input_spec.channels != 3:
         raise ValueError(f"pictures have 3 channels, this model reads {model.input_spec.channels}; it has no processor")
-    used = [("rope", stack.hparams.rope, ROPE_VARIANTS[stack.hparams.rope].table) for stack in _stacks(model)]
+    used: list[tuple[str, str, Any]] = [
+        ("rope", stack.hparams.rope, ROPE_VARIANTS[stack.hparams.rope].table) for stack in _stacks(model)
+    ]
     used += [("attention", rule, MASK_RULES[rule]) for rule in sorted({r.rule for r in model.layer_rules})]
     for kind, name, function in used:
         if function.__module__.split(".")[0] != "neo_components":

@@ -21,7 +21,7 @@ from torch import Tensor
 from neo_components.components.masks import dense_mask
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.primitive import rotary_of
-from neo_components.hf.text import CHATML, write_text_side
+from neo_components.hf.text import chat_template, write_text_side
 from neo_components.llms import FAMILIES, Family
 from neo_components.llms.layout import to_stored
 from neo_components.types import NO_IMAGE
@@ -54,13 +54,14 @@ def write_language_model(llm: PostLLM, tokenizer: Any, folder: str | Path, licen
     """
     config, family = language_model_config(llm)
     _check_text(llm)
+    template = chat_template(tokenizer, pictures=False)
     new = {id(parameter) for part in llm.hw_modules() for parameter in part.parameters()}
     names = [name for name, parameter in llm.named_parameters() if id(parameter) not in new]
     whole, sizes = llm.state_dict(), dict(llm.hparams)
     state = {name: whole[name] for name in names}
     _check_names(config, family, state, sizes)
     folder = save_folder(folder, to_stored(state, family, sizes), config, _card(llm, config, license))
-    write_text_side(_without_image_tokens(tokenizer, llm), folder, tokenizer.chat_template or CHATML)
+    write_text_side(_without_image_tokens(tokenizer, llm), folder, template)
     return folder
 
 
@@ -144,10 +145,8 @@ def _check_text(llm: PostLLM) -> None:
     plain = torch.arange(SEEN)[None, :, None].expand(1, SEEN, 3)
     for layer in llm.layers:
         rule, window = layer.layer_rule  # type: ignore[misc]
-        if not torch.equal(
-            dense_mask(documents, none, rule, window),
-            dense_mask(documents, none, "causal", window),  # type: ignore[arg-type]
-        ):
+        seen, usually = (dense_mask(documents, none, name, window) for name in (rule, "causal"))
+        if not torch.equal(seen, usually):
             raise ValueError(f"attention {rule!r} does not read text causally, as a language model does")
         own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})  # type: ignore[arg-type]
         half = llm.hparams.head_width // 2
@@ -199,7 +198,7 @@ def _check_names(config: dict[str, Any], family: Family, state: dict[str, Tensor
 
 def hw_is_silent(llm: PostLLM) -> bool:
     """Whether the H/W keys are all zero, so that nothing is lost between words."""
-    return all(not bool(layer.self_attn.k_proj_hw.weight.any()) for layer in llm.layers)  # type: ignore[union-attr]
+    return all(not bool(layer.self_attn.k_proj_hw.weight.any()) for layer in llm.layers)  # type: ignore[operator, union-attr]
 
 
 def what_is_lost(llm: PostLLM) -> list[str]:
@@ -230,5 +229,5 @@ def text_logits_without_hw(llm: PostLLM, token_ids: Tensor) -> Tensor:
     llm = copy.deepcopy(llm)
     with torch.no_grad():
         for layer in llm.layers:
-            layer.self_attn.k_proj_hw.weight.zero_()  # type: ignore[union-attr]
+            layer.self_attn.k_proj_hw.weight.zero_()  # type: ignore[operator, union-attr]
     return llm.text_logits(token_ids)

@@ -36,7 +36,7 @@ class NEOPreTrainedModel(PreTrainedModel):
     config: NEOConfig
     config_class = NEOConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - a class attribute of transformers
     _supports_sdpa = True
     _supports_flex_attn = True
 
@@ -57,13 +57,14 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         super().__init__(config)
         parts = {name: None if own is None else KINDS[name](**own) for name, own in config.parts.items()}
         self.model = NEO(**parts)  # type: ignore[arg-type]
+        self.by_length = any(isinstance(part, Rotary) and part.looks_at_length for part in self.modules())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embedding."""
         return self.model.post_llm.word_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the word embedding."""
         self.model.post_llm.word_embedding = value
 
@@ -126,8 +127,8 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
-            logits=logits,  # type: ignore[arg-type]
+            loss=loss,
+            logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else self._states(states),  # type: ignore[arg-type]
         )
@@ -160,7 +161,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
 
     def _turn_anew(self, before: Rows, after: Rows) -> bool:
         """Whether rows turn by other frequencies than what they held before."""
-        if not any(isinstance(part, Rotary) and part.looks_at_length for part in self.modules()):
+        if not self.by_length:
             return False
         lengths = zip(before.lengths(), after.lengths(), strict=True)
         return any(self.model.regimes(short) != self.model.regimes(long) for short, long in lengths if short)
@@ -187,7 +188,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             patch_positions=places,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
         """Images go with the prompt only, unless it is read again: without a cache, or where the cache is void."""
@@ -196,7 +197,8 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             kwargs["next_sequence_length"] = None
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs |= {"pixel_values": None, "image_grid_hw": None}
-        return super().prepare_inputs_for_generation(
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
         )
 
@@ -212,18 +214,15 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Repeats each row, for beams and several answers: its images as a whole, not patch by patch."""
+        again: dict[str, list[Tensor]] = {}
         if expand_size > 1 and input_ids is not None and kwargs.get("pixel_values") is not None:
             grids, pixels = kwargs.pop("image_grid_hw"), kwargs.pop("pixel_values")
             none = Rows.none(self.model.input_spec, len(input_ids))
             rows = none.extend(input_ids, kwargs.get("attention_mask"), self._sizes(grids))
             counts = [len(own) for own in rows.grids]
             patches = [int(part.prod(-1).sum()) for part in grids.split(counts)]
-            again = {
-                "image_grid_hw": [part for part in grids.split(counts) for _ in range(expand_size)],
-                "pixel_values": [part for part in pixels.split(patches) for _ in range(expand_size)],
-            }
-            input_ids, kwargs = super()._expand_inputs_for_generation(
-                expand_size, is_encoder_decoder, input_ids, **kwargs
-            )
-            return input_ids, kwargs | {name: torch.cat(parts) for name, parts in again.items()}
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+            again["image_grid_hw"] = [part for part in grids.split(counts) for _ in range(expand_size)]
+            again["pixel_values"] = [part for part in pixels.split(patches) for _ in range(expand_size)]
+        parent: Any = super()
+        input_ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | {name: torch.cat(parts) for name, parts in again.items()}

@@ -99,7 +99,8 @@ class Rows:
         ids, real = token_ids.cpu(), document_ids.cpu() != PADDING
         image_ids, grids, left = torch.full_like(ids, NO_IMAGE), [], list(sizes)
         for row, before in enumerate(self.grids):
-            wanted, own = int((ids[row][real[row]] == self.spec.image_token_id).sum()), []
+            wanted = int((ids[row][real[row]] == self.spec.image_token_id).sum())
+            own: list[tuple[int, int]] = []
             while left and sum(r * c for r, c in own) < wanted:
                 own.append(left.pop(0))
             if row + 1 == len(self.grids):

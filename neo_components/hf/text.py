@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neo_components.data.conversation import IMAGE_TAG
+from neo_components.data.conversation import IMAGE_TAG, encode_prompt
 from neo_components.evaluation import stop_token_ids
 from neo_components.weights import write_text
 
@@ -48,6 +48,40 @@ CHATML = """\
 {%- endif -%}
 """
 """As ``data.encode_prompt`` writes it."""
+
+
+QUESTION = "What is it?"
+
+
+def chat_template(tokenizer: Any, pictures: bool) -> str:
+    """The Jinja template that writes prompts as the library does, :func:`~neo_components.data.encode_prompt`.
+
+    Args:
+        tokenizer: whose template it is, if it has one; ChatML otherwise.
+        pictures: messages may hold images.
+
+    Raises:
+        ValueError: if neither its own template nor ChatML leads to the same tokens.
+    """
+    wanted = encode_prompt([{"from": "human", "value": QUESTION}], tokenizer).tolist()
+    for base in filter(None, (tokenizer.chat_template, CHATML)):
+        template = (PICTURES if pictures else "") + base
+        text = _prompt(tokenizer, template)
+        begun = tokenizer(text, add_special_tokens=False).input_ids
+        # Some templates write more before an answer than where one is to be given (an empty thought).
+        rest = tokenizer.decode(wanted[len(begun) :]) if wanted[: len(begun)] == begun else ""
+        if tokenizer(text + rest, add_special_tokens=False).input_ids == wanted:
+            return template + (f"{{%- if add_generation_prompt -%}}{{{{- {rest!r} -}}}}{{%- endif -%}}" if rest else "")
+    raise ValueError(
+        f"the tokenizer's chat template writes {_prompt(tokenizer, base)!r}, but the model is asked in other tokens, "
+        f"{tokenizer.decode(wanted)!r}; load the tokenizer with a template that ends where answers begin"
+    )
+
+
+def _prompt(tokenizer: Any, template: str) -> str:
+    """A question as a template writes it."""
+    asked = [{"role": "user", "content": QUESTION}]
+    return tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
 
 
 def write_text_side(tokenizer: Any, folder: Path, chat_template: str, max_new_tokens: int = 256) -> None:

@@ -83,7 +83,7 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
         }
         for name in ("bridge_in", "bridge_out"):
             parts[name] = Bridge(**config[name]) if config.get(name) else None
-        parts["post_llm"].hf_config = config["language_model"]
+        parts["post_llm"].hf_config = config.get("language_model")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json does not describe a NEO model: {error}") from error
     return parts

@@ -34,7 +34,7 @@ for missing in ABSENT:
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline  # noqa: E402
 
 NEW = 10
 
@@ -149,6 +149,10 @@ def study_rest(model: Any, processor: Any, job: dict[str, Any], found: dict[str,
     again, their = load(job["again"])
     inputs = read(their, job["batches"][last])
     assert torch.equal(again(**inputs).logits, model(**read(processor, job["batches"][last])).logits)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    talk = job["batches"][1][0]
+    said = pipe(text=talk, max_new_tokens=NEW, return_full_text=False)[0]["generated_text"]
+    assert said == processor.decode(answers(model, read(processor, [talk]))[0], skip_special_tokens=True)
     half, _ = load(job["folder"], dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     more["half"] = half(**inputs).logits.float()

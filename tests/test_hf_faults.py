@@ -98,6 +98,16 @@ def test_a_conversation_goes_on_with_another_picture(model: Any) -> None:
     assert torch.allclose(call(model, padded, attention_mask=hole, **both).logits[hole.bool()], whole[0], atol=1e-5)
 
 
+def test_other_ways_to_generate_text(model: Any) -> None:
+    """In chunks, with guesses to check, which crop the cache: the ids of plain greedy generation."""
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]])
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
+    for options in ({"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **options), plain), options
+    with pytest.raises(ValueError, match="caches of a fixed length are not supported"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
 def picture(height: int = 8, width: int = 16) -> Image.Image:
     return Image.effect_noise((width, height), 80).convert("RGB")
 

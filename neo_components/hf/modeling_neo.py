@@ -39,6 +39,7 @@ class NEOPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012 - a class attribute of transformers
     _supports_sdpa = True
     _supports_flex_attn = True
+    _no_split_modules = ["NEO"]  # noqa: RUF012 - its parts call each other, so it stays on one device
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,6 +193,8 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, past_key_values: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
         """Images go with the prompt only, unless it is read again: without a cache, or where the cache is void."""
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError("caches of a fixed length are not supported; leave cache_implementation out")
         if past_key_values is not None and not is_first_iteration and self._is_void(input_ids, past_key_values, kwargs):
             past_key_values, is_first_iteration = DynamicCache(config=self.config), True
             kwargs["next_sequence_length"] = None

@@ -11,10 +11,18 @@ from PIL import Image
 from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
+from transformers.processing_utils import ImagesKwargs
 
 from neo_components.data.conversation import IMAGE_TAG, IMAGE_TOKENS
 from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
 from neo_components.packing import cut_patches
+
+
+class NEOImagesKwargs(ImagesKwargs, total=False):
+    """Limits that a call may change."""
+
+    min_pixels: int
+    max_pixels: int
 
 
 class NEOImageProcessor(ImageProcessingMixin):
@@ -29,6 +37,7 @@ class NEOImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values", "image_grid_hw"]  # noqa: RUF012 - a class attribute of transformers
+    valid_kwargs = NEOImagesKwargs
 
     def __init__(
         self,

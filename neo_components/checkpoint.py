@@ -64,6 +64,7 @@ def own_config(model: Any) -> dict[str, Any]:
         "pre_buffer": dict(model.pre_buffer.hparams) | {"backend": "auto"},
         "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
         **{name: dict(bridge.hparams) if bridge is not None else None for name, bridge in bridges.items()},
+        "language_model": model.post_llm.hf_config,
     }
 
 
@@ -82,6 +83,7 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
         }
         for name in ("bridge_in", "bridge_out"):
             parts[name] = Bridge(**config[name]) if config.get(name) else None
+        parts["post_llm"].hf_config = config.get("language_model")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json does not describe a NEO model: {error}") from error
     return parts
@@ -114,7 +116,7 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     base_hw = float(llm.get("rope_theta_hw", 1e4))
     same = {name: value for name, value in sizes.items() if name in BLOCK} | {"base_h": base_hw, "base_w": base_hw}
     ratio = vision.get("downsample_ratio", config.get("downsample_ratio"))
-    return {
+    parts: Parts = {
         "patch_embedding": PatchEmbedding(
             hidden_size=sizes["hidden_size"],
             width=vision["hidden_size"],
@@ -132,6 +134,18 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
             **_image_ids(config, folder, sizes["vocab_size"]),
         ),
     }
+    parts["post_llm"].hf_config = _language_model(llm, total - before, sizes["tie_embeddings"])
+    return parts
+
+
+def _language_model(llm: dict[str, Any], depth: int, tied: bool) -> dict[str, Any]:
+    """The config of the language model inside a released one."""
+    released_only = ("extra_num_layers", "rope_theta_hw", "layer_types", "max_window_layers", "auto_map")
+    own = {name: value for name, value in llm.items() if name not in released_only}
+    return own | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": depth,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
 
 
 def is_tied(config: dict[str, Any]) -> bool:

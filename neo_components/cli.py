@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,14 @@ COMPANIONS = (
 """Files beside the weights that are the same in every layout."""
 
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+class Export(StrEnum):
+    """What ``neo export`` writes."""
+
+    pre_buffer = "pre-buffer"
+    hf = "hf"
+    hf_llm = "hf-llm"
 
 
 @app.command()
@@ -122,24 +131,54 @@ def chat(
 
 @app.command()
 def export(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="Model folder or hub id, or the output folder of a run.")],
     output: Out,
-    anchors: Annotated[int, typer.Option(help="Most word embeddings to keep for fitting bridges.")] = 4096,
-    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    to: Annotated[Export, typer.Option(help="What to write, see above.")] = Export.pre_buffer,
+    license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "",
+    anchors: Annotated[int, typer.Option(help="pre-buffer: most word embeddings to keep for bridges.")] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(help="hf: longest answer where its user does not say.")] = 256,
     imports: Imports = None,
 ) -> None:
-    """Take a model's pre-Buffer out as a standalone asset."""
-    from neo_components.assets import export_pre_buffer
+    """Take a trained model, or a part of it, elsewhere.
+
+    --to pre-buffer: the pre-Buffer with its patch embedding, to attach to another language model.
+
+    --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
+
+    --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+    """
     from neo_components.chat import Chat
-    from neo_components.components.pre_buffer import AssetInfo
-    from neo_components.weights import read_json, resolve
 
     _register(imports)
-    folder = resolve(model)
+    folder = _model_folder(model)
     chat = Chat.from_pretrained(folder)
-    provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
-    info = AssetInfo(chat.image_config(), provenance, license)
-    typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
+    if to is Export.pre_buffer:
+        from neo_components.assets import export_pre_buffer
+        from neo_components.components.pre_buffer import AssetInfo
+        from neo_components.weights import read_json
+
+        provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+        info = AssetInfo(chat.image_config(), provenance, license)
+        typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
+    elif to is Export.hf:
+        from neo_components.hf.folder import write_hf
+
+        limits = chat.min_pixels, chat.max_pixels
+        typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
+    else:
+        from neo_components.hf.language_model import what_is_lost, write_language_model
+
+        typer.echo(write_language_model(chat.model.post_llm, chat.tokenizer, output, license))
+        for sentence in what_is_lost(chat.model.post_llm):
+            typer.echo(sentence, err=True)
+
+
+def _model_folder(model: str) -> Path:
+    """The folder of a model; of a run's output folder the model in it."""
+    from neo_components.weights import CONFIG, resolve
+
+    folder = resolve(model)
+    return folder / "neo" if not (folder / CONFIG).is_file() and (folder / "neo" / CONFIG).is_file() else folder
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from neo_components.checkpoint import (
 )
 from neo_components.components.backends import Attend, EagerAttention
 from neo_components.components.bridge import Bridge
+from neo_components.components.component import Component
 from neo_components.components.masks import LayerRule
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
@@ -35,7 +35,7 @@ LOSS_CHUNK = 1024
 """Labelled tokens whose logits exist at the same time on the training path."""
 
 
-class NEO(lightning.LightningModule):
+class NEO(Component):
     """The whole model.
 
     Args:

@@ -100,20 +100,29 @@ def seeing(rule: str, window: int | None = None) -> MaskRule:
     return within
 
 
-def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> Tensor:
-    """The whole matrix.
+def dense_mask(
+    document_ids: Tensor,
+    image_ids: Tensor,
+    rule: str = "mixed",
+    window: int | None = None,
+    queries: int | None = None,
+) -> Tensor:
+    """The whole matrix, or its last rows.
 
     Args:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name.
         window: see :func:`seeing`.
+        queries: give only the rows of the last so many tokens.
 
     Returns:
-        [B, L, L] bool, ``True`` where the query (row) sees the key (column).
+        [B, L, L] or [B, queries, L] bool, ``True`` where the query (row) sees the key (column).
     """
-    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
-    query = Tokens(document_ids[..., :, None], image_ids[..., :, None], place[..., :, None])
+    length = document_ids.shape[-1]
+    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+    rows = slice(length - (length if queries is None else queries), length)
+    query = Tokens(document_ids[..., rows, None], image_ids[..., rows, None], place[..., rows, None])
     key = Tokens(document_ids[..., None, :], image_ids[..., None, :], place[..., None, :])
     return seeing(rule, window)(query, key)
 

@@ -55,7 +55,12 @@ class PostLLM(PrimitiveStack):
         source: where the weights come from; its tokenizer names the tokens when a bridge is fitted.
         backend: attention backend.
         init_std: standard deviation of the initial weights.
+
+    Attributes:
+        hf_config: config of the language model that it was read from, to write it back; ``None`` if it was built anew.
     """
+
+    hf_config: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -234,6 +239,7 @@ class PostLLM(PrimitiveStack):
         files = FamilyFiles(TensorFiles(folder), family, sizes, names)
         load_strict(module, files, files.rename, ignore=files.superfluous(), only=_is_pretrained)
         module.init_hw_from_t()
+        module.hf_config = config
         return module
 
 

@@ -216,6 +216,12 @@ class Rotary(nn.Module):
             self.axis, self.frequency = torch.tensor(self.table(0).axis, device=device), self._frequency(0).to(device)
         return self
 
+    @torch.no_grad()
+    def fill_tables(self) -> None:
+        """Writes axes and frequencies where they lie: after a move from the meta device they hold nothing."""
+        self.axis.copy_(torch.tensor(self.table(0).axis))
+        self.frequency.copy_(self._frequency(0))
+
     def regime(self, length: int) -> int:
         """Which set of frequencies a document of ``length`` T positions gets; see ``scaling.regime_of``."""
         return regime_of(self.scaling, length)

@@ -80,6 +80,31 @@ def test_patch_embedding_starts_at_unit_gain() -> None:
         assert not projection.bias.any()
 
 
+def test_whitening_decorrelates_what_the_first_projection_sees() -> None:
+    torch.manual_seed(0)
+    layer = PatchEmbedding(16, width=48, patch_size=4, channels=1)
+    mixing = torch.randn(16, 16) @ torch.diag(torch.tensor([30.0, *[1.0] * 15])) @ torch.randn(16, 16)
+    patches = torch.randn(4000, 16) @ mixing + 5.0
+    layer.whiten(patches, ridge=0.0)
+    features = layer.patch_proj(patches)
+    torch.testing.assert_close(features.mean(0), torch.zeros(48), atol=1e-3, rtol=0)
+    assert float(features.std()) == pytest.approx(1.0, abs=0.01)
+    # On white pixels every direction of the pixels counts alike: the map from them to the features is the random one.
+    covariance = (patches - patches.mean(0)).T @ (patches - patches.mean(0)) / len(patches)
+    seen = layer.patch_proj.weight @ covariance @ layer.patch_proj.weight.T
+    values = torch.linalg.eigvalsh(seen)[-16:]
+    assert float(values.max() / values.min()) < 20  # 48 x 16 random numbers; of the raw pixels it is over 1000
+    raw = PatchEmbedding(16, width=48, patch_size=4, channels=1).patch_proj.weight
+    raw_values = torch.linalg.eigvalsh(raw @ covariance @ raw.T)[-16:]
+    assert float(raw_values.max() / raw_values.min()) > 1000
+
+
+@pytest.mark.parametrize("patches", [torch.randn(47, 48), torch.ones(99, 48)])
+def test_whitening_refuses_too_few_patches_and_equal_ones(patches: Tensor) -> None:
+    with pytest.raises(ValueError, match="at least as many patches"):
+        PatchEmbedding(16, width=8, patch_size=4).whiten(patches)
+
+
 def test_patch_embedding_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="position must be one of rotary, sincos, none, got 'learned'"):
         PatchEmbedding(8, position="learned")

@@ -22,6 +22,7 @@ SIZES = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
 def check_combinations(reader: Reader) -> None:
     """Notes what does not fit together, as far as the single values are good."""
     _check_data(reader)
+    _check_whitening(reader)
     form, model = reader.sections.get("model", (Checkpoint, {}))
     if form is Checkpoint:
         return
@@ -48,6 +49,15 @@ def _check_data(reader: Reader) -> None:
     if "data" in reader.sections:
         lacking: dict[str, Any] = {"tokenizer": "", "train": []}
         _try(reader, "data", NEODataModule, **lacking | _good(reader, "data"))
+
+
+def _check_whitening(reader: Reader) -> None:
+    """A patch embedding is whitened before it learns, not after."""
+    form, _ = reader.sections.get("model", (None, {}))
+    asset, given = reader.sections.get("model.pre_buffer", (None, {}))
+    trained = form is Checkpoint or (asset is PreBufferAsset and not given.get("reset"))
+    if trained and reader.sections.get("stage", (None, {}))[1].get("whiten_patches"):
+        reader.fault("stage.whiten_patches", "would undo what this model's patch embedding has learnt; take it away")
 
 
 def _check_blocks(reader: Reader) -> None:

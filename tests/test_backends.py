@@ -259,9 +259,10 @@ def test_cached_generation_equals_full_recomputation(kind: str, m_rope: str, mon
         assert torch.allclose(cached, torch.stack(logits), atol=1e-4)
 
 
-def test_stop_tokens_at_different_steps() -> None:
+@pytest.mark.parametrize("post", [{}, WINDOWED, DYNAMIC], ids=["plain", "window", "dynamic"])
+def test_stop_tokens_at_different_steps(post: dict[str, Any]) -> None:
     """Each prompt ends with its first stop token, which is included; the others go on unchanged."""
-    model = speaker()
+    model = speaker(post)
     prompts = prompts_of(model, 8)
     free = [tokens.tolist() for tokens in model.generate(prompts, max_new_tokens=8)]
     # The third token of one prompt and the first of another.

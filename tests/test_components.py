@@ -235,14 +235,14 @@ def test_experts_by_hand() -> None:
         ({"rotary_width": 10}, "rotary_width must be even and lie in 0 to head_width (8), got 10"),
         ({"num_experts": 2}, "experts_per_token must lie in 1 to num_experts (2), got 8"),
         ({"num_experts": 8, "feed_forward_bias": True}, "feed_forward_bias is not supported beside num_experts"),
-        ({"rope_scaling": {"rope_type": "spiral"}}, "rope scaling 'spiral' is not supported; supported: linear, "),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "pi": 3}}, "rope scaling 'linear' does not know pi"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported (supported: linear, "),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "pi": 3}}, "rope_type 'linear' does not know pi"),
         (
             {"rotary_width": 2, "rope_scaling": {
                 "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8,
             }},
-            "rope scaling 'dynamic' needs 4 or more turning channels, got 2",
+            "rope_scaling of rope_type 'dynamic' needs 4 or more turning channels, got 2",
         ),
     ],
 )  # fmt: skip

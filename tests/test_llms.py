@@ -193,11 +193,25 @@ def test_a_missing_tensor_is_named(family: str, lost: str, message: str, tmp_pat
     assert message.format(lost) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "rows"),
+    [("phi3", "self_attn.qkv_proj.weight", 31), ("qwen3_moe", "mlp.experts.2.gate_proj.weight", 11)],
+)
+def test_a_misshapen_tensor_of_a_group_is_named(family: str, name: str, rows: int, tmp_path: Path) -> None:
+    plain(family, tmp_path)
+    state = weights_of(tmp_path)
+    state[f"model.layers.1.{name}"] = state[f"model.layers.1.{name}"][:rows].clone()
+    save_tensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match="misshapen: ") as error:
+        PostLLM.from_pretrained(tmp_path)
+    assert name in str(error.value)
+
+
 def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:
     plain("phi3", tmp_path)
     extra = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2)}
     save_tensors(tmp_path / "model.safetensors", weights_of(tmp_path) | extra)
-    with pytest.raises(ValueError, match="unexpected: model.layers.0.self_attn.q_proj.weight"):
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.weight"):
         PostLLM.from_pretrained(tmp_path)
 
 
@@ -296,9 +310,9 @@ def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: b
         (
             "llama",
             {"rope_scaling": {"rope_type": "mrope"}},
-            "rope scaling 'mrope' is not supported; supported: default",
+            "rope scaling 'mrope' is not supported (supported: default",
         ),
-        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "spin": 1}}, "rope scaling 'yarn' with spin"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantised by 'gptq'"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=['full_attention', "),

@@ -20,16 +20,28 @@ class Group:
     Args:
         ours: names inside a block of ``PostLLM``, in order.
         stored: ``stored(sizes)`` -> names inside a block of the files, in order.
-        read: ``read(sizes, stored tensors)`` -> our tensors.
-        write: the inverse of ``read``.
+        take: ``take(sizes, stored tensors)`` -> our tensors.
+        write: the inverse, ``write(sizes, our tensors)`` -> stored tensors.
         optional: the files may also hold our own form, under our names.
     """
 
     ours: tuple[str, ...]
     stored: Callable[[Sizes], Sequence[str]]
-    read: Callable[[Sizes, list[Tensor]], list[Tensor]]
+    take: Callable[[Sizes, list[Tensor]], list[Tensor]]
     write: Callable[[Sizes, list[Tensor]], list[Tensor]]
     optional: bool = False
+
+    def read(self, sizes: Sizes, stored: list[Tensor]) -> list[Tensor]:
+        """Our tensors from the stored ones.
+
+        Raises:
+            ValueError: if their shapes are not those of a block of these sizes.
+        """
+        try:
+            return self.take(sizes, stored)
+        except RuntimeError as error:
+            names = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(self.stored(sizes), stored, strict=True))
+            raise ValueError(f"misshapen: a block has {names}, which do not fit its config's sizes") from error
 
 
 def is_rotary_table(name: str) -> bool:
@@ -161,7 +173,7 @@ def rope_sizes(
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
-        raise ValueError(f"rope scaling {kind!r} is not supported; supported: {', '.join(kinds)}")
+        raise ValueError(f"rope scaling {kind!r} is not supported (supported: {', '.join(kinds)})")
     base = rope.get("rope_theta", config.get("rope_theta"))
     found: Sizes = {"base_t": float(default_base if base is None else base)}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))

@@ -132,7 +132,8 @@ def export(
     from neo_components.assets import export_pre_buffer
     from neo_components.chat import Chat
     from neo_components.components.pre_buffer import AssetInfo
-    from neo_components.weights import read_json, resolve
+    from neo_components.hub import resolve
+    from neo_components.weights import read_json
 
     _register(imports)
     folder = resolve(model)
@@ -171,8 +172,8 @@ def convert(
     imports: Imports = None,
 ) -> None:
     """Rewrite a model in another layout; its tokenizer and image limits go along."""
+    from neo_components.hub import resolve
     from neo_components.model import NEO
-    from neo_components.weights import resolve
 
     _register(imports)
     folder = resolve(model)

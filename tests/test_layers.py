@@ -16,7 +16,7 @@ PACKAGE = "neo_components"
 # From the bottom up. A layer may import the layers below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
-    {"packing", "llms", "weights"},
+    {"packing", "llms", "weights", "hub"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},

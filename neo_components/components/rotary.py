@@ -156,7 +156,8 @@ class Rotary(nn.Module):
         if head_width % 4:
             raise ValueError(f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}")
         variant = rope_variant(kind)
-        table = variant.table(head_width, base_t, base_h, base_w)
+        with torch.device("cpu"):  # a table is numbers, also of a model that is built on the meta device
+            table = variant.table(head_width, base_t, base_h, base_w)
         if len(table.axis) != head_width or len(table.frequency) != head_width:
             raise ValueError(f"rope {kind!r} gives {len(table.axis)} axes and {len(table.frequency)} frequencies, "
                              f"not one each for the {head_width} pairs of a head")  # fmt: skip
@@ -167,8 +168,9 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Moves with the model to another device, but not to another type: rounded frequencies turn far positions by
-        wrong angles."""
+        wrong angles. Computed again rather than moved, so a model can also come from the meta device."""
         super()._apply(fn, recurse)
+        self.axis = torch.tensor(self._table.axis, device=self.frequency.device)
         self.frequency = torch.tensor(self._table.frequency, dtype=torch.float32, device=self.frequency.device)
         return self
 

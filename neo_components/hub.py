@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,15 @@ def _plain_bar() -> Any:
     from huggingface_hub.utils import tqdm
 
     class Lines(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # What tqdm itself writes, to move the cursor, goes nowhere.
+            super().__init__(*args, **options | {"file": StringIO()})
+
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            now = time.monotonic()
-            done = bool(self.total) and self.n >= self.total
-            if done or now - getattr(self, "shown_at", -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
+            now, whole = time.monotonic(), bool(self.total) and self.n >= self.total
+            if whole or now - getattr(self, "shown_at", -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
                 self.shown_at = now
-                print(f"{self.desc}: {self.format_sizeof(self.n)}{self.unit}", file=sys.stderr, flush=True)
+                size = self.format_sizeof if self.unit == "B" else str
+                print(f"{self.desc}: {size(self.n)} of {size(self.total or 0)}", file=sys.stderr, flush=True)
 
     return Lines

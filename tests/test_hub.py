@@ -138,8 +138,10 @@ def test_half_a_download_is_told_from_a_whole_one(hub: Hub, tmp_path: Path) -> N
 
 def test_a_bar_on_a_terminal(hub: Hub, tmp_path: Path) -> None:
     import pty
+    import termios
 
     ours, terminal = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
     subprocess.run(

@@ -30,7 +30,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 # What may import less than its layer allows.
-ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress"}}
+ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress", "hub"}}
 
 # The parts that each component is made of; it imports no other sibling.
 PARTS: dict[str, set[str]] = {

@@ -154,9 +154,11 @@ class Template:
             raise _changed(f"has {len(blocks)} generation blocks for {len(answers)} answers")
         spans = []
         for number, (start, end) in enumerate(answers):
+            block = blocks[number] if blocks else (start, end)
+            if not block[0] <= start <= end <= block[1]:
+                raise _changed("has generation blocks that do not hold the answers")
             end += len(self.end) if text.startswith(self.end, end) else 0
-            if blocks:
-                start, end = min(start, blocks[number][0]), max(end, blocks[number][1])
+            start, end = block[0], max(end, block[1])
             # A blank before the answer is the model's to write: tokenizers join it with the first word.
             spans.append((len(text[:start].rstrip(" ")), end))
         return text, spans
@@ -280,7 +282,8 @@ def _mark(turns: Sequence[Said], number: int) -> str:
 
 def _length(text: str, place: int, answer: str, after: str, last: bool) -> int | None:
     """Length of an answer in the text, if one of its forms stands at that place with the right text behind it."""
-    for written in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):
+    begins = {answer: None, answer.lstrip("\n"): None, answer.lstrip(): None}
+    for written in [form for begin in begins for form in (begin, begin.rstrip("\n"), begin.rstrip())]:
         end = place + len(written)
         fits = text.startswith(written, place) and text.startswith(after, end)
         if fits and (not last or end + len(after) == len(text)):

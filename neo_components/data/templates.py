@@ -84,6 +84,7 @@ class Template:
             as the released models learnt it.
         end: the text that ends an answer and is learnt with it: an added token of the tokenizer, with what stands
             before it, or ordinary text; empty if the template has none.
+        blank: whether the tokenizer puts a blank before a text.
 
     Raises:
         ValueError: if the template cannot write a question and an answer so that the answer is found again.
@@ -95,6 +96,7 @@ class Template:
         self.has_blocks = _GENERATION.search(self.text) is not None
         added = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        self.blank = tokenizer.tokenize("x")[0][:1] in ("▁", "Ġ")
         self.checked: set[tuple[str, ...]] = set()
         self.plain = self.text == CHATML or self._writes_chatml()
         self.end = _FOOTER if self.plain else self._find_end()

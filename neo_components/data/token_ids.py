@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from neo_components.data.templates import ConversationError, Piece
+from neo_components.data.templates import ConversationError, Piece, template_of
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def piece_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Itera
     does not, so there the text so far is tokenised as a whole, and again with the next piece. Where the two do not
     agree, because a token would reach across the cut, the next piece is tokenised behind a character that stays apart.
     """
-    blank = tokenizer.tokenize("x")[0][:1] in ("▁", "Ġ")
+    blank = template_of(tokenizer).blank
     text, ids = "", list[int]()
     for piece in texts:
         if not piece:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
 from neo_components.checkpoint import own_config
-from neo_components.llms.qwen3 import rename
+from neo_components.llms.family import in_model
 from neo_components.weights import DTYPES, unfilled
 
 GIGA = 10**9
@@ -56,7 +56,9 @@ def write_llm(folder: Path, gigabytes: float, dtype: torch.dtype, files: int = 4
     s = sizes(gigabytes, dtype, width)
     with unfilled():
         llm = PostLLM(**s)
-    state = {rename(n): t for n, t in llm.state_dict().items() if "_hw" not in n and "_h." not in n and "_w." not in n}
+    state = {
+        in_model(n): t for n, t in llm.state_dict().items() if "_hw" not in n and "_h." not in n and "_w." not in n
+    }
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": s["vocab_size"],
         "hidden_size": width, "num_hidden_layers": s["depth"], "num_attention_heads": s["num_heads"],

@@ -51,7 +51,7 @@ def export_pre_buffer(
         )
     strings = token_strings(tokenizer)
     rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
-    vectors = model.post_llm.word_embedding.weight.detach()[[row for _, row in rows]]
+    vectors = model.post_llm.embed(model.post_llm.word_ids([row for _, row in rows])).detach()
     if model.bridge_in is not None:
         vectors = model.bridge_in(vectors).detach()
     model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
@@ -138,7 +138,7 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     if len(pairs) < MIN_SHARED:
         raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
     ours = pre.anchors.vectors[[place for place, _ in pairs]]
-    theirs = llm.word_embedding.weight.detach().cpu().float()[[row for _, row in pairs]]
+    theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
 
 

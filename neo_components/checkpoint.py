@@ -5,6 +5,7 @@ Both are read into the same parts; ``NEO.from_pretrained`` tells them apart by c
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM, image_token_ids
 from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
-from neo_components.llms.family import rope_base
+from neo_components.components.primitive import BLOCK
+from neo_components.llms.family import require
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
 from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
 
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 BOUNDARY = "boundary"
 """File beside released weights: vectors of ``<img>`` and ``</img>``, where the vocabulary has no rows for them."""
+
+CONFIGS = ("llm_config", "vision_config")
+"""The sections of a released config."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""
@@ -83,7 +88,10 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
 
 
 def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
-    """Empty parts as a released config of either kit describes them; ``layer_types`` is not looked at.
+    """Empty parts as a released config of either kit describes them.
+
+    ``layer_types`` is not looked at: the training kit writes 32 entries whatever the depth. Numbers may be lists of
+    one: so a tuple is written that a trailing comma made.
 
     Raises:
         ValueError: if a setting is not supported or missing.
@@ -95,20 +103,23 @@ def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
 
 
 def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
-    llm, vision = config["llm_config"], config["vision_config"]
-    sizes = qwen3_sizes(llm | {"tie_word_embeddings": is_tied(config)})
+    llm, vision = ({name: _scalar(value) for name, value in config[part].items()} for part in CONFIGS)
+    require(llm, {"use_sliding_window": (False,), "attention_bias": (False,)})
+    if llm.get("rope_theta") is None and "rope_theta" not in (llm.get("rope_parameters") or {}):
+        raise ValueError(f"{folder}/config.json gives no rope_theta")
+    sizes = qwen3_sizes(llm | {"layer_types": None, "tie_word_embeddings": is_tied(config)})
+    if scaling := sizes.get("rope_scaling"):
+        raise ValueError(f"rope scaling {scaling['rope_type']!r} is not part of the released NEO layout")
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
     base_hw = float(llm.get("rope_theta_hw", 1e4))
-    bases = {"base_t": rope_base(llm), "base_h": base_hw, "base_w": base_hw}
-    shared = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps")
-    same = {name: sizes[name] for name in shared} | bases
+    same = {name: value for name, value in sizes.items() if name in BLOCK} | {"base_h": base_hw, "base_w": base_hw}
     ratio = vision.get("downsample_ratio", config.get("downsample_ratio"))
     return {
         "patch_embedding": PatchEmbedding(
             hidden_size=sizes["hidden_size"],
             width=vision["hidden_size"],
             patch_size=vision["patch_size"],
-            fold=round(1 / float(_scalar(ratio if ratio is not None else 0.5))),
+            fold=round(1 / float(_scalar(0.5 if ratio is None else ratio))),
             channels=vision.get("num_channels", 3),
             base=float(vision.get("rope_theta_vision", 1e4)),
         ),
@@ -125,18 +136,19 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
 
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether a released config ties the head to the word embedding; either level may say so."""
-    return bool(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False)))
+    return bool(_scalar(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False))))
 
 
 def _scalar(value: Any) -> Any:
     """The value of a field that was written as a tuple by accident (a trailing comma)."""
-    return value[0] if isinstance(value, (list, tuple)) else value
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _image_ids(config: dict[str, Any], folder: Path, vocab_size: int) -> dict[str, Any]:
     """The image tokens' ids. They are added to the tokenizer in one go, visual token, ``<img>``, ``</img>``; the config
     of the inference kit states none, so there the folder's tokenizer does, or else they are those of the released
     tokenizers."""
+    config = {name: _scalar(value) for name, value in config.items()}
     token = config.get("img_context_token_id")
     if token is None and (folder / "tokenizer.json").is_file():
         return image_token_ids(folder, vocab_size)
@@ -255,8 +267,8 @@ def _boundary_rows(model: Any) -> dict[int, int]:
 
 def _check_expressible(model: Any) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
-    same = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps", "base_t")
-    faults = [f"{n}: pre-Buffer {pre[n]}, post-LLM {post[n]}" for n in (*same, "base_h", "base_w") if pre[n] != post[n]]
+    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
+    faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
@@ -268,6 +280,20 @@ def _check_expressible(model: Any) -> None:
         raise ValueError(
             'layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults)
         )
+
+
+SPOKEN = (
+    "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
+    "base_t", "base_h", "base_w",
+)  # fmt: skip
+"""Arguments of a block that a released config has words for; ``rope`` and ``attention`` are told apart beside them."""
+
+
+def _unspoken(hparams: Any) -> dict[str, Any]:
+    """Arguments that say otherwise than NEO on Qwen3 -> the only value that a released model has."""
+    defaults = {name: entry.default for name, entry in inspect.signature(PostLLM).parameters.items()}
+    names = {*BLOCK, "unturned_layers", "embedding_multiplier", "logits_divisor"} - {*SPOKEN, "rope", "attention"}
+    return {name: defaults[name] for name in sorted(names & set(hparams)) if hparams[name] not in (defaults[name], [])}
 
 
 def released_config(model: Any) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from neo_components.checkpoint import (
     parts_from_released,
     save_released,
 )
-from neo_components.components.backends import Attend, EagerAttention, prepare_attention
+from neo_components.components.backends import Attend, EagerAttention
 from neo_components.components.bridge import Bridge
+from neo_components.components.masks import LayerRule
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.primitive import Prepared
 from neo_components.generation import generate
 from neo_components.hub import resolve
 from neo_components.packing import pack
@@ -108,9 +110,13 @@ class NEO(lightning.LightningModule):
         )
 
     @property
-    def layer_rules(self) -> list[str]:
-        """Name of the mask rule of every block, pre-Buffer first."""
-        return [stack.rule for stack in (self.pre_buffer, self.post_llm) for _ in stack.layers]
+    def layer_rules(self) -> list[LayerRule]:
+        """Whom the tokens of every block see, pre-Buffer first: mask rule and window."""
+        return [*self.pre_buffer.layer_rules, *self.post_llm.layer_rules]
+
+    def regimes(self, length: int) -> tuple[int, ...]:
+        """Which rotary frequencies a document of ``length`` T positions gets; constant in most models."""
+        return (*self.pre_buffer.regimes(length), *self.post_llm.regimes(length))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of parameters, by module; a stage names those that it trains.
@@ -166,9 +172,13 @@ class NEO(lightning.LightningModule):
             [B, L, D of the post-LLM].
         """
         pre, post = self.pre_buffer, self.post_llm
-        if attend is None and (pre.rule, pre.backend) == (post.rule, post.backend):
-            attend = prepare_attention(batch.document_ids, batch.image_ids, post.rule, post.backend)
         depth = len(pre.layers)
+        if attend is None:
+            prepared: Prepared = {}
+            attend = [
+                *pre.prepare(batch.document_ids, batch.image_ids, prepared),
+                *post.prepare(batch.document_ids, batch.image_ids, prepared),
+            ]
         first, then = (attend[:depth], attend[depth:]) if isinstance(attend, Sequence) else (attend, attend)
         where = (batch.positions, batch.document_ids, batch.image_ids)
         x = self.embed(batch)
@@ -255,7 +265,7 @@ class NEO(lightning.LightningModule):
     @torch.no_grad()
     def attention_maps(self, batch: Batch) -> list[Tensor]:
         """Attention weights of every block, pre-Buffer first: [B, N, L, L] each."""
-        attend = [EagerAttention(batch.document_ids, batch.image_ids, rule) for rule in self.layer_rules]
+        attend = [EagerAttention(batch.document_ids, batch.image_ids, *rule) for rule in self.layer_rules]
         self.hidden(batch, attend)
         return [backend.weights[0] for backend in attend]
 

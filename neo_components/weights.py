@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -133,6 +133,20 @@ def _open(path: Path) -> Any:
         ) from error
 
 
+class Tensors(Protocol):
+    """Stored tensors, read one by one; ``TensorFiles``, or a view of them under other names."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+    def read_into(self, name: str, target: Tensor) -> None: ...
+
+
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The type of that name.
 
@@ -152,7 +166,7 @@ def unfilled() -> torch.device:
 
 def load_strict(
     module: nn.Module,
-    tensors: TensorFiles,
+    tensors: Tensors,
     rename: Callable[[str], str] = lambda name: name,
     change: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ignore: Iterable[str] = (),

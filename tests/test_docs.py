@@ -7,22 +7,28 @@ import inspect
 import pkgutil
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer.main
+from builders import edit_config, weights_of
 from commands import good
+from llm_references import plain
 from shard_builders import png
 
 import neo_components
+from neo_components import PostLLM
 from neo_components.cli import app
 from neo_components.data import read_shards, write_shards
+from neo_components.llms import FAMILIES
 from neo_components.model import NEO
-from neo_components.recipe import list_recipes
+from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
 from neo_components.training.stage import Group
+from neo_components.weights import save_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -152,6 +158,45 @@ def test_python_of_the_readme() -> None:
     assert answer.shape == (8,) and answer.dtype == torch.int64
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not untouched
+
+
+def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of CONTRIBUTING as a module outside the package, on a folder of that family."""
+    [example] = blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "my_llm.py").write_text(example)
+    theirs = plain("llama", tmp_path / "llm", attention_bias=True, rms_norm_eps=1e-5)
+    state = {name.replace("self_attn", "attention"): t for name, t in weights_of(tmp_path / "llm").items()}
+    save_tensors(tmp_path / "llm" / "model.safetensors", state)
+    edit_config(tmp_path / "llm", lambda c: c.update(model_type="my_llm"))
+    with pytest.raises(ValueError, match="language model type 'my_llm' is not supported"):
+        PostLLM.from_pretrained(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        import_user_modules(["my_llm"])
+        ids = torch.randint(0, 90, (2, 20))
+        with torch.no_grad():
+            logits = PostLLM.from_pretrained("llm").text_logits(ids)
+            assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
+        edit_config(tmp_path / "llm", lambda c: c.update(hidden_act="relu"))
+        with pytest.raises(ValueError, match="this my_llm config is not supported: hidden_act='relu'"):
+            PostLLM.from_pretrained("llm")
+    finally:
+        FAMILIES.pop("my_llm", None)
+        sys.modules.pop("my_llm", None)
+
+
+def test_python_of_the_language_model_page(clone: Path) -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("docs/language_models.md", "python"):
+        exec(compile(example, "docs/language_models.md", "exec"), names)
+    assert names["logits"].shape == (1, 3, names["llm"].hparams.vocab_size)
+    assert names["model"].post_llm is names["llm"]
+
+
+def test_the_table_of_families_is_whole() -> None:
+    told = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/language_models.md"], re.MULTILINE)
+    assert sorted(told) == sorted(FAMILIES)
 
 
 def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ PACKAGE = "neo_components"
 # From the bottom up. A layer may import the layers below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
-    {"packing", "llms", "weights", "hub"},
+    {"packing", "weights", "hub"},
+    {"llms"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},
@@ -36,11 +37,13 @@ ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress", "hub"}}
 PARTS: dict[str, set[str]] = {
     "component": set(),
     "layers": set(),
-    "rotary": set(),
+    "scaling": set(),
+    "rotary": {"scaling"},
+    "experts": {"layers"},
     "masks": set(),
     "backends": {"masks"},
     "attention": {"backends", "layers", "rotary"},
-    "primitive": {"component", "attention", "backends", "layers", "masks", "rotary"},
+    "primitive": {"component", "attention", "backends", "experts", "layers", "masks", "rotary"},
     "patch_embedding": {"component"},
     "pre_buffer": {"patch_embedding", "primitive", "backends"},
     "post_llm": {"primitive", "backends", "layers"},

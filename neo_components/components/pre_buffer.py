@@ -6,7 +6,7 @@ reusable asset (NEO paper section 3.2): save it, load it in another project, att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class PreBuffer(PrimitiveStack):
         base_h: base of the H frequencies.
         base_w: base of the W frequencies.
         attention: registered name of the mask rule.
+        rope_scaling: this and the arguments up to ``normalize_experts`` are those of :class:`NativePrimitive`: what
+            language models do otherwise than NEO. The defaults are NEO's, whatever the language model behind.
         backend: attention backend.
         init_std: standard deviation of the initial projections.
 
@@ -105,14 +107,27 @@ class PreBuffer(PrimitiveStack):
         base_h: float = 1e4,
         base_w: float = 1e4,
         attention: str = "mixed",
+        rope_scaling: Mapping[str, Any] | None = None,
+        rotary_width: int | None = None,
+        window: int | None = None,
+        attention_scale: float | None = None,
+        qk_norm: str = "head",
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        norm: str = "weight",
+        norm_placement: str = "before",
+        residual_multiplier: float = 1.0,
+        activation: str = "silu",
+        feed_forward_bias: bool = False,
+        num_experts: int | None = None,
+        experts_per_token: int = 8,
+        normalize_experts: bool = True,
         backend: str = "auto",
         init_std: float = 0.02,
     ) -> None:
-        super().__init__(
-            depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
-            base_w, attention, backend, init_std,
-        )  # fmt: skip
+        super().__init__()
         self.save_hyperparameters()
+        self.build()
         self.patch_embedding = None
         self.boundary = nn.Parameter(torch.randn(2, hidden_size) * init_std)
         self.anchors: Anchors | None = None

@@ -10,7 +10,7 @@ from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.hub import resolve
-from neo_components.llms import family_of
+from neo_components.llms import arguments_of, family_of
 from neo_components.model import NEO
 from neo_components.recipe.load import complete
 from neo_components.recipe.schema import Checkpoint, Compose, ModelRecipe, PreBufferAsset, PretrainedLLM, Rope
@@ -20,7 +20,11 @@ BLOCKS = (
     "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
     "rope", "base_t", "base_h", "base_w", "attention",
 )  # fmt: skip
-"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own."""
+"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own.
+
+What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to
+go from one language model to another, so its blocks are NEO's unless the recipe says else.
+"""
 
 
 def build(model: ModelRecipe) -> NEO:
@@ -83,8 +87,9 @@ def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]
     if not isinstance(model.post_llm, PretrainedLLM):
         return asdict(model.post_llm) | said | base_t
     source = model.post_llm.from_pretrained
-    config = read_config(resolve(source, weights=False))
-    sizes = family_of(config).sizes(config)
+    folder = resolve(source, weights=False)
+    config = read_config(folder)
+    sizes = arguments_of(family_of(config), config, folder)
     if rope.base_t not in (None, sizes["base_t"]):
         raise ValueError(
             f"model.rope.base_t is {rope.base_t}, but the language model {source} was trained with {sizes['base_t']}; "

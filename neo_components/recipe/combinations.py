@@ -9,13 +9,13 @@ import torch
 
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import NativePrimitive
+from neo_components.components.primitive import BLOCK, NativePrimitive
 from neo_components.components.rotary import Rotary
 from neo_components.recipe.hints import default_of, hints_of
 from neo_components.recipe.reader import Reader
 from neo_components.recipe.schema import FROM, Checkpoint, PreBufferAsset, PretrainedLLM, Rope
 
-BLOCK = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
+SIZES = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
 """Sizes of a block that the components check."""
 
 
@@ -56,13 +56,17 @@ def _check_blocks(reader: Reader) -> None:
     rope |= {key: value for key, value in _good(reader, "model.rope").items() if value is not None}
     sizes: dict[str, Any] = {}
     for key in ("model.post_llm", "model.pre_buffer"):
-        values = {name: value for name, value in _good(reader, key).items() if name in BLOCK and value is not None}
+        values = {name: value for name, value in _good(reader, key).items() if value is not None}
         # What a new pre-Buffer does not say, it takes from the post-LLM, which comes first here.
-        sizes |= values
-        new = values and FROM not in hints_of(reader.sections.get(key, (PretrainedLLM, {}))[0])
-        if new and set(BLOCK) <= set(sizes):
-            _try(reader, key, NativePrimitive, hidden_size=1, **sizes)
-            _try(reader, key, Rotary, device="cpu", head_width=sizes["head_width"], **rope)
+        sizes |= {name: value for name, value in values.items() if name in SIZES}
+        own = {name: value for name, value in values.items() if name in BLOCK and name not in (*SIZES, "hidden_size")}
+        new = set(reader.given.get(key, {})).intersection(BLOCK) and FROM not in hints_of(
+            reader.sections.get(key, (PretrainedLLM, {}))[0]
+        )
+        if new and set(SIZES) <= set(sizes):
+            _try(reader, key, NativePrimitive, hidden_size=1, **sizes, **own)
+            turning = {name: own[name] for name in ("rope_scaling", "rotary_width") if name in own}
+            _try(reader, key, Rotary, device="cpu", head_width=sizes["head_width"], **rope, **turning)
 
 
 def _good(reader: Reader, key: str) -> dict[str, Any]:

@@ -26,12 +26,16 @@ FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
 
 
+MAY_BE_ZERO = ("depth", "init_std", "rotary_width")
+
+
 def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a component's numbers: all are positive, but ids, depths and ``init_std`` may be 0."""
+    """What is wrong with a component's numbers: all are positive, but ids and the arguments of ``MAY_BE_ZERO`` may be
+    0."""
     found = {}
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            may_be_zero = key.endswith("_id") or key in ("depth", "init_std")
+            may_be_zero = key.endswith("_id") or key in MAY_BE_ZERO
             if value < 0 or (value == 0 and not may_be_zero):
                 found[key] = f"got {value}, must be {'0 or more' if may_be_zero else 'positive'}"
     return found
@@ -57,7 +61,7 @@ else:
         "NewPreBuffer",
         PreBuffer,
         omit=["hidden_size", *_SHARED],
-        # Where nothing is said, the blocks are shaped like the post-LLM's.
+        # Where nothing is said, the blocks have the sizes of the post-LLM's.
         replace={
             "num_heads": (int | None, None),
             "num_kv_heads": (int | None, None),

@@ -21,7 +21,7 @@ from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, chec
 from neo_components.components.primitive import BLOCK
 from neo_components.llms.family import require
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
-from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors
+from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
 
 log = logging.getLogger(__name__)
 
@@ -216,16 +216,27 @@ class Released:
         return tensor
 
 
-def load_released(model: Any, folder: Path) -> None:
-    """Fills a model from released weights; the vectors of ``<img>`` and ``</img>`` come from their word embeddings."""
+def load_released(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Fills a model on the meta device from released weights; the vectors of ``<img>`` and ``</img>`` come from their
+    word embeddings.
+
+    Raises:
+        ValueError: if the tensors do not fit.
+    """
     released = released_of(model)
     boundary = "pre_buffer.boundary"
-    load_strict(model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary)
+    load_strict(
+        model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary, dtype=dtype
+    )
+    settle(model, dtype)
     table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
     beside = TensorFiles(folder, BOUNDARY).get(BOUNDARY) if (folder / f"{BOUNDARY}.safetensors").is_file() else None
     with torch.no_grad():
         if beside is not None:
             model.pre_buffer.boundary.copy_(beside)
+        elif len(rows) < 2:
+            log.warning("%s has no vectors of <img> and </img>, by their ids or beside; they start as random", folder)
+            model.pre_buffer.boundary.normal_(0.0, model.pre_buffer.hparams.init_std)
         for place, row in rows.items():
             model.pre_buffer.boundary[place] = table[row]
 

@@ -175,7 +175,8 @@ def export(
 
 def _model_folder(model: str) -> Path:
     """The folder of a model; of a run's output folder the model in it."""
-    from neo_components.weights import CONFIG, resolve
+    from neo_components.hub import resolve
+    from neo_components.weights import CONFIG
 
     folder = resolve(model)
     return folder / "neo" if not (folder / CONFIG).is_file() and (folder / "neo" / CONFIG).is_file() else folder
@@ -210,8 +211,8 @@ def convert(
     imports: Imports = None,
 ) -> None:
     """Rewrite a model in another layout; its tokenizer and image limits go along."""
+    from neo_components.hub import resolve
     from neo_components.model import NEO
-    from neo_components.weights import resolve
 
     _register(imports)
     folder = resolve(model)

@@ -27,9 +27,10 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.primitive import Prepared
 from neo_components.generation import generate
+from neo_components.hub import resolve
 from neo_components.packing import pack
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder
+from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle, unfilled
 
 LOSS_CHUNK = 1024
 """Labelled tokens whose logits exist at the same time on the training path."""
@@ -46,7 +47,8 @@ class NEO(Component):
         bridge_out: maps the pre-Buffer's output to the language model's width.
 
     Raises:
-        ValueError: if the widths do not meet, or pre-Buffer and post-LLM count positions by different rules.
+        ValueError: if the widths do not meet, the parts' types differ, or pre-Buffer and post-LLM count positions by
+            different rules.
     """
 
     def __init__(
@@ -75,6 +77,11 @@ class NEO(Component):
                     f"{name} must map width {come} to {go} (pre-Buffer {inner}, post-LLM {outer}), "
                     f"got {'none' if bridge is None else f'{widths[0]} to {widths[1]}'}; attach(...) builds bridges"
                 )
+        parts: dict[str, nn.Module | None] = {"pre_buffer": self.pre_buffer, "post_llm": self.post_llm}
+        parts |= {"bridge_in": self.bridge_in, "bridge_out": self.bridge_out}
+        types = {name: next(part.parameters()).dtype for name, part in parts.items() if part is not None}
+        if len(set(types.values())) > 1:
+            raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
         if self.pre_buffer.rotary.index_rule is not self.post_llm.rotary.index_rule:
             raise ValueError(
                 f"pre-Buffer and post-LLM count positions by different rules: rope {self.pre_buffer.hparams.rope!r} "
@@ -292,22 +299,26 @@ class NEO(Component):
         )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> NEO:
-        """Reads a model in our own or the released layout, told apart by config.json.
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> NEO:
+        """Reads a model in our own or the released layout, told apart by config.json. No random numbers are drawn.
 
         Args:
             source: folder or hub id.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or only a pickled one.
             ValueError: if it is no NEO model, or a tensor is missing, unexpected or misshapen.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
-        if layout_of(config, folder) == "released":
-            model = cls(**parts_from_released(config, folder))
-            load_released(model, folder)
-            return model
-        model = cls(**parts_from_own(config, folder))
-        load_strict(model, TensorFiles(folder))
+        released = layout_of(config, folder) == "released"
+        with unfilled():
+            model = cls(**(parts_from_released if released else parts_from_own)(config, folder))
+        if released:
+            load_released(model, folder, dtype)
+        else:
+            load_strict(model, TensorFiles(folder), dtype=dtype)
+            settle(model, dtype)
         return model

@@ -16,7 +16,7 @@ PACKAGE = "neo_components"
 # From the bottom up. A layer may import the layers below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
-    {"packing", "weights"},
+    {"packing", "weights", "hub"},
     {"llms"},
     {"components"},
     {"generation", "checkpoint"},
@@ -31,7 +31,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 # What may import less than its layer allows.
-ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress"}}
+ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress", "hub"}}
 
 # The parts that each component is made of; it imports no other sibling.
 PARTS: dict[str, set[str]] = {

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.layers import RMSNorm
 from neo_components.components.primitive import PrimitiveStack
+from neo_components.hub import resolve
 from neo_components.llms import arguments_of, family_of
 from neo_components.llms.layout import FamilyFiles
 from neo_components.types import NO_IMAGE
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve
+from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, settle, unfilled
 
 
 class PostLLM(PrimitiveStack):
@@ -211,8 +212,9 @@ class PostLLM(PrimitiveStack):
         base_w: float = 1e4,
         attention: str = "mixed",
         backend: str = "auto",
+        dtype: torch.dtype | str = "float32",
     ) -> PostLLM:
-        """Reads a language model in the Hugging Face layout and widens it.
+        """Reads a language model in the Hugging Face layout and widens it. No random numbers are drawn for it.
 
         Args:
             source: folder or hub id; safetensors, one file or several.
@@ -221,23 +223,27 @@ class PostLLM(PrimitiveStack):
             base_w: base of the new W frequencies.
             attention: registered name of the mask rule.
             backend: attention backend.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or only a pickled one.
             ValueError: if the family or a setting is not supported, or the tensors do not fit.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
         family = family_of(config)
         sizes = arguments_of(family, config, folder)
         ids = image_token_ids(folder, sizes["vocab_size"])
-        module = cls(
-            **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
-            backend=backend,
-        )  # fmt: skip
+        with unfilled():
+            module = cls(
+                **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
+                backend=backend,
+            )  # fmt: skip
         names = [name for name in module.state_dict() if _is_pretrained(name)]
         files = FamilyFiles(TensorFiles(folder), family, sizes, names)
-        load_strict(module, files, files.rename, ignore=files.superfluous(), only=_is_pretrained)
+        load_strict(module, files, files.rename, ignore=files.superfluous(), only=_is_pretrained, dtype=dtype)
+        settle(module, dtype)
         module.init_hw_from_t()
         module.hf_config = config
         return module

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.primitive import PrimitiveStack
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder, save_tensors
+from neo_components.hub import resolve
+from neo_components.weights import (
+    TensorFiles,
+    as_dtype,
+    load_strict,
+    read_config,
+    save_folder,
+    save_tensors,
+    settle,
+    unfilled,
+)
 
 FORMAT_VERSION = 1
 ANCHORS = "anchors"
@@ -186,24 +196,31 @@ class PreBuffer(PrimitiveStack):
         return folder
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> PreBuffer:
-        """Reads an asset from a folder or hub repository.
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> PreBuffer:
+        """Reads an asset from a folder or hub repository. No random numbers are drawn for it.
+
+        Args:
+            source: folder or hub id.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is no pre-Buffer, too new, or its tensors do not fit.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
         if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
             raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
         check_format(config, folder)
         try:
-            module = cls(**config["pre_buffer"])
-            module.adopt(PatchEmbedding(**config["patch_embedding"]))
+            with unfilled():
+                module = cls(**config["pre_buffer"])
+                module.adopt(PatchEmbedding(**config["patch_embedding"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a pre-Buffer: {error}") from error
-        load_strict(module, TensorFiles(folder))
+        load_strict(module, TensorFiles(folder), dtype=dtype)
+        settle(module, dtype)
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
         )

@@ -209,7 +209,7 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Moves with the model to another device, but not to another type: rounded frequencies turn far positions by
-        wrong angles."""
+        wrong angles. Computed again rather than moved, so a model can also come from the meta device."""
         super()._apply(fn, recurse)
         device = self.frequency.device
         if device.type != "meta":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from neo_components.llms.family import Family, Group, Sizes
@@ -67,6 +68,21 @@ class FamilyFiles:
         made = {name: parts for name, (_, _, parts) in self._made.items() if self._stored.issuperset(parts)}
         used = {part for parts in made.values() for part in parts}
         return [*sorted(self._stored - used), *made]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of that name; no values are read."""
+        if name not in self._made:
+            return self.files.shape(name)
+        group, place, parts = self._made[name]
+        stored = [torch.empty(self.files.shape(part), device="meta") for part in parts]
+        return tuple(group.read(self.sizes, stored)[place].shape)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies the tensor of that name into one of the same shape."""
+        if name in self._made:
+            target.copy_(self.get(name))
+        else:
+            self.files.read_into(name, target)
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU."""

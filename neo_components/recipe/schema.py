@@ -20,6 +20,7 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
+from neo_components.weights import DTYPES
 
 FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
@@ -119,6 +120,7 @@ class Rope:
 Attention = Annotated[str, Names("attention", MASK_RULES)]
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
 Bridge = Annotated[str, Names("bridge", BRIDGES)]
+Dtype = Annotated[str, Names("dtype", DTYPES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ class Compose:
         attention: registered name of the mask rule; ``None``: mixed, or that of the asset.
         backend: how attention is computed.
         bridge: how an asset is attached.
+        dtype: of all weights in memory.
 
     ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
     """
@@ -144,6 +147,7 @@ class Compose:
     attention: Attention | None = None
     backend: Backend = "auto"
     bridge: Bridge = "auto"
+    dtype: Dtype = "float32"
 
     from_pretrained: ClassVar[None] = None
 
@@ -155,10 +159,12 @@ class Checkpoint:
     Args:
         from_pretrained: folder or hub id, own or released layout.
         backend: how attention is computed.
+        dtype: of all weights in memory.
     """
 
     from_pretrained: str
     backend: Backend = "auto"
+    dtype: Dtype = "float32"
 
 
 ModelRecipe = Compose | Checkpoint

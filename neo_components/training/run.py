@@ -95,7 +95,8 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
 def _start(recipe: Recipe) -> Chat:
     """The model that the stage starts from, with tokenizer and image limits."""
     data = recipe.data
-    return Chat(build(recipe.model), load_tokenizer(data["tokenizer"]), data["min_pixels"], data["max_pixels"])
+    tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
+    return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
 
 
 def _whiten(recipe: Recipe, chat: Chat) -> None:

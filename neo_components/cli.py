@@ -317,8 +317,10 @@ def _message(error: Exception) -> str:
 
 def main() -> None:
     """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
-    # Threads that spin while they wait take the cores that the data workers need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait take the cores that data workers need; threads that fall asleep at once
+    # wake too late for the many short operations of a small model. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app(prog_name="neo")

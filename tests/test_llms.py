@@ -193,6 +193,20 @@ def test_a_missing_tensor_is_named(family: str, lost: str, message: str, tmp_pat
     assert message.format(lost) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "rows"),
+    [("phi3", "self_attn.qkv_proj.weight", 31), ("qwen3_moe", "mlp.experts.2.gate_proj.weight", 11)],
+)
+def test_a_misshapen_tensor_of_a_group_is_named(family: str, name: str, rows: int, tmp_path: Path) -> None:
+    plain(family, tmp_path)
+    state = weights_of(tmp_path)
+    state[f"model.layers.1.{name}"] = state[f"model.layers.1.{name}"][:rows].clone()
+    save_tensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match="misshapen: ") as error:
+        PostLLM.from_pretrained(tmp_path)
+    assert name in str(error.value)
+
+
 def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:
     plain("phi3", tmp_path)
     extra = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2)}

@@ -20,16 +20,28 @@ class Group:
     Args:
         ours: names inside a block of ``PostLLM``, in order.
         stored: ``stored(sizes)`` -> names inside a block of the files, in order.
-        read: ``read(sizes, stored tensors)`` -> our tensors.
-        write: the inverse of ``read``.
+        take: ``take(sizes, stored tensors)`` -> our tensors.
+        write: the inverse, ``write(sizes, our tensors)`` -> stored tensors.
         optional: the files may also hold our own form, under our names.
     """
 
     ours: tuple[str, ...]
     stored: Callable[[Sizes], Sequence[str]]
-    read: Callable[[Sizes, list[Tensor]], list[Tensor]]
+    take: Callable[[Sizes, list[Tensor]], list[Tensor]]
     write: Callable[[Sizes, list[Tensor]], list[Tensor]]
     optional: bool = False
+
+    def read(self, sizes: Sizes, stored: list[Tensor]) -> list[Tensor]:
+        """Our tensors from the stored ones.
+
+        Raises:
+            ValueError: if their shapes are not those of a block of these sizes.
+        """
+        try:
+            return self.take(sizes, stored)
+        except RuntimeError as error:
+            names = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(self.stored(sizes), stored, strict=True))
+            raise ValueError(f"misshapen: a block has {names}, which do not fit its config's sizes") from error
 
 
 def is_rotary_table(name: str) -> bool:

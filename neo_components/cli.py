@@ -140,6 +140,7 @@ def export(
     license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "",
     anchors: Annotated[int, typer.Option(help="pre-buffer: most word embeddings to keep for bridges.")] = 4096,
     max_new_tokens: Annotated[int, typer.Option(help="hf: longest answer where its user does not say.")] = 256,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = None,
     imports: Imports = None,
 ) -> None:
     """Take a trained model, or a part of it, elsewhere.
@@ -151,10 +152,11 @@ def export(
     --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
     """
     from neo_components.chat import Chat
+    from neo_components.weights import TensorFiles
 
     _register(imports)
     folder = _model_folder(model)
-    chat = Chat.from_pretrained(folder)
+    chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
     if to is Export.pre_buffer:
         from neo_components.assets import export_pre_buffer
         from neo_components.components.pre_buffer import AssetInfo

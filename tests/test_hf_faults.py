@@ -58,6 +58,7 @@ def test_it_runs(model: Any) -> None:
         ({"image_grid_hw": GRID * 2, "patches": 32}, "but its 1 images give 8 visual tokens"),
         ({"patches": 7}, "image_grid_hw speaks of 8 patches, pixel_values holds 7"),
         ({"ids": torch.tensor([[57, 1, 57]])}, "each image needs one unbroken run"),
+        ({"ids": torch.tensor([[1, 60, 58, 57, 57, 59]])}, "token id 60 is out of range; the vocabulary has 60 tokens"),
         ({"attention_mask": torch.ones(1, 9)}, r"attention_mask must be \[1, 7\].*got \[1, 9\]"),
         ({"attention_mask": torch.ones(1, 1, 7, 7)}, r"got \[1, 1, 7, 7\]"),
         ({"output_attentions": True}, "NEO.attention_maps"),

@@ -217,6 +217,20 @@ def test_commands_take_a_type(world: Path) -> None:
         Chat.from_pretrained(world / "neo", dtype="bf16")
 
 
+def test_a_run_in_bfloat16_with_a_template_of_its_own(world: Path, tmp_path: Path) -> None:
+    """The recipe's two keys reach the model and the folder that the run leaves, which is asked in the same form."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}")
+    keys = ["model.dtype=bfloat16", "trainer.precision=bf16-true", f"data.chat_template={template}"]
+    good("train", world / "run.yaml", f"output={tmp_path}/run", *keys)
+    folder = tmp_path / "run" / "neo"
+    assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.bfloat16}
+    chat = Chat.from_pretrained(folder, dtype="bfloat16")
+    prompt = chat.tokenizer.decode(chat.prompt("why?").token_ids.tolist())
+    assert prompt == f"user: why?{chat.tokenizer.eos_token}assistant:"
+    assert isinstance(chat.ask("why?", max_new_tokens=3), str)
+
+
 def benchmark(name: str) -> Any:
     """A script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")

@@ -55,9 +55,6 @@ class PostLLM(PrimitiveStack):
         source: where the weights come from; its tokenizer names the tokens when a bridge is fitted.
         backend: attention backend.
         init_std: standard deviation of the initial weights.
-
-    Raises:
-        ValueError: if a size or a name is not possible.
     """
 
     def __init__(

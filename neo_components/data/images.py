@@ -149,10 +149,9 @@ def _open_header(data: bytes, name: str) -> Image.Image:
 
 
 def image_size(
-    image: Image.Image, factor: int, min_pixels: int, max_pixels: int, name: str = "image"
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, name: str = "image"
 ) -> tuple[int, int]:
-    """:func:`smart_resize` of an opened image, with its name in the message: (height, width) in pixels."""
-    width, height = image.size
+    """:func:`smart_resize` with the image's name in the message: (height, width) in pixels."""
     try:
         return smart_resize(height, width, factor, min_pixels, max_pixels)
     except ImageError as error:
@@ -227,7 +226,8 @@ def load_image(
         raise ValueError(f"transparency must be one of {', '.join(get_args(Transparency))}, got {transparency!r}")
     image = open_image(source, name, max_decoded_pixels)
     name = name or (str(source) if isinstance(source, str | PathLike) else "image")
-    return to_pixels(image, image_size(image, factor, min_pixels, max_pixels, name), transparency, name)
+    size = image_size(image.height, image.width, factor, min_pixels, max_pixels, name)
+    return to_pixels(image, size, transparency, name)
 
 
 def _on_contrasting_background(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -29,6 +30,10 @@ _Row = tuple[str, int, Sequence[Sequence[int]]]
 """key, number of the shard, [offset, size] of the JSON and of each image"""
 
 
+class ShardGoneError(FileNotFoundError):
+    """A shard that was there when the run began cannot be opened any more: the run stops."""
+
+
 class ShardFolder:
     """Reads any sample of a folder by its number; no image is decoded.
 
@@ -46,7 +51,8 @@ class ShardFolder:
     def __init__(self, folder: str | PathLike[str]) -> None:
         self.folder = Path(folder)
         self._paths = shard_files(folder)
-        if (self.folder / INDEX_NAME).is_file():
+        self.indexed = (self.folder / INDEX_NAME).is_file()
+        if self.indexed:
             self._paths, rows = _read_index(self.folder)
             self._pack(rows)
         else:
@@ -81,14 +87,59 @@ class ShardFolder:
         """Number of the shard of each sample, ascending."""
         return self._shards
 
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard that has any, int64."""
+        return np.unique(self._shards, return_counts=True)[1].astype(np.int64)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample has an image."""
+        return len(self._spans) > len(self._keys)
+
+    def signature(self) -> str:
+        """Changes when samples are added, removed or moved."""
+        found = hashlib.sha256(repr([(path.name, path.stat().st_size) for path in self._paths]).encode())
+        for part in (self._shards, self._ends, self._spans):
+            found.update(part.tobytes())
+        return found.hexdigest()
+
     def read(self, number: int) -> RawSample:
         """The sample of this number.
 
         Raises:
             SampleError: (a ``ValueError``) if it cannot be read.
+            ShardGoneError: (a ``FileNotFoundError``) if its shard is not there any more.
         """
+        content, *images = self._members(number, self._span(number))
+        return parse_sample(self._keys[number], content, images)
+
+    def outline(self, number: int) -> tuple[RawSample, list[list[int]]]:
+        """A sample without its images, and the [height, width] of each that the writer of the shard noted.
+
+        For folders with an index only (``indexed``): what other programs note is not relied upon.
+
+        Raises:
+            SampleError: (a ``ValueError``) if it cannot be read.
+        """
+        members = self._span(number)
+        (content,) = self._members(number, members[:1])
+        raw = parse_sample(self._keys[number], content, [])
+        sizes = json.loads(content).get("image_sizes")
+        good = isinstance(sizes, list) and all(
+            isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size) for size in sizes
+        )
+        if not good or len(sizes) != len(members) - 1:
+            raise SampleError(f"{self._keys[number]}.json has image_sizes {sizes!r:.60}", "images")
+        return raw, sizes
+
+    def _span(self, number: int) -> list[list[int]]:
+        """[offset, size] of each file of a sample."""
         first = int(self._ends[number - 1]) if number else 0
-        members = self._spans[first : self._ends[number]].tolist()
+        spans: list[list[int]] = self._spans[first : self._ends[number]].tolist()
+        return spans
+
+    def _members(self, number: int, members: list[list[int]]) -> list[bytes]:
         start = min(offset for offset, _ in members)
         stop = max(offset + size for offset, size in members)
         file = self._open(int(self._shards[number]))
@@ -96,8 +147,7 @@ class ShardFolder:
         block = file.read(stop - start)  # a sample's files are neighbours
         if len(block) < stop - start:
             raise SampleError(f"{file.name} ends before this sample does", "truncated")
-        content, *images = (block[offset - start : offset - start + size] for offset, size in members)
-        return parse_sample(self._keys[number], content, images)
+        return [block[offset - start : offset - start + size] for offset, size in members]
 
     def _open(self, shard: int) -> IO[bytes]:
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
@@ -105,7 +155,12 @@ class ShardFolder:
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self._paths[shard].open("rb")
+            try:
+                self._files[shard] = self._paths[shard].open("rb")
+            except OSError as error:
+                raise ShardGoneError(
+                    f"{self._paths[shard]} cannot be read any more ({error.strerror}); put it back and resume the run"
+                ) from None
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:

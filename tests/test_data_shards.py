@@ -153,6 +153,15 @@ def test_missing_and_damaged_shards(tmp_path: Path) -> None:
             read()
 
 
+@pytest.mark.parametrize("left", [512 * 3 + 100, 512 * 2 + 200])
+def test_a_shard_that_ends_in_a_header_or_in_a_file(left: int, tmp_path: Path) -> None:
+    """To a reader of tars a header that is cut looks like the end."""
+    path = tar(tmp_path / "shard-000000.tar", {"a.json": content(), "b.json": content(), "b.png": png()})
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
+        ShardFolder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

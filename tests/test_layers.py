@@ -26,6 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"training"},
     {"__init__"},
     {"quickstart"},
+    {"cli_data"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
@@ -48,7 +49,7 @@ PARTS: dict[str, set[str]] = {
 }
 
 OUTSIDE = {"tests", "benchmarks", "recipes", "conftest"}
-HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib"}
+HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib", "pyarrow", "av"}
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:

@@ -104,11 +104,10 @@ def folder_lengths(folder: ShardFolder, maker: SampleMaker, workers: int = 0) ->
 
 def fingerprint(folder: ShardFolder, maker: SampleMaker) -> str:
     """Of everything that the lengths depend on."""
-    spec = maker.spec
     facts = {
         "version": VERSION,
         "tokenizer": _tokenizer_hash(maker.tokenizer),
-        "images": [*spec.image_ids, spec.vocab_size, spec.factor, maker.min_pixels, maker.max_pixels],
+        "images": [maker.spec.factor, maker.min_pixels, maker.max_pixels],
         "max_length": maker.max_length,
         "reasons": _REASONS,
         "folder": folder.signature(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from neo_components.data.conversation import ConversationError, encode_conversation
+from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
 from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError
@@ -148,3 +148,17 @@ def _cut_in_an_answer(token_ids: Tensor, labels: Tensor, length: int, image_toke
     if (token_ids[length:] == image_token_id).any():
         raise ConversationError("the length limit cuts an image away; raise it or lower max_pixels", "too_long")
     return length
+
+
+def plain_spec(tokenizer: PreTrainedTokenizerBase, factor: int) -> InputSpec:
+    """What the input of any model with this tokenizer looks like, as far as samples without their positions go.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        factor: side of a visual token in pixels.
+    """
+    return InputSpec(*image_token_ids(tokenizer), len(tokenizer), factor, 1, 3, _no_positions)
+
+
+def _no_positions(image_ids: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    raise NotImplementedError("positions are those of a model; take model.input_spec")

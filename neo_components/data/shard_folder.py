@@ -17,7 +17,9 @@ from neo_components.data.shards import (
     FORMAT_VERSION,
     INDEX_NAME,
     RawSample,
+    check_end,
     image_order,
+    member_end,
     parse_sample,
     shard_files,
     split_member,
@@ -201,10 +203,13 @@ def _scan(path: Path, shard: int) -> Iterator[_Row]:
     """The rows of one shard, from its headers."""
     found: dict[str, dict[str, list[int]]] = {}
     try:
+        end = 0
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member_end(member)
                 if member.isreg() and (parts := split_member(member.name)):
                     found.setdefault(parts[0], {})[parts[1]] = [member.offset_data, member.size]
+        check_end(path, end)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: the shard is damaged ({error}); write it again") from None
     for key, members in found.items():

@@ -17,6 +17,7 @@ JUDGED_AFTER = 100
 REASONS = {
     *("unreadable", "truncated", "empty", "too_large", "aspect_ratio", "missing_image"),
     *("image_tags", "no_answer", "too_long", "role", "reserved", "turns", "json", "images", "changed"),
+    *("caption", "video"),
 }
 """The words by which skipped samples are counted; ``docs/data.md`` explains them."""
 

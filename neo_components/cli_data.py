@@ -122,10 +122,10 @@ def index(
     from neo_components.data import load_tokenizer
     from neo_components.data.lengths import fingerprint, folder_lengths
     from neo_components.data.samples import SampleMaker, plain_spec
-    from neo_components.data.shard_folder import ShardFolder
+    from neo_components.data.shard_folder import open_folder
 
     tokens = load_tokenizer(tokenizer)
-    folder = ShardFolder(shards)
+    folder = open_folder(shards)
     maker = SampleMaker(tokens, plain_spec(tokens, factor), min_pixels, max_pixels, max_length)
     lengths = folder_lengths(folder, maker, _workers(workers))
     tally = lengths.tally(2**31 - 1)

@@ -14,7 +14,7 @@ from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
 from neo_components.data import llava_to_shards, read_shards, write_shards
-from neo_components.data.shard_folder import ShardFolder
+from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.tally import SampleError
 
 
@@ -137,8 +137,10 @@ def test_paths_out_of_the_shard_are_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["pipe:touch exploded", "http://example.org/shards", "s3://bucket/shards"])
 def test_addresses_are_refused(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for read in (lambda: list(read_shards(address)), lambda: ShardFolder(address)):
-        with pytest.raises(ValueError, match="pipe: are refused"):
+    with pytest.raises(ValueError, match="pipe: are refused, open_folder reads them"):
+        ShardFolder(address)
+    for read in (lambda: list(read_shards("pipe:touch exploded")), lambda: open_folder("pipe:touch exploded")):
+        with pytest.raises(ValueError, match=r"pipe:.* refused"):
             read()
     assert list(tmp_path.iterdir()) == []
 

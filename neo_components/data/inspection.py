@@ -12,7 +12,7 @@ import numpy as np
 from neo_components.data.images import open_image
 from neo_components.data.lengths import Lengths, folder_lengths
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardFolder
+from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.tally import SampleError
 from neo_components.progress import progress
 from neo_components.types import InputSpec, Sample
@@ -101,7 +101,7 @@ def inspect_folder(
         FileNotFoundError: if there are no shards.
         ValueError: if a shard is damaged or must not be read.
     """
-    shards = ShardFolder(folder)
+    shards = open_folder(folder)
     maker = SampleMaker(tokenizer, spec, min_pixels, max_pixels, max_length)
     lengths = folder_lengths(shards, maker, workers)
     found = Findings(len(shards))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from neo_components.data.remote import cache_folder
 from neo_components.data.row_plan import Supply
 from neo_components.data.samples import SampleMaker
 from neo_components.data.shard_folder import ShardFolder
@@ -85,21 +86,19 @@ def folder_lengths(folder: ShardFolder, maker: SampleMaker, workers: int = 0) ->
         workers: processes that count; 0 counts in this one.
     """
     name = f"lengths-{fingerprint(folder, maker)[:20]}.npy"
-    for place in (folder.folder, _cache(folder)):
-        if (place / name).is_file():
-            table = np.load(place / name, mmap_mode="r", allow_pickle=False)
-            if table.shape == (3, len(folder)) and table.dtype == np.int32:
-                return Lengths(str(folder.folder), table, folder.shard_sizes)
-            logger.warning("%s is damaged; the lengths are counted anew", place / name)
+    elsewhere = cache_folder() / "lengths"
+    for file in (folder.kept(name), elsewhere / name):
+        if file is not None and file.is_file() and (known := _read(file, len(folder))) is not None:
+            return Lengths(folder.address, known, folder.shard_sizes)
     table = _count(folder, maker, workers)
-    for place in (folder.folder, _cache(folder)):
+    for place in (folder.folder, elsewhere):
         try:
             place.mkdir(parents=True, exist_ok=True)
             _write(place / name, table)
             break
         except OSError as error:
             logger.warning("the lengths of %s cannot be kept in %s (%s)", folder.folder, place, error)
-    return Lengths(str(folder.folder), table, folder.shard_sizes)
+    return Lengths(folder.address, table, folder.shard_sizes)
 
 
 def fingerprint(folder: ShardFolder, maker: SampleMaker) -> str:
@@ -122,9 +121,16 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\n".join(own).encode()).hexdigest()
 
 
-def _cache(folder: ShardFolder) -> Path:
-    base = os.environ.get("NEO_COMPONENTS_CACHE") or Path.home() / ".cache" / "neo_components"
-    return Path(base) / "lengths"
+def _read(file: Path, samples: int) -> np.ndarray | None:
+    """The table of a file; ``None`` if it is damaged."""
+    try:
+        table: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError):
+        table = np.zeros(0)
+    if table.shape == (3, samples) and table.dtype == np.int32:
+        return table
+    logger.warning("%s is damaged; the lengths are counted anew", file)
+    return None
 
 
 def _write(path: Path, table: np.ndarray) -> None:

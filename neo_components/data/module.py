@@ -16,7 +16,7 @@ from neo_components.data.mixture import Source, mixture
 from neo_components.data.row_plan import RowPlan, Supply, check_usable
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardFolder
+from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.step_plan import StepPlan
 from neo_components.data.tally import Tally
 from neo_components.packing import REDUCTIONS
@@ -69,6 +69,10 @@ class NEODataModule(lightning.LightningDataModule):
         temperature: T multiplies the share of each source by ``size ** (1 / T)``; ``None`` leaves the shares.
         text_share: share of all sources without images together, 0.3 is 3:7 of text to multimodal; ``None`` leaves it.
         share_of: what shares count, ``samples`` or ``tokens``.
+        cache: folder of local copies of remote shards; ``None`` is ``NEO_COMPONENTS_CACHE``, or
+            ``~/.cache/neo_components``.
+        cache_gb: gigabytes of copies of each source to keep at most; ``None`` keeps all.
+        allow_pipe: run the command of a source ``pipe:COMMAND``, which writes a tar.
         seed: of shuffling.
 
     Raises:
@@ -92,6 +96,9 @@ class NEODataModule(lightning.LightningDataModule):
         temperature: float | None = None,
         text_share: float | None = None,
         share_of: Literal["samples", "tokens"] = "samples",
+        cache: str | None = None,
+        cache_gb: float | None = None,
+        allow_pipe: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -102,6 +109,7 @@ class NEODataModule(lightning.LightningDataModule):
         self.shuffle, self.seed = shuffle, seed
         self.max_skipped, self.loss_reduction = max_skipped, loss_reduction
         self.temperature, self.text_share, self.share_of = temperature, text_share, share_of
+        self.cache, self.cache_gb, self.allow_pipe = cache, cache_gb, allow_pipe
         self._check()
         self.input_spec: InputSpec | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -126,6 +134,7 @@ class NEODataModule(lightning.LightningDataModule):
                 ("loss_reduction", f"one of {', '.join(REDUCTIONS)}", self.loss_reduction in REDUCTIONS),
                 ("temperature", "over 0 or None", heat is None or heat > 0),
                 ("text_share", "between 0 and 1 or None", text is None or 0 < text < 1),
+                ("cache_gb", "over 0 or None", self.cache_gb is None or self.cache_gb > 0),
                 ("share_of", "one of samples, tokens", self.share_of in ("samples", "tokens")),
             )
             if not right
@@ -250,7 +259,8 @@ class NEODataModule(lightning.LightningDataModule):
 
     def _folder(self, source: Source) -> ShardFolder:
         if source.shards not in self._folders:
-            self._folders[source.shards] = ShardFolder(source.shards)
+            limit = int(self.cache_gb * 1e9) if self.cache_gb is not None else None
+            self._folders[source.shards] = open_folder(source.shards, self.cache, limit, self.allow_pipe)
         return self._folders[source.shards]
 
     def _length_of(self, source: Source) -> Lengths:

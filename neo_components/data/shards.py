@@ -182,7 +182,10 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
         ValueError: if it is an address instead of a folder: ``pipe:`` would run a command.
     """
     if str(folder).startswith("pipe:") or "://" in str(folder):
-        raise ValueError(f"shards are read from a local folder, got {str(folder)!r}; addresses and pipe: are refused")
+        raise ValueError(
+            f"shards are read from a local folder here, got {str(folder)!r}; addresses and pipe: are refused, "
+            "open_folder reads them"
+        )
     files = sorted(Path(folder).glob("*.tar"))
     if not files:
         raise FileNotFoundError(f"no shards (*.tar) in {folder}; write them with `neo data` or write_shards")
@@ -190,7 +193,7 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
 
 
 def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
-    """The samples of a folder of shards, in order, images as the bytes of their files.
+    """The samples of a folder of shards, local or remote, in order, images as the bytes of their files.
 
     Raises:
         FileNotFoundError: if there are no shards.
@@ -199,6 +202,12 @@ def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    if "://" in str(folder):
+        from neo_components.data.shard_folder import open_folder
+
+        remote = open_folder(folder)
+        yield from (remote.read(number) for number in range(len(remote)))
+        return
     for path in shard_files(folder):
         with path.open("rb") as stream:
             files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=split_member)

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, InputSpec, Sample
 
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, in units of 255."""
+
 REDUCTIONS = {"token": 0.0, "sample": 1.0, "square": 0.5}
 """Exponent p of the weight ``1 / n**p`` of each of a document's n learnt tokens."""
 
@@ -138,6 +142,8 @@ def _grid(image: Tensor, spec: InputSpec, name: str) -> tuple[int, int]:
             f"{name}: image of shape {tuple(image.shape)}; it must be [{spec.channels}, H, W] with H and W multiples "
             f"of {factor} (load_image resizes so)"
         )
+    if image.dtype == torch.uint8 and spec.channels != len(IMAGE_MEAN):
+        raise ValueError(f"{name}: raw pixels (uint8) need 3 channels to be normalised, the model has {spec.channels}")
     return image.shape[1] // factor, image.shape[2] // factor
 
 
@@ -145,7 +151,7 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
     """Cuts images into patches in the order that ``PatchEmbedding`` wants.
 
     Args:
-        images: [C, H, W] each.
+        images: [C, H, W] each, float or raw (uint8, see ``Sample``).
         spec: sizes.
 
     Returns:
@@ -153,12 +159,30 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
         ``fold**2`` patches of each next to each other, row by row too.
     """
     c, p, f = spec.channels, spec.patch_size, spec.fold
-    patches, places = [torch.zeros(0, c * p * p)], [torch.zeros(0, 2, dtype=torch.int64)]
-    for image in images:
+    counts = [image.shape[1] * image.shape[2] // p**2 for image in images]
+    patches = torch.empty(sum(counts), c * p * p)
+    places = torch.empty(sum(counts), 2, dtype=torch.int64)
+    first = 0
+    for image, count in zip(images, counts, strict=True):
         rows, columns = image.shape[1] // p, image.shape[2] // p
-        cut = image.reshape(c, rows // f, f, p, columns // f, f, p)
-        patches.append(cut.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, c * p * p))
+        cut = image.reshape(c, rows // f, f, p, columns // f, f, p).permute(1, 4, 2, 5, 0, 3, 6)
+        mine = patches[first : first + count]
+        # Raw pixels are cut while they are small, and normalised where they have to lie.
+        mine.copy_(cut.reshape(count, c * p * p))
+        if image.dtype == torch.uint8:
+            normalise(mine.view(count, c, p * p))
         grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
         folded = grid.reshape(rows // f, f, columns // f, f, 2).permute(0, 2, 1, 3, 4)
-        places.append(folded.reshape(rows * columns, 2))
-    return torch.cat(patches), torch.cat(places)
+        places[first : first + count] = folded.reshape(count, 2)
+        first += count
+    return patches, places
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Brings pixels of 0 to 255 to ImageNet's mean and standard deviation, in place.
+
+    Args:
+        pixels: [..., 3, n] float32.
+    """
+    mean, std = (torch.tensor(values)[:, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return pixels.div_(255).sub_(mean).div_(std)

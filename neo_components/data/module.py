@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning
 import torch
 
+from neo_components.data.augment import Augment
 from neo_components.data.conversation import load_tokenizer
 from neo_components.data.lengths import Lengths, folder_lengths
 from neo_components.data.loader import Progress, RowDataset, RowLoader
@@ -73,7 +74,9 @@ class NEODataModule(lightning.LightningDataModule):
             ``~/.cache/neo_components``.
         cache_gb: gigabytes of copies of each source to keep at most; ``None`` keeps all.
         allow_pipe: run the command of a source ``pipe:COMMAND``, which writes a tar.
-        seed: of shuffling.
+        exact_pixels: resize images as the released model's code does, bit by bit; otherwise faster, and nearly so.
+        augment: random changes to the images of training; ``None`` makes none.
+        seed: of shuffling and augmentation.
 
     Raises:
         ValueError: if an argument is out of its range; all such faults together.
@@ -99,6 +102,8 @@ class NEODataModule(lightning.LightningDataModule):
         cache: str | None = None,
         cache_gb: float | None = None,
         allow_pipe: bool = False,
+        exact_pixels: bool = True,
+        augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,6 +114,7 @@ class NEODataModule(lightning.LightningDataModule):
         self.shuffle, self.seed = shuffle, seed
         self.max_skipped, self.loss_reduction = max_skipped, loss_reduction
         self.temperature, self.text_share, self.share_of = temperature, text_share, share_of
+        self.exact_pixels, self.augment = exact_pixels, augment
         self.cache, self.cache_gb, self.allow_pipe = cache, cache_gb, allow_pipe
         self._check()
         self.input_spec: InputSpec | None = None
@@ -271,7 +277,9 @@ class NEODataModule(lightning.LightningDataModule):
     def _maker(self) -> SampleMaker:
         if self.input_spec is None:
             raise ValueError("set input_spec = model.input_spec before asking for a loader")
-        return SampleMaker(self.tokenizer, self.input_spec, self.min_pixels, self.max_pixels, self.max_length)
+        return SampleMaker(
+            self.tokenizer, self.input_spec, self.min_pixels, self.max_pixels, self.max_length, self.exact_pixels
+        )
 
     def _shares(self, lengths: Sequence[Lengths]) -> list[float]:
         sources = self.train_sources
@@ -297,7 +305,10 @@ class NEODataModule(lightning.LightningDataModule):
         }
         shares = self._shares(lengths) if endless else [1.0] * len(sources)
         plan = _Plan(supplies, shares, options, ranks, self.rows)
-        rows = RowMaker([self._folder(source) for source in sources], maker, self.row_length, self.loss_reduction)
+        if endless:
+            maker.augment = self.augment
+        folders = [self._folder(source) for source in sources]
+        rows = RowMaker(folders, maker, self.row_length, self.loss_reduction, self.seed)
         progress = self._progress[name] if endless else Progress()
         progress.known = Tally(known.skipped.total(), known.skipped) if rank == 0 else Tally()
         self._progress[name] = progress

@@ -60,12 +60,14 @@ class PlannedRow(NamedTuple):
         members: source, number and length in tokens of each sample, in order.
         visual: visual tokens in it.
         amounts: samples (or tokens, if shares count those) of each source.
+        number: of the row in its run.
         crosses: whether an epoch ends in this row: that of the source which takes longest for one.
     """
 
     members: list[tuple[int, int, int]]
     visual: int
     amounts: list[int]
+    number: int = 0
     crosses: bool = False
 
     @property
@@ -165,7 +167,7 @@ class RowPlan:
             return None
         self._rows += 1
         visual = sum(int(self._supplies[source].visual[number]) for source, number, _ in row.members)
-        return row._replace(visual=visual, crosses=self._slowest.epoch != epoch)
+        return row._replace(visual=visual, number=self._rows, crosses=self._slowest.epoch != epoch)
 
     def state(self) -> dict[str, Any]:
         """The place between two rows, in plain values."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from neo_components.data.row_plan import PlannedRow
-from neo_components.data.samples import SampleMaker
+from neo_components.data.samples import Draft, SampleMaker
 from neo_components.data.shard_folder import ShardFolder
 from neo_components.data.tally import SampleError, Tally
 from neo_components.packing import FILLING, pack
@@ -24,12 +24,14 @@ class RowMaker:
         maker: makes samples.
         row_length: tokens of a row, L.
         loss_reduction: see ``pack``.
+        seed: of augmentation.
     """
 
     folders: Sequence[ShardFolder]
     maker: SampleMaker
     row_length: int
     loss_reduction: str = "square"
+    seed: int = 0
 
     def batch(self, rows: Sequence[PlannedRow]) -> tuple[Batch, Tally]:
         """The rows, and what happened to their samples.
@@ -43,17 +45,18 @@ class RowMaker:
 
     def _row(self, row: PlannedRow, tally: Tally) -> Batch:
         samples: list[Sample] = []
-        for source, number, length in row.members:
+        for place, (source, number, length) in enumerate(row.members):
             tally.read += 1
             try:
-                samples.append(self._sample(source, number, length))
+                draft = self._draft(source, number, length)
+                samples.append(self.maker.finish(draft, (self.seed, row.number, place)))
             except SampleError as error:
                 tally.skip(self.folders[source].name(number), error)
         if not samples:
             return self._padding()
         return pack(samples, self.maker.spec, loss_reduction=self.loss_reduction, row_length=self.row_length)
 
-    def _sample(self, source: int, number: int, length: int) -> Sample:
+    def _draft(self, source: int, number: int, length: int) -> Draft:
         draft = self.maker.draft(self.folders[source].read(number))
         if len(draft.token_ids) != length:
             raise SampleError(
@@ -61,7 +64,7 @@ class RowMaker:
                 "under the run",
                 "changed",
             )
-        return self.maker.finish(draft)
+        return draft
 
     def _padding(self) -> Batch:
         """A row without any sample."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
+from neo_components.data.augment import Augment
 from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
-from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
+from neo_components.data.images import decode, image_size, max_pixels_per_image, open_image, resize
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError
 from neo_components.types import IGNORED, InputSpec, Sample
@@ -53,6 +54,8 @@ class SampleMaker:
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image; several share it as :func:`max_pixels_per_image` tells.
         max_length: longer samples are cut to this many tokens, in an answer; ``None`` cuts none.
+        exact: resize as the released model's code does, bit by bit; see :func:`~neo_components.data.images.resize`.
+        augment: changes images at random; ``None`` leaves them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +63,8 @@ class SampleMaker:
     min_pixels: int
     max_pixels: int
     max_length: int | None = None
+    exact: bool = True
+    augment: Augment | None = None
 
     def draft(self, raw: RawSample) -> Draft:
         """Tokenises the conversation and plans the images.
@@ -108,14 +113,22 @@ class SampleMaker:
         labels[labels >= self.spec.vocab_size] = IGNORED
         return token_ids, labels
 
-    def finish(self, draft: Draft) -> Sample:
-        """Decodes the images.
+    def finish(self, draft: Draft, seed: Sequence[int] = ()) -> Sample:
+        """Decodes the images; they are raw pixels, which ``pack`` normalises.
+
+        Args:
+            draft: from :meth:`draft`.
+            seed: of the augmentation.
 
         Raises:
             ImageError: (a ``SampleError``) if an image cannot be decoded.
         """
-        pairs = enumerate(zip(draft.images, draft.sizes, strict=True))
-        pixels = [to_pixels(image, size, name=f"image {number}") for number, (image, size) in pairs]
+        pixels = []
+        for number, (image, size) in enumerate(zip(draft.images, draft.sizes, strict=True)):
+            decoded = decode(image, name=f"image {number}")
+            if self.augment is not None:
+                decoded = self.augment(decoded, seed)
+            pixels.append(resize(decoded, size, self.exact))
         return Sample(draft.token_ids, draft.labels, pixels, draft.key)
 
 

@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 
+from neo_components.cli_data import data_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Compose, train, evaluate and reuse native vision-language models.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make training data.")
 recipes_app = typer.Typer(help="List, copy and check recipes.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
@@ -246,20 +247,6 @@ def inspect(
     for name, group in model.groups().items():
         typer.echo(f"{name:24s} {sum(p.numel() for p in group):>14,d}")
     typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {sum(p.numel() for p in model.parameters()):,d}")
-
-
-@data_app.command()
-def llava(
-    conversations: Annotated[Path, typer.Argument(help="LLaVA-style JSON or JSONL file.")],
-    output: Out,
-    images: Annotated[Path | None, typer.Option(help="Folder that the image names are relative to.")] = None,
-) -> None:
-    """Turn LLaVA-style conversations into shards."""
-    from neo_components.data import llava_to_shards
-
-    counts = llava_to_shards(conversations, images, output)
-    skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(counts.skipped.items()))
-    typer.echo(f"read {counts.read}, written {counts.kept}{skipped}: {output}")
 
 
 @recipes_app.callback()

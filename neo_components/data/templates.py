@@ -96,7 +96,7 @@ class Template:
         self.has_blocks = _GENERATION.search(self.text) is not None
         added = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        self.blank = tokenizer.tokenize("x")[0][:1] in ("▁", "Ġ")
+        self.blank = "".join(tokenizer.tokenize("x")).startswith(("▁", "Ġ"))
         self.checked: set[tuple[str, ...]] = set()
         self.plain = self.text == CHATML or self._writes_chatml()
         self.end = _FOOTER if self.plain else self._find_end()

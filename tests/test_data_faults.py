@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from llm_builders import text_llm
+from llm_builders import native_model, text_llm
 from shard_builders import mixed_samples, module, png, raw_samples, sample, take, tar, truncated_png, write
 
 from neo_components.data import NEODataModule
+from neo_components.data.rows import RowMaker
+from neo_components.data.samples import SampleMaker
 from neo_components.data.shard_folder import ShardGoneError
 from neo_components.data.tally import TooManySkippedError
 
@@ -43,9 +45,16 @@ def test_a_row_of_nothing_but_bad_samples_is_padding(tmp_path: Path) -> None:
     tar(tmp_path / "shard-000000.tar", raw_samples({f"s{n}": [truncated_png()] for n in range(5)}))
     data = module(tmp_path, **OPTIONS)
     for batch in take(data, 3):
-        assert batch.keys == [[]] and (batch.document_ids == -1).all() and len(batch.patches) == 0
+        assert batch.keys == [[]] and (batch.labels == -100).all() and len(batch.patches) == 0
     with pytest.raises(TooManySkippedError, match=r"\d+ of \d+ samples had to be skipped \(truncated: \d+\)"):
         take(module(tmp_path, **{**OPTIONS, "max_skipped": 0.5}), 100)
+    # Every parameter takes part all the same: with an absent gradient one rank would leave the others waiting.
+    model = native_model(text_llm(tmp_path / "llm"))
+    padding = RowMaker([], SampleMaker(data.tokenizer, model.input_spec, 4096, 4096), 64).batch([])[0]
+    loss = model.loss(padding)
+    loss.backward()
+    assert loss.item() == 0
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() > 0] == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -130,7 +139,7 @@ def test_a_rank_that_stops_stops_the_other(tmp_path: Path) -> None:
     write(tmp_path / "text", mixed_samples(50, "t", images=False))
     (tmp_path / "run").mkdir()
     script = str(Path(__file__).with_name("killed_run.py"))
-    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "0"]
+    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "0", "200"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert "samples had to be skipped (truncated: " in done.stderr

@@ -16,8 +16,8 @@ from torch import Tensor
 from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
+from neo_components.hub import resolve
 from neo_components.model import NEO
-from neo_components.weights import resolve
 
 BRIDGES = ("auto", "identity", "least_squares", "random")
 MIN_SHARED = 16
@@ -51,7 +51,7 @@ def export_pre_buffer(
         )
     strings = token_strings(tokenizer)
     rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
-    vectors = model.post_llm.word_embedding.weight.detach()[[row for _, row in rows]]
+    vectors = model.post_llm.embed(model.post_llm.word_ids([row for _, row in rows])).detach()
     if model.bridge_in is not None:
         vectors = model.bridge_in(vectors).detach()
     model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
@@ -64,6 +64,7 @@ def attach(
     llm: PostLLM | str | Path,
     bridge: str = "auto",
     tokenizer: str | Path | None = None,
+    dtype: torch.dtype | str = "float32",
 ) -> NEO:
     """Joins a pre-Buffer to a language model.
 
@@ -74,6 +75,7 @@ def attach(
             ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained with, else
             least squares.
         tokenizer: folder or hub id of the language model's tokenizer; by default where the model came from.
+        dtype: of the weights that are read from a folder or hub id; a module stays as it is.
 
     Returns:
         A model ready for tuning.
@@ -83,13 +85,13 @@ def attach(
     """
     if bridge not in BRIDGES:
         raise ValueError(f"bridge must be one of {', '.join(BRIDGES)}, got {bridge!r}")
-    pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer)
+    pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer, dtype=dtype)
     if pre.patch_embedding is None:
         raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
     h = pre.hparams
     if not isinstance(llm, PostLLM):
         llm = PostLLM.from_pretrained(
-            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend
+            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend, dtype=dtype
         )
     same_width = h.hidden_size == llm.hparams.hidden_size
     if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
@@ -102,7 +104,8 @@ def attach(
         log.info(
             "bridges fitted on %d shared tokens; variance left unexplained: in %.3f, out %.3f", len(ours), *unexplained
         )
-    return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out)
+    # Fitted in full precision, then of the type of what they join.
+    return NEO(pre.patch_embedding, pre, llm, bridge_in.to(llm.head_weight.dtype), bridge_out.to(llm.head_weight.dtype))
 
 
 def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:
@@ -135,7 +138,7 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     if len(pairs) < MIN_SHARED:
         raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
     ours = pre.anchors.vectors[[place for place, _ in pairs]]
-    theirs = llm.word_embedding.weight.detach().cpu().float()[[row for _, row in pairs]]
+    theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
 
 
@@ -150,7 +153,7 @@ def token_strings(source: str | Path) -> dict[str, int]:
     """
     from transformers import AutoTokenizer
 
-    folder = resolve(source)
+    folder = resolve(source, weights=False)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -14,9 +14,10 @@ from neo_components.data import encode_prompt, load_image, load_tokenizer
 from neo_components.data.conversation import IMAGE_TAG
 from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
 from neo_components.evaluation import stop_token_ids
+from neo_components.hub import resolve
 from neo_components.model import NEO
 from neo_components.types import Sample
-from neo_components.weights import read_json, resolve, write_text
+from neo_components.weights import read_json, write_text
 
 PREPROCESSOR = "preprocessor_config.json"
 DEFAULT_PIXELS = (256**2, 2048**2)
@@ -40,8 +41,12 @@ class Chat:
     max_pixels: int = DEFAULT_PIXELS[1]
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Chat:
+    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32") -> Chat:
         """Reads a model folder (or hub id) with its tokenizer and preprocessor_config.json.
+
+        Args:
+            source: folder or hub id.
+            dtype: of the weights in memory: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -50,7 +55,7 @@ class Chat:
         folder = resolve(source)
         limits = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
         return cls(
-            NEO.from_pretrained(folder),
+            NEO.from_pretrained(folder, dtype=dtype),
             load_tokenizer(str(folder)),
             limits.get("min_pixels", DEFAULT_PIXELS[0]),
             limits.get("max_pixels", DEFAULT_PIXELS[1]),

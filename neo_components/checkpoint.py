@@ -5,6 +5,7 @@ Both are read into the same parts; ``NEO.from_pretrained`` tells them apart by c
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,18 @@ from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM, image_token_ids
 from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
-from neo_components.llms.family import rope_base
+from neo_components.components.primitive import BLOCK
+from neo_components.llms.family import require
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
-from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors
+from neo_components.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
 
 log = logging.getLogger(__name__)
 
 BOUNDARY = "boundary"
 """File beside released weights: vectors of ``<img>`` and ``</img>``, where the vocabulary has no rows for them."""
+
+CONFIGS = ("llm_config", "vision_config")
+"""The sections of a released config."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""
@@ -59,6 +64,7 @@ def own_config(model: Any) -> dict[str, Any]:
         "pre_buffer": dict(model.pre_buffer.hparams) | {"backend": "auto"},
         "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
         **{name: dict(bridge.hparams) if bridge is not None else None for name, bridge in bridges.items()},
+        "language_model": model.post_llm.hf_config,
     }
 
 
@@ -77,13 +83,17 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
         }
         for name in ("bridge_in", "bridge_out"):
             parts[name] = Bridge(**config[name]) if config.get(name) else None
+        parts["post_llm"].hf_config = config.get("language_model")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json does not describe a NEO model: {error}") from error
     return parts
 
 
 def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
-    """Empty parts as a released config of either kit describes them; ``layer_types`` is not looked at.
+    """Empty parts as a released config of either kit describes them.
+
+    ``layer_types`` is not looked at: the training kit writes 32 entries whatever the depth. Numbers may be lists of
+    one: so a tuple is written that a trailing comma made.
 
     Raises:
         ValueError: if a setting is not supported or missing.
@@ -95,20 +105,23 @@ def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
 
 
 def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
-    llm, vision = config["llm_config"], config["vision_config"]
-    sizes = qwen3_sizes(llm | {"tie_word_embeddings": is_tied(config)})
+    llm, vision = ({name: _scalar(value) for name, value in config[part].items()} for part in CONFIGS)
+    require(llm, {"use_sliding_window": (False,), "attention_bias": (False,)})
+    if llm.get("rope_theta") is None and "rope_theta" not in (llm.get("rope_parameters") or {}):
+        raise ValueError(f"{folder}/config.json gives no rope_theta")
+    sizes = qwen3_sizes(llm | {"layer_types": None, "tie_word_embeddings": is_tied(config)})
+    if scaling := sizes.get("rope_scaling"):
+        raise ValueError(f"rope scaling {scaling['rope_type']!r} is not part of the released NEO layout")
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
     base_hw = float(llm.get("rope_theta_hw", 1e4))
-    bases = {"base_t": rope_base(llm), "base_h": base_hw, "base_w": base_hw}
-    shared = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps")
-    same = {name: sizes[name] for name in shared} | bases
+    same = {name: value for name, value in sizes.items() if name in BLOCK} | {"base_h": base_hw, "base_w": base_hw}
     ratio = vision.get("downsample_ratio", config.get("downsample_ratio"))
-    return {
+    parts: Parts = {
         "patch_embedding": PatchEmbedding(
             hidden_size=sizes["hidden_size"],
             width=vision["hidden_size"],
             patch_size=vision["patch_size"],
-            fold=round(1 / float(_scalar(ratio if ratio is not None else 0.5))),
+            fold=round(1 / float(_scalar(0.5 if ratio is None else ratio))),
             channels=vision.get("num_channels", 3),
             base=float(vision.get("rope_theta_vision", 1e4)),
         ),
@@ -121,22 +134,35 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
             **_image_ids(config, folder, sizes["vocab_size"]),
         ),
     }
+    parts["post_llm"].hf_config = _language_model(llm, total - before, sizes["tie_embeddings"])
+    return parts
+
+
+def _language_model(llm: dict[str, Any], depth: int, tied: bool) -> dict[str, Any]:
+    """The config of the language model inside a released one."""
+    released_only = ("extra_num_layers", "rope_theta_hw", "layer_types", "max_window_layers", "auto_map")
+    own = {name: value for name, value in llm.items() if name not in released_only}
+    return own | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": depth,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
 
 
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether a released config ties the head to the word embedding; either level may say so."""
-    return bool(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False)))
+    return bool(_scalar(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False))))
 
 
 def _scalar(value: Any) -> Any:
     """The value of a field that was written as a tuple by accident (a trailing comma)."""
-    return value[0] if isinstance(value, (list, tuple)) else value
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _image_ids(config: dict[str, Any], folder: Path, vocab_size: int) -> dict[str, Any]:
     """The image tokens' ids. They are added to the tokenizer in one go, visual token, ``<img>``, ``</img>``; the config
     of the inference kit states none, so there the folder's tokenizer does, or else they are those of the released
     tokenizers."""
+    config = {name: _scalar(value) for name, value in config.items()}
     token = config.get("img_context_token_id")
     if token is None and (folder / "tokenizer.json").is_file():
         return image_token_ids(folder, vocab_size)
@@ -190,16 +216,27 @@ class Released:
         return tensor
 
 
-def load_released(model: Any, folder: Path) -> None:
-    """Fills a model from released weights; the vectors of ``<img>`` and ``</img>`` come from their word embeddings."""
+def load_released(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Fills a model on the meta device from released weights; the vectors of ``<img>`` and ``</img>`` come from their
+    word embeddings.
+
+    Raises:
+        ValueError: if the tensors do not fit.
+    """
     released = released_of(model)
     boundary = "pre_buffer.boundary"
-    load_strict(model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary)
+    load_strict(
+        model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary, dtype=dtype
+    )
+    settle(model, dtype)
     table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
     beside = TensorFiles(folder, BOUNDARY).get(BOUNDARY) if (folder / f"{BOUNDARY}.safetensors").is_file() else None
     with torch.no_grad():
         if beside is not None:
             model.pre_buffer.boundary.copy_(beside)
+        elif len(rows) < 2:
+            log.warning("%s has no vectors of <img> and </img>, by their ids or beside; they start as random", folder)
+            model.pre_buffer.boundary.normal_(0.0, model.pre_buffer.hparams.init_std)
         for place, row in rows.items():
             model.pre_buffer.boundary[place] = table[row]
 
@@ -244,8 +281,8 @@ def _boundary_rows(model: Any) -> dict[int, int]:
 
 def _check_expressible(model: Any) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
-    same = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps", "base_t")
-    faults = [f"{n}: pre-Buffer {pre[n]}, post-LLM {post[n]}" for n in (*same, "base_h", "base_w") if pre[n] != post[n]]
+    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
+    faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
@@ -257,6 +294,20 @@ def _check_expressible(model: Any) -> None:
         raise ValueError(
             'layout="released" cannot hold this model; use layout="neo_components":\n  ' + "\n  ".join(faults)
         )
+
+
+SPOKEN = (
+    "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
+    "base_t", "base_h", "base_w",
+)  # fmt: skip
+"""Arguments of a block that a released config has words for; ``rope`` and ``attention`` are told apart beside them."""
+
+
+def _unspoken(hparams: Any) -> dict[str, Any]:
+    """Arguments that say otherwise than NEO on Qwen3 -> the only value that a released model has."""
+    defaults = {name: entry.default for name, entry in inspect.signature(PostLLM).parameters.items()}
+    names = {*BLOCK, "unturned_layers", "embedding_multiplier", "logits_divisor"} - {*SPOKEN, "rope", "attention"}
+    return {name: defaults[name] for name in sorted(names & set(hparams)) if hparams[name] not in (defaults[name], [])}
 
 
 def released_config(model: Any) -> dict[str, Any]:

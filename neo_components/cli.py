@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,15 @@ COMPANIONS = (
 """Files beside the weights that are the same in every layout."""
 
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights in memory: float32, bfloat16 or float16.")]
+
+
+class Export(StrEnum):
+    """What ``neo export`` writes."""
+
+    pre_buffer = "pre-buffer"
+    hf = "hf"
+    hf_llm = "hf-llm"
 
 
 @app.command()
@@ -77,6 +87,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
     """Answer every question of a folder and score by exact match."""
@@ -91,7 +102,7 @@ def evaluate(
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    chat = Chat.from_pretrained(model)
+    chat = Chat.from_pretrained(model, dtype=dtype)
     report = run(
         chat.model,
         chat.tokenizer,
@@ -112,35 +123,69 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
     """Ask a model a question about pictures."""
     from neo_components.chat import Chat
 
     _register(imports)
-    typer.echo(Chat.from_pretrained(model).ask(question, image or [], max_new_tokens))
+    typer.echo(Chat.from_pretrained(model, dtype=dtype).ask(question, image or [], max_new_tokens))
 
 
 @app.command()
 def export(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="Model folder or hub id, or the output folder of a run.")],
     output: Out,
-    anchors: Annotated[int, typer.Option(help="Most word embeddings to keep for fitting bridges.")] = 4096,
-    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "",
+    to: Annotated[Export, typer.Option(help="What to write, see above.")] = Export.pre_buffer,
+    license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "",
+    anchors: Annotated[int, typer.Option(help="pre-buffer: most word embeddings to keep for bridges.")] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(help="hf: longest answer where its user does not say.")] = 256,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = None,
     imports: Imports = None,
 ) -> None:
-    """Take a model's pre-Buffer out as a standalone asset."""
-    from neo_components.assets import export_pre_buffer
+    """Take a trained model, or a part of it, elsewhere.
+
+    --to pre-buffer: the pre-Buffer with its patch embedding, to attach to another language model.
+
+    --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
+
+    --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+    """
     from neo_components.chat import Chat
-    from neo_components.components.pre_buffer import AssetInfo
-    from neo_components.weights import read_json, resolve
+    from neo_components.weights import TensorFiles
 
     _register(imports)
+    folder = _model_folder(model)
+    chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
+    if to is Export.pre_buffer:
+        from neo_components.assets import export_pre_buffer
+        from neo_components.components.pre_buffer import AssetInfo
+        from neo_components.weights import read_json
+
+        provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+        info = AssetInfo(chat.image_config(), provenance, license)
+        typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
+    elif to is Export.hf:
+        from neo_components.hf.folder import write_hf
+
+        limits = chat.min_pixels, chat.max_pixels
+        typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
+    else:
+        from neo_components.hf.language_model import what_is_lost, write_language_model
+
+        typer.echo(write_language_model(chat.model.post_llm, chat.tokenizer, output, license))
+        for sentence in what_is_lost(chat.model.post_llm):
+            typer.echo(sentence, err=True)
+
+
+def _model_folder(model: str) -> Path:
+    """The folder of a model; of a run's output folder the model in it."""
+    from neo_components.hub import resolve
+    from neo_components.weights import CONFIG
+
     folder = resolve(model)
-    chat = Chat.from_pretrained(folder)
-    provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
-    info = AssetInfo(chat.image_config(), provenance, license)
-    typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
+    return folder / "neo" if not (folder / CONFIG).is_file() and (folder / "neo" / CONFIG).is_file() else folder
 
 
 @app.command()
@@ -172,8 +217,8 @@ def convert(
     imports: Imports = None,
 ) -> None:
     """Rewrite a model in another layout; its tokenizer and image limits go along."""
+    from neo_components.hub import resolve
     from neo_components.model import NEO
-    from neo_components.weights import resolve
 
     _register(imports)
     folder = resolve(model)
@@ -264,8 +309,10 @@ def _message(error: Exception) -> str:
 
 def main() -> None:
     """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
-    # Threads that spin while they wait take the cores that the data workers need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait take the cores that data workers need; threads that fall asleep at once
+    # wake too late for the many short operations of a small model. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app(prog_name="neo")

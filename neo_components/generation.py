@@ -2,11 +2,17 @@
 
 The prompts are packed into one row for the prefill (mixed mask); then each step computes one token per prompt.
 Nothing is kept on the model between calls.
+
+Some language models turn long documents by other frequencies than short ones (``components/scaling.py``). Where a
+document grows from one kind into another its cached keys are void, so everything is computed anew: once for
+``longrope``, at every token beyond the original context for ``dynamic``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +36,7 @@ def generate(
     """Continues packed prompts.
 
     Args:
-        model: a ``NEO``: has ``hidden``, ``layer_rules``, ``input_spec`` and ``post_llm``.
+        model: a ``NEO``: has ``hidden``, ``layer_rules``, ``regimes``, ``input_spec`` and ``post_llm``.
         prompts: one packed row [1, L] without padding.
         max_new_tokens: most tokens to add to each.
         do_sample: draw instead of taking the likeliest token.
@@ -53,10 +59,9 @@ def generate(
     cache = KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room=max_new_tokens)
     later = _later_positions(model, prompts, max_new_tokens)
     stop = torch.tensor(list(stop_token_ids), device=prompts.token_ids.device, dtype=torch.int64)
-    last = cache.lengths.cumsum(0) - 1
-    hidden = model.hidden(prompts, cache.layers)[0, last]
-    active = torch.arange(len(last), device=last.device)
-    new: list[list[int]] = [[] for _ in last]
+    hidden = _prefill(model, prompts, cache)
+    active = torch.arange(len(hidden), device=hidden.device)
+    new: list[list[int]] = [[] for _ in hidden]
     for step in range(max_new_tokens):
         logits = model.post_llm.logits(hidden).float()
         token = _draw(logits, temperature, top_p, generator) if do_sample else logits.argmax(-1)
@@ -68,9 +73,42 @@ def generate(
         if len(going) < len(active):
             cache.keep(going)
             active, token = active[going], token[going]
+        if _turns_anew(model, later[active, step]):
+            grown = _grown(prompts, later, new)
+            cache = KVCache(grown.document_ids, grown.image_ids, model.layer_rules, room=max_new_tokens - step)
+            hidden = _prefill(model, grown, cache)[active]
+            cache.keep(active)
+            continue
         hidden = model.hidden(_one_token(token, later[active, step]), cache.layers)[:, 0]
         cache.advance()
     return [torch.tensor(tokens, dtype=torch.int64) for tokens in new]
+
+
+def _prefill(model: Any, prompts: Batch, cache: KVCache) -> Tensor:
+    """Fills the cache; what the last token of each prompt gives, [S, D]."""
+    return model.hidden(prompts, cache.layers)[0, cache.lengths.cumsum(0) - 1]
+
+
+def _turns_anew(model: Any, positions: Tensor) -> bool:
+    """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them turned by."""
+    ends = [math.ceil(end) for end in positions[:, 0].tolist()]
+    return any(model.regimes(end) != model.regimes(end + 1) for end in ends)
+
+
+def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
+    """The prompts, each followed by its new tokens."""
+    columns: dict[str, list[Tensor]] = {"token_ids": [], "positions": [], "document_ids": [], "image_ids": []}
+    for document, tokens in enumerate(new):
+        inside = prompts.document_ids[0] == document
+        ids = torch.tensor(tokens, dtype=torch.int64, device=inside.device)
+        columns["token_ids"] += [prompts.token_ids[0, inside], ids]
+        columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)]]
+        columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
+        columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
+    rows: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
+    rows["labels"] = torch.full_like(rows["token_ids"], IGNORED)
+    rows["loss_weights"] = torch.zeros(rows["labels"].shape, device=rows["labels"].device)
+    return replace(prompts, **rows)
 
 
 def _later_positions(model: Any, prompts: Batch, count: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,21 +18,25 @@ from neo_components.checkpoint import (
     parts_from_released,
     save_released,
 )
-from neo_components.components.backends import Attend, EagerAttention, prepare_attention
+from neo_components.components.backends import Attend, EagerAttention
 from neo_components.components.bridge import Bridge
+from neo_components.components.component import Component
+from neo_components.components.masks import LayerRule
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.primitive import Prepared
 from neo_components.generation import generate
+from neo_components.hub import resolve
 from neo_components.packing import pack
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder
+from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle, unfilled
 
 LOSS_CHUNK = 1024
 """Labelled tokens whose logits exist at the same time on the training path."""
 
 
-class NEO(lightning.LightningModule):
+class NEO(Component):
     """The whole model.
 
     Args:
@@ -44,7 +47,8 @@ class NEO(lightning.LightningModule):
         bridge_out: maps the pre-Buffer's output to the language model's width.
 
     Raises:
-        ValueError: if the widths do not meet, or pre-Buffer and post-LLM count positions by different rules.
+        ValueError: if the widths do not meet, the parts' types differ, or pre-Buffer and post-LLM count positions by
+            different rules.
     """
 
     def __init__(
@@ -73,6 +77,11 @@ class NEO(lightning.LightningModule):
                     f"{name} must map width {come} to {go} (pre-Buffer {inner}, post-LLM {outer}), "
                     f"got {'none' if bridge is None else f'{widths[0]} to {widths[1]}'}; attach(...) builds bridges"
                 )
+        parts: dict[str, nn.Module | None] = {"pre_buffer": self.pre_buffer, "post_llm": self.post_llm}
+        parts |= {"bridge_in": self.bridge_in, "bridge_out": self.bridge_out}
+        types = {name: next(part.parameters()).dtype for name, part in parts.items() if part is not None}
+        if len(set(types.values())) > 1:
+            raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
         if self.pre_buffer.rotary.index_rule is not self.post_llm.rotary.index_rule:
             raise ValueError(
                 f"pre-Buffer and post-LLM count positions by different rules: rope {self.pre_buffer.hparams.rope!r} "
@@ -101,9 +110,13 @@ class NEO(lightning.LightningModule):
         )
 
     @property
-    def layer_rules(self) -> list[str]:
-        """Name of the mask rule of every block, pre-Buffer first."""
-        return [stack.rule for stack in (self.pre_buffer, self.post_llm) for _ in stack.layers]
+    def layer_rules(self) -> list[LayerRule]:
+        """Whom the tokens of every block see, pre-Buffer first: mask rule and window."""
+        return [*self.pre_buffer.layer_rules, *self.post_llm.layer_rules]
+
+    def regimes(self, length: int) -> tuple[int, ...]:
+        """Which rotary frequencies a document of ``length`` T positions gets; constant in most models."""
+        return (*self.pre_buffer.regimes(length), *self.post_llm.regimes(length))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of parameters, by module; a stage names those that it trains.
@@ -159,9 +172,13 @@ class NEO(lightning.LightningModule):
             [B, L, D of the post-LLM].
         """
         pre, post = self.pre_buffer, self.post_llm
-        if attend is None and (pre.rule, pre.backend) == (post.rule, post.backend):
-            attend = prepare_attention(batch.document_ids, batch.image_ids, post.rule, post.backend)
         depth = len(pre.layers)
+        if attend is None:
+            prepared: Prepared = {}
+            attend = [
+                *pre.prepare(batch.document_ids, batch.image_ids, prepared),
+                *post.prepare(batch.document_ids, batch.image_ids, prepared),
+            ]
         first, then = (attend[:depth], attend[depth:]) if isinstance(attend, Sequence) else (attend, attend)
         where = (batch.positions, batch.document_ids, batch.image_ids)
         x = self.embed(batch)
@@ -248,7 +265,7 @@ class NEO(lightning.LightningModule):
     @torch.no_grad()
     def attention_maps(self, batch: Batch) -> list[Tensor]:
         """Attention weights of every block, pre-Buffer first: [B, N, L, L] each."""
-        attend = [EagerAttention(batch.document_ids, batch.image_ids, rule) for rule in self.layer_rules]
+        attend = [EagerAttention(batch.document_ids, batch.image_ids, *rule) for rule in self.layer_rules]
         self.hidden(batch, attend)
         return [backend.weights[0] for backend in attend]
 
@@ -282,22 +299,26 @@ class NEO(lightning.LightningModule):
         )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> NEO:
-        """Reads a model in our own or the released layout, told apart by config.json.
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> NEO:
+        """Reads a model in our own or the released layout, told apart by config.json. No random numbers are drawn.
 
         Args:
             source: folder or hub id.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or only a pickled one.
             ValueError: if it is no NEO model, or a tensor is missing, unexpected or misshapen.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
-        if layout_of(config, folder) == "released":
-            model = cls(**parts_from_released(config, folder))
-            load_released(model, folder)
-            return model
-        model = cls(**parts_from_own(config, folder))
-        load_strict(model, TensorFiles(folder))
+        released = layout_of(config, folder) == "released"
+        with unfilled():
+            model = cls(**(parts_from_released if released else parts_from_own)(config, folder))
+        if released:
+            load_released(model, folder, dtype)
+        else:
+            load_strict(model, TensorFiles(folder), dtype=dtype)
+            settle(model, dtype)
         return model

@@ -90,21 +90,8 @@ def _document(sample: Sample, spec: InputSpec, place: int, loss_reduction: str) 
             f"and the image tokens are {spec.image_ids}"
         )
     grids = [_grid(image, spec, name) for image in sample.images]
-    visual = ids == spec.image_token_id
     counts = [rows * columns for rows, columns in grids]
-    if int(visual.sum()) != sum(counts):
-        raise ValueError(
-            f"{name}: {int(visual.sum())} image tokens (id {spec.image_token_id}), but its {len(counts)} images "
-            f"give {sum(counts)} visual tokens {counts}"
-        )
-    image_ids = torch.full_like(ids, NO_IMAGE)
-    image_ids[visual] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    runs = image_ids.unique_consecutive()
-    if int((runs != NO_IMAGE).sum()) != len(counts):
-        raise ValueError(
-            f"{name}: the runs of image tokens (id {spec.image_token_id}) do not match its images, which give "
-            f"{counts} visual tokens in this order; each image needs one unbroken run"
-        )
+    image_ids = number_visual_tokens(ids, spec.image_token_id, counts, name)
     labels = _labels(sample, spec, name)
     learnt = labels != IGNORED
     weight = max(int(learnt.sum()), 1) ** -REDUCTIONS[loss_reduction]
@@ -115,6 +102,37 @@ def _document(sample: Sample, spec: InputSpec, place: int, loss_reduction: str) 
         "labels": labels,
         "loss_weights": learnt.float() * weight,
     }
+
+
+def number_visual_tokens(token_ids: Tensor, image_token_id: int, counts: Sequence[int], name: str) -> Tensor:
+    """Which image each token of one document belongs to.
+
+    Args:
+        token_ids: [L] int64.
+        image_token_id: id that stands for one visual token.
+        counts: visual tokens of each image, in order.
+        name: of the document, for messages.
+
+    Returns:
+        [L] int64: number of the token's image, counted from 0; ``-1`` for all but visual tokens.
+
+    Raises:
+        ValueError: if the image tokens are not one unbroken run for each image.
+    """
+    visual = token_ids == image_token_id
+    if int(visual.sum()) != sum(counts):
+        raise ValueError(
+            f"{name}: {int(visual.sum())} image tokens (id {image_token_id}), but its {len(counts)} images "
+            f"give {sum(counts)} visual tokens {list(counts)}"
+        )
+    image_ids = torch.full_like(token_ids, NO_IMAGE)
+    image_ids[visual] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    if int((image_ids.unique_consecutive() != NO_IMAGE).sum()) != len(counts):
+        raise ValueError(
+            f"{name}: the runs of image tokens (id {image_token_id}) do not match its images, which give "
+            f"{list(counts)} visual tokens in this order; each image needs one unbroken run"
+        )
+    return image_ids
 
 
 def _labels(sample: Sample, spec: InputSpec, name: str) -> Tensor:
@@ -158,24 +176,18 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
         Patches [P, C * patch_size**2] (channel, y, x), and their rows and columns [P, 2]. Visual tokens row by row, the
         ``fold**2`` patches of each next to each other, row by row too.
     """
-    c, p, f = spec.channels, spec.patch_size, spec.fold
-    counts = [image.shape[1] * image.shape[2] // p**2 for image in images]
-    patches = torch.empty(sum(counts), c * p * p)
-    places = torch.empty(sum(counts), 2, dtype=torch.int64)
+    p = spec.patch_size
+    sides = [(image.shape[1] // p, image.shape[2] // p) for image in images]
+    patches = torch.empty(sum(rows * columns for rows, columns in sides), spec.channels * p**2)
     first = 0
-    for image, count in zip(images, counts, strict=True):
-        rows, columns = image.shape[1] // p, image.shape[2] // p
-        cut = image.reshape(c, rows // f, f, p, columns // f, f, p).permute(1, 4, 2, 5, 0, 3, 6)
-        mine = patches[first : first + count]
+    for image, (rows, columns) in zip(images, sides, strict=True):
+        mine = patches[first : first + rows * columns]
         # Raw pixels are cut while they are small, and normalised where they have to lie.
-        mine.copy_(cut.reshape(count, c * p * p))
+        mine.copy_(cut_patches(image, p, spec.fold))
         if image.dtype == torch.uint8:
-            normalise(mine.view(count, c, p * p))
-        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
-        folded = grid.reshape(rows // f, f, columns // f, f, 2).permute(0, 2, 1, 3, 4)
-        places[first : first + count] = folded.reshape(count, 2)
-        first += count
-    return patches, places
+            normalise(mine.view(rows * columns, spec.channels, p**2))
+        first += rows * columns
+    return patches, patch_places(sides, spec.fold)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -186,3 +198,20 @@ def normalise(pixels: Tensor) -> Tensor:
     """
     mean, std = (torch.tensor(values)[:, None] for values in (IMAGE_MEAN, IMAGE_STD))
     return pixels.div_(255).sub_(mean).div_(std)
+
+
+def cut_patches(image: Tensor, patch_size: int, fold: int) -> Tensor:
+    """[C, H, W] -> [P, C * patch_size**2], in the order of :func:`patchify`."""
+    c, rows, columns = image.shape[0], image.shape[1] // patch_size, image.shape[2] // patch_size
+    cut = image.reshape(c, rows // fold, fold, patch_size, columns // fold, fold, patch_size)
+    return cut.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, c * patch_size**2)
+
+
+def patch_places(sides: Sequence[tuple[int, int]], fold: int) -> Tensor:
+    """Rows and columns [P, 2] int64 of the patches of images with that many (rows, columns) of patches."""
+    places = [torch.zeros(0, 2, dtype=torch.int64)]
+    for rows, columns in sides:
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        folded = grid.reshape(rows // fold, fold, columns // fold, fold, 2).permute(0, 2, 1, 3, 4)
+        places.append(folded.reshape(rows * columns, 2))
+    return torch.cat(places)

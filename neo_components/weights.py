@@ -1,15 +1,20 @@
 """Weights on disk: safetensors and config.json, read strictly. No pickle is ever opened.
 
 The lowest layer of loading: it knows files and tensors; ``llms`` and ``checkpoint`` say which name is whose.
+
+A model to be loaded is built on the meta device (:func:`unfilled`), where nothing takes room, gets its weights tensor
+by tensor (:func:`load_strict`), and is made whole (:func:`settle`). So it is never in memory twice: beside the model
+there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,34 +23,14 @@ from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+BLOCK = 2**26
+"""Bytes of a large tensor that are read from its file at a time."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that a model can be loaded in, by the names that recipes use."""
+KINDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types of safetensors that weights are kept in."""
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-def resolve(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded.
-
-    Args:
-        source: a folder, or a hub id ``owner/name``.
-
-    Raises:
-        FileNotFoundError: if it is neither a folder nor something the hub knows or can reach.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(source)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name!r} is no folder; give a folder with config.json or a hub id 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is no folder here, and the hub did not give it ({type(error).__name__}: {error}); "
-            "check the name and the connection, or download the repository and give its folder"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -119,10 +104,37 @@ class TensorFiles:
         """Names of all tensors."""
         return list(self.files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor of that name; its values are not read."""
+        with _open(self.files[name]) as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def dtype(self) -> str:
+        """The type that most of the tensors have, of those that weights are kept in; their values are not read."""
+        found: Counter[str] = Counter()
+        for path in sorted(set(self.files.values())):
+            with _open(path) as tensors:
+                found.update(KINDS.get(tensors.get_slice(name).get_dtype(), "") for name in tensors.keys())  # noqa: SIM118
+        del found[""]
+        return max(found, key=found.__getitem__, default="float32")
+
     def get(self, name: str) -> Tensor:
-        """The tensor of that name, on the CPU."""
+        """The tensor of that name, on the CPU. It is a view of the file, whose pages count as memory while it lives."""
         with _open(self.files[name]) as tensors:
             return tensors.get_tensor(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies the tensor of that name into one of the same shape, in blocks of rows if it is large.
+
+        The file is opened anew for each block, as its pages leave memory only when it is closed.
+        """
+        rows = max(BLOCK * len(target) // max(target.nbytes, 1), 1) if target.dim() else 0
+        if not rows or rows >= len(target):
+            target.copy_(self.get(name))
+            return
+        for start in range(0, len(target), rows):
+            with _open(self.files[name]) as tensors:
+                target[start : start + rows].copy_(tensors.get_slice(name)[start : start + rows])
 
 
 def _open(path: Path) -> Any:
@@ -134,47 +146,108 @@ def _open(path: Path) -> Any:
         ) from error
 
 
+class Tensors(Protocol):
+    """Stored tensors, read one by one; ``TensorFiles``, or a view of them under other names."""
+
+    folder: Path
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+    def read_into(self, name: str, target: Tensor) -> None: ...
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The type of that name.
+
+    Raises:
+        ValueError: if models cannot be loaded in it.
+    """
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return found  # type: ignore[return-value]
+
+
+def unfilled() -> torch.device:
+    """``with unfilled():`` what is built has shapes but no values: no memory, no time, no random numbers are spent."""
+    return torch.device("meta")
+
+
 def load_strict(
     module: nn.Module,
-    tensors: TensorFiles,
+    tensors: Tensors,
     rename: Callable[[str], str] = lambda name: name,
     change: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ignore: Iterable[str] = (),
     only: Callable[[str], bool] = lambda name: True,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Copies tensors into a module; every tensor on both sides must find its partner.
 
     Args:
-        module: receives them.
+        module: receives them; its weights on the meta device become real, on the CPU.
         tensors: the files.
         rename: name in the module -> name in the files.
         change: by name in the module, turns the stored tensor into the module's form.
         ignore: names in the files that are known to be superfluous.
         only: which of the module's names are looked for.
+        dtype: of the weights that become real; others keep theirs.
 
     Raises:
-        ValueError: naming every missing, unexpected and misshapen tensor.
+        ValueError: naming every missing, unexpected and misshapen tensor; no weight was read then.
     """
     state = {name: tensor for name, tensor in module.state_dict().items() if only(name)}
+    change = change or {}
     wanted = {rename(name): name for name in state}
     have = set(tensors.names())
     faults = [f"missing: {name}" for name in sorted(set(wanted) - have)]
     faults += [f"unexpected: {name}" for name in sorted(have - set(wanted) - set(ignore))]
-    with torch.no_grad():
-        for source, name in wanted.items():
-            if source not in have:
-                continue
-            tensor = tensors.get(source)
-            stored = tuple(tensor.shape)
-            if change and name in change:
-                tensor = change[name](tensor)
-            if tensor.shape != state[name].shape:
+    for source, name in wanted.items():
+        if source in have:
+            stored = tensors.shape(source)
+            formed = change[name](torch.empty(stored, device="meta")).shape if name in change else stored
+            if formed != state[name].shape:
                 faults.append(f"misshapen: {source} is {stored}, needs to fill {name} {tuple(state[name].shape)}")
-            elif not faults:
-                state[name].copy_(tensor)
     if faults:
         more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ValueError(f"{tensors.folder} does not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
+    with torch.no_grad():
+        for source, name in wanted.items():
+            target = _real(module, name, dtype) if state[name].is_meta else state[name]
+            if name in change:
+                target.copy_(change[name](tensors.get(source)))
+            else:
+                tensors.read_into(source, target)
+
+
+def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """Puts an unset tensor on the CPU in the place of a weight on the meta device."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, leaf)
+    new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
+    setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    return new
+
+
+def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Makes the rest of a module on the meta device real, after :func:`load_strict`.
+
+    Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
+    compute them again when they move to a device.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                _real(part, name, dtype)
+        if any(table.is_meta for table in part.buffers(recurse=False)):
+            part.to_empty(device="cpu", recurse=False)
+    # Lightning's modules keep note of their device and type.
+    module.to(device="cpu", dtype=dtype)
 
 
 def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], card: str = "") -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_components import NEO, Batch, InputSpec, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
-from neo_components.components.rotary import H, PairTable, T, W, section
+from neo_components.components.rotary import H, PairTable, T, W
 from neo_components.types import IGNORED, NO_IMAGE
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -161,11 +161,11 @@ def m_positions(image_ids: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(positions)
 
 
-def m_table(head_width: int, base_t: float, base_h: float, base_w: float) -> PairTable:
+def m_table(frequency_t: Sequence[float], base_h: float, base_w: float) -> PairTable:
     """Of every 8 pairs 2 on T, 3 on H and 3 on W, at the language model's frequencies; the new channels alike."""
-    share = head_width // 16
+    share = len(frequency_t) // 8
     axis = (T,) * 2 * share + (H,) * 3 * share + (W,) * 3 * share
-    own = PairTable(axis, section(T, head_width, base_t).frequency)
+    own = PairTable(axis, tuple(frequency_t))
     return own + own
 
 

@@ -43,3 +43,18 @@ def relate_embeddings(ours: Path, theirs: Path, weight: torch.Tensor, bias: torc
         if text in rows:
             state[EMBEDDING][row] = known[rows[text]] @ weight.T + bias
     save_tensors(theirs / "model.safetensors", state)
+
+
+def word_tokenizer() -> Any:
+    """Sixty words, an end of text, ChatML's two tokens, and the image tokens behind a vocabulary of 90."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(60)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.add_tokens([f"filler {n}" for n in range(28)])
+    made.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>", "<img>", "</img>"]})
+    assert made.convert_tokens_to_ids(["<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>"]) == [61, 90, 91, 92]
+    return made

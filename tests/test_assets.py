@@ -90,6 +90,18 @@ def test_anchors_of_a_bridged_model_lie_on_the_pre_buffers_side(folders: dict[st
     assert torch.allclose(refitted.bridge_in(theirs), model.bridge_in(theirs), atol=0.02)
 
 
+def test_anchors_are_word_embeddings_as_the_first_block_gets_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of a language model with a factor on them: scaled, and compared with the scaled ones of another."""
+    model = native_model(folders["llm"])
+    model.post_llm.hparams["embedding_multiplier"] = 3.0
+    asset = PreBuffer.from_pretrained(export_pre_buffer(model, tmp_path / "asset", folders["llm"]))
+    rows = list(token_strings(folders["llm"]).values())
+    assert asset.anchors is not None
+    assert torch.equal(asset.anchors.vectors, (3 * weights_of(folders["llm"])[EMBEDDING][rows]).half().float())
+    assert attach(asset, model.post_llm).bridge_in is None
+    assert attach(asset, folders["llm"]).bridge_in is not None
+
+
 def test_tokens_are_compared_as_they_read(folders: dict[str, Path]) -> None:
     strings = token_strings(folders["llm"])
     tokenizer = load_tokenizer(str(folders["llm"]))

@@ -45,11 +45,31 @@ def shaped(heads: tuple[int, int, int], patches: tuple[int, int]) -> NEO:
     return model.eval()
 
 
+WINDOWED: dict[str, Any] = {"depth": 3, "window": 5, "window_layers": [0, 2], "window_base_t": 100.0}
+"""A post-LLM with windows that are shorter than the documents, and a rope of their own, in two of three blocks."""
+LONG: dict[str, Any] = {
+    "rope_scaling": {
+        "rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.0, 3.0, 6.0, 9.0],
+        "factor": 4.0, "original_max_position_embeddings": 12,
+    },
+}  # fmt: skip
+"""Arguments under which documents that grow beyond 12 T positions turn otherwise."""
+DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 12}}
+
+
 @pytest.mark.parametrize(("heads", "patches"), SHAPES)
 def test_backends_agree(heads: tuple[int, int, int], patches: tuple[int, int]) -> None:
     """Hidden states of real tokens, losses, and gradients where the backend has them."""
-    model = shaped(heads, patches)
-    batch, _ = random_batch(model.input_spec, seed=heads[0], rows=2, documents=4, text=(5, 30))
+    check_backends(shaped(heads, patches), heads[0])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "causal"])
+def test_backends_agree_under_windows(kind: str) -> None:
+    check_backends(tiny_model(post=WINDOWED, pre={"window": 7}, attention=kind).eval(), 1)
+
+
+def check_backends(model: NEO, seed: int) -> None:
+    batch, _ = random_batch(model.input_spec, seed=seed, rows=2, documents=4, text=(5, 30))
     assert batch.token_ids.shape[1] > 128
     real = batch.document_ids != PADDING
     states, losses, gradients = {}, {}, {}
@@ -205,7 +225,7 @@ def m_rope() -> Iterator[str]:
     ROPE_VARIANTS.pop("m-rope-of-generation")
 
 
-@pytest.mark.parametrize("kind", ["plain", "mha-fold3", "tied", "causal", "1d", "m"])
+@pytest.mark.parametrize("kind", ["plain", "mha-fold3", "tied", "causal", "1d", "m", "window", "long", "dynamic"])
 def test_cached_generation_equals_full_recomputation(kind: str, m_rope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of different lengths, with and without images, in one call: ids exact, logits within 1e-4."""
     arguments: dict[str, dict[str, Any]] = {
@@ -215,6 +235,9 @@ def test_cached_generation_equals_full_recomputation(kind: str, m_rope: str, mon
         "causal": {"attention": "causal"},
         "1d": {"rope": "1d"},
         "m": {"rope": m_rope, "head_width": 16},
+        "window": {"post": WINDOWED, "pre": {"window": 3}},
+        "long": LONG,
+        "dynamic": {"post": DYNAMIC},
     }
     model = speaker(**arguments[kind])
     prompts = prompts_of(model)
@@ -222,6 +245,10 @@ def test_cached_generation_equals_full_recomputation(kind: str, m_rope: str, mon
         random_image(model.input_spec, (3, 2), torch.Generator().manual_seed(1))]))  # fmt: skip
     assert len({len(prompt.token_ids) for prompt in prompts}) > 3
     expected = [recomputed(model, prompt, 6) for prompt in prompts]
+    if kind in ("long", "dynamic"):
+        batches = [pack([prompt], model.input_spec) for prompt in prompts]
+        ends = [int(batch.positions[..., 0].max()) + 1 for batch in batches]
+        assert any(end <= 12 < end + 5 for end in ends) and any(end > 12 for end in ends)
     head, steps = model.post_llm.logits, []
     monkeypatch.setattr(model.post_llm, "logits", lambda hidden: steps.append(head(hidden)) or steps[-1])
     new = model.generate(prompts, max_new_tokens=6)
@@ -232,9 +259,10 @@ def test_cached_generation_equals_full_recomputation(kind: str, m_rope: str, mon
         assert torch.allclose(cached, torch.stack(logits), atol=1e-4)
 
 
-def test_stop_tokens_at_different_steps() -> None:
+@pytest.mark.parametrize("post", [{}, WINDOWED, DYNAMIC], ids=["plain", "window", "dynamic"])
+def test_stop_tokens_at_different_steps(post: dict[str, Any]) -> None:
     """Each prompt ends with its first stop token, which is included; the others go on unchanged."""
-    model = speaker()
+    model = speaker(post)
     prompts = prompts_of(model, 8)
     free = [tokens.tolist() for tokens in model.generate(prompts, max_new_tokens=8)]
     # The third token of one prompt and the first of another.

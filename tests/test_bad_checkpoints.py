@@ -133,7 +133,7 @@ def test_folders_that_are_no_checkpoint(reader: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         reader.from_pretrained(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here, and the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here and not whole in the hub's cache"):
         reader.from_pretrained("nobody/nothing")
     for content, message in (("{", "is not valid JSON"), ("[1]", "must hold a JSON object, got list")):
         (tmp_path / "config.json").write_text(content)
@@ -149,7 +149,7 @@ def test_one_kind_of_folder_is_not_read_as_another(tmp_path: Path) -> None:
         ("pre-buffer", NEO, r"is no NEO checkpoint .*'pre_buffer'.*load it by PreBuffer.from_pretrained and attach it"),
         ("own", PreBuffer, "holds no pre-Buffer but 'neo'"),
         ("llm", PreBuffer, "holds no pre-Buffer but 'qwen3'"),
-        ("released", PostLLM, "language model type 'neo_chat' is not supported; supported: qwen3"),
+        ("released", PostLLM, "language model type 'neo_chat' is not supported; supported: gemma3, "),
     ):
         with pytest.raises(ValueError, match=message):
             reader.from_pretrained(folders[folder])

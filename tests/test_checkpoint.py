@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from builders import (
 )
 
 from neo_components import NEO, Bridge, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.checkpoint import released_of
+from neo_components.checkpoint import parts_from_released, released_of
 from neo_components.components.pre_buffer import Anchors, AssetInfo
 
 
@@ -40,7 +41,27 @@ def bridged() -> NEO:
 # Round trips
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied", "depth-0", "bridged", "1d-causal"])
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "norm": "one_plus_weight", "norm_placement": "both", "activation": "gelu_tanh", "attention_scale": 0.3,
+        "window": 4, "window_layers": [0], "window_base_t": 100.0, "embedding_multiplier": 3.0,
+    },
+    "phi": {
+        "qk_norm": "none", "rotary_width": 4, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "factor": 2.0,
+            "original_max_position_embeddings": 9,
+        },
+    },
+    "granite": {
+        "qkv_bias": True, "output_bias": True, "feed_forward_bias": True, "residual_multiplier": 0.5,
+        "logits_divisor": 4.0, "qk_norm": "whole", "norm_placement": "after", "unturned_layers": [1],
+    },
+    "experts": {"num_experts": 3, "experts_per_token": 2, "expert_layers": [1], "expert_size": 12},
+}  # fmt: skip
+"""Arguments of post-LLMs of other families than Qwen3."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "depth-0", "bridged", "1d-causal", *OTHERS])
 def test_own_round_trip(kind: str, tmp_path: Path) -> None:
     """The same weights, hyperparameters and outputs; written twice, the same bytes."""
     models: dict[str, Callable[[], NEO]] = {
@@ -49,6 +70,7 @@ def test_own_round_trip(kind: str, tmp_path: Path) -> None:
         "depth-0": lambda: tiny_model(pre={"depth": 0}),
         "bridged": bridged,
         "1d-causal": lambda: tiny_model(rope="1d", attention="causal"),
+        **{name: partial(tiny_model, post=arguments) for name, arguments in OTHERS.items()},
     }
     model = models[kind]()
     model.save_pretrained(tmp_path / "one")
@@ -189,6 +211,14 @@ def as_tuples(config: dict[str, Any]) -> None:
         config["vision_config"][name] = [config["vision_config"][name]]
 
 
+def all_as_tuples(config: dict[str, Any]) -> None:
+    """Every number that is read."""
+    for section in (config, config["llm_config"], config["vision_config"]):
+        for name, value in section.items():
+            if isinstance(value, int | float):
+                section[name] = [value]
+
+
 def tied_at(config: dict[str, Any]) -> None:
     del config["tie_word_embeddings"]
     config["llm_config"]["tie_word_embeddings"] = False
@@ -201,8 +231,8 @@ def new_style_rope(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "edit",
-    [*map(set_layer_types, (None, 0, 1, 99)), as_tuples, tied_at, new_style_rope],
-    ids=["no-layer-types", "0", "1", "99", "tuples", "tied-below", "rope-parameters"],
+    [*map(set_layer_types, (None, 0, 1, 99)), as_tuples, all_as_tuples, tied_at, new_style_rope],
+    ids=["no-layer-types", "0", "1", "99", "tuples", "all-tuples", "tied-below", "rope-parameters"],
 )
 def test_configs_that_mean_the_same(edit: Edit, data_folder: Path, released: Path) -> None:
     edit_config(released, edit)
@@ -250,6 +280,79 @@ def test_released_configs_that_cannot_be_read(edit: Edit, message: str, released
     with pytest.raises(ValueError) as error:
         NEO.from_pretrained(released)
     assert message in str(error.value)
+
+
+# Sizes of the released models
+
+
+def released_config(before: int, after: int, width: int, feed_forward: int, heads: int, kit: str) -> dict[str, Any]:
+    """A config as one of the two kits writes it; the layer types of the training kit are 32 whatever the depth."""
+    depth = before + after
+    llm = {
+        "model_type": "qwen3", "hidden_size": width, "intermediate_size": feed_forward, "num_attention_heads": heads,
+        "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": depth, "extra_num_layers": before,
+        "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_theta_hw": 10000.0,
+        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
+        "layer_types": ["full_attention"] * (32 if kit == "training" else depth),
+    }  # fmt: skip
+    vision: dict[str, Any] = {
+        "hidden_size": 1024, "llm_hidden_size": width, "patch_size": 16, "num_channels": 3, "downsample_ratio": 0.5,
+        "rope_theta_vision": 10000.0,
+    }  # fmt: skip
+    config = {"model_type": "neo_chat", "tie_word_embeddings": False, "llm_config": llm, "vision_config": vision}
+    if kit == "training":
+        return config | {"img_context_token_id": 151669, "img_start_token_id": 151670}
+    vision |= {"downsample_ratio": [0.5], "llm_hidden_size": [width]}
+    return config | {"downsample_ratio": 0.5, "template": "neo1_0"}
+
+
+RELEASED = [
+    pytest.param((12, 28, 2048, 6144, 16), "2.27", id="2.2B"),
+    pytest.param((6, 36, 4096, 12288, 32), "9.00", id="9B"),
+]
+
+
+@pytest.mark.parametrize("kit", ["training", "inference"])
+@pytest.mark.parametrize(("sizes", "billions"), RELEASED)
+def test_sizes_of_the_released_models(
+    sizes: tuple[int, int, int, int, int], billions: str, kit: str, tmp_path: Path, data_folder: Path
+) -> None:
+    """Parameters beside the word embedding and the head; names and shapes of their files, frozen in a list."""
+    with torch.device("meta"):
+        model = NEO(**parts_from_released(released_config(*sizes, kit), tmp_path))
+    assert (len(model.pre_buffer.layers), len(model.post_llm.layers)) == sizes[:2]
+    tables = {id(model.post_llm.word_embedding.weight), id(model.post_llm.head_weight)}
+    count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    assert f"{count / 1e9:.2f}" == billions
+    assert model.input_spec.image_ids == (151669, 151670, 151671)
+    released, state = released_of(model), model.state_dict()
+    del state["pre_buffer.boundary"]
+    written = {released.rename(name): list(released.write(name, tensor).shape) for name, tensor in state.items()}
+    letters = {"D": sizes[2], "F": sizes[3], "Q": sizes[4] * 128, "V": 151936}
+    expected: dict[str, list[int]] = {}
+    for line in (data_folder / "released_names.txt").read_text().splitlines():
+        name, shape = line.split()
+        for number in range(sum(sizes[:2])) if "layers.N." in name else (0,):
+            numbers = [letters[part] if part in letters else int(part) for part in shape.split(",")]
+            expected[name.replace("layers.N.", f"layers.{number}.")] = numbers
+    assert written == expected
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_language_models_have_no_released_layout(kind: str, tmp_path: Path) -> None:
+    """Each argument that a released config has no word for is named, of the post-LLM and of the pre-Buffer."""
+    with pytest.raises(ValueError, match='layout="released" cannot hold this model') as error:
+        tiny_model(post=OTHERS[kind]).save_pretrained(tmp_path, layout="released")
+    spoken = {
+        "window_layers",
+        "window_base_t",
+        "expert_layers",
+        "expert_size",
+    }  # of no weight without those they refine
+    for name, value in OTHERS[kind].items():
+        assert name in spoken or f"{name}: {value!r} (only " in str(error.value)
+    with pytest.raises(ValueError, match="norm_placement: 'both' \\(only 'before'\\)"):
+        tiny_model(pre={"norm_placement": "both"}).save_pretrained(tmp_path, layout="released")
 
 
 # The pre-Buffer asset

@@ -26,6 +26,7 @@ from neo_components import (
     pack,
 )
 from neo_components.components.backends import prepare_attention
+from neo_components.components.experts import SparseFeedForward
 from neo_components.components.rotary import native_positions
 from neo_components.packing import patchify
 
@@ -77,6 +78,31 @@ def test_patch_embedding_starts_at_unit_gain() -> None:
         std = projection.in_features**-0.5
         assert float(projection.weight.detach().std()) == pytest.approx(std, rel=0.05)
         assert not projection.bias.any()
+
+
+def test_whitening_decorrelates_what_the_first_projection_sees() -> None:
+    torch.manual_seed(0)
+    layer = PatchEmbedding(16, width=48, patch_size=4, channels=1)
+    mixing = torch.randn(16, 16) @ torch.diag(torch.tensor([30.0, *[1.0] * 15])) @ torch.randn(16, 16)
+    patches = torch.randn(4000, 16) @ mixing + 5.0
+    layer.whiten(patches, ridge=0.0)
+    features = layer.patch_proj(patches)
+    torch.testing.assert_close(features.mean(0), torch.zeros(48), atol=1e-3, rtol=0)
+    assert float(features.std()) == pytest.approx(1.0, abs=0.01)
+    # On white pixels every direction of the pixels counts alike: the map from them to the features is the random one.
+    covariance = (patches - patches.mean(0)).T @ (patches - patches.mean(0)) / len(patches)
+    seen = layer.patch_proj.weight @ covariance @ layer.patch_proj.weight.T
+    values = torch.linalg.eigvalsh(seen)[-16:]
+    assert float(values.max() / values.min()) < 20  # 48 x 16 random numbers; of the raw pixels it is over 1000
+    raw = PatchEmbedding(16, width=48, patch_size=4, channels=1).patch_proj.weight
+    raw_values = torch.linalg.eigvalsh(raw @ covariance @ raw.T)[-16:]
+    assert float(raw_values.max() / raw_values.min()) > 1000
+
+
+@pytest.mark.parametrize("patches", [torch.randn(47, 48), torch.ones(99, 48)])
+def test_whitening_refuses_too_few_patches_and_equal_ones(patches: Tensor) -> None:
+    with pytest.raises(ValueError, match="at least as many patches"):
+        PatchEmbedding(16, width=8, patch_size=4).whiten(patches)
 
 
 def test_patch_embedding_refuses_what_it_cannot_do() -> None:
@@ -160,6 +186,70 @@ def test_queries_start_from_the_fastest_half_of_t() -> None:
     assert torch.equal(hw, t[:, rows + rows])
     for norm in (attention.q_norm_h, attention.q_norm_w, attention.k_norm_h, attention.k_norm_w):
         assert torch.equal(norm.weight, torch.ones(4))
+
+
+def test_queries_of_a_partly_turning_head_start_from_its_fastest_pairs() -> None:
+    """Of 16 channels 12 turn, pair k of them joining k and k + 6: the four fastest pairs are rows 0-3 and 6-9."""
+    llm = PostLLM(VOCAB, 1, **(SIZES | {"head_width": 16}), rotary_width=12)
+    randomize(llm)
+    llm.init_hw_from_t()
+    attention = llm.layers[0].self_attn
+    t, hw = attention.q_proj.weight.view(4, 16, 32), attention.q_proj_hw.weight.view(4, 16, 32)
+    rows = [0, 1, 2, 3, 6, 7, 8, 9]
+    assert torch.equal(hw, t[:, rows + rows])
+    few = PostLLM(VOCAB, 1, **SIZES, rotary_width=2)  # one pair turns; the second is the first of those that rest
+    few.init_hw_from_t()
+    attention = few.layers[0].self_attn
+    t, hw = attention.q_proj.weight.view(4, 8, 32), attention.q_proj_hw.weight.view(4, 8, 32)
+    assert torch.equal(hw, t[:, [0, 2, 1, 5] * 2])
+
+
+def test_experts_by_hand() -> None:
+    """Each token's likeliest experts, one by one, weighted by their share of the probability."""
+    layer = SparseFeedForward(6, 5, num_experts=4, experts_per_token=2)
+    randomize(layer, std=1.0)
+    x = torch.randn(2, 7, 6)
+    weights = layer.experts
+    expected = torch.zeros_like(x)
+    for place in [(row, token) for row in range(2) for token in range(7)]:
+        shares = layer.gate(x[place]).softmax(-1)
+        first, second = shares.argsort(descending=True)[:2].tolist()
+        for expert in (first, second):
+            gate, up = weights.gate_up_proj[expert, :5] @ x[place], weights.gate_up_proj[expert, 5:] @ x[place]
+            out = weights.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+            expected[place] += out * shares[expert] / (shares[first] + shares[second])
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(layer(x[:1, :1]), expected[:1, :1], atol=1e-5)
+    assert layer(x[:, :0]).shape == (2, 0, 6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"qk_norm": "most"}, "qk_norm must be one of head, whole, none, got 'most'"),
+        ({"norm": "layer"}, "norm must be one of weight, one_plus_weight, got 'layer'"),
+        ({"norm_placement": "beside"}, "norm_placement must be one of before, after, both, got 'beside'"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, got 'relu'"),
+        ({"window": 0}, "window must be 1 or more, or None for all tokens, got 0"),
+        ({"rotary_width": 3}, "rotary_width must be even and lie in 0 to head_width (8), got 3"),
+        ({"rotary_width": 10}, "rotary_width must be even and lie in 0 to head_width (8), got 10"),
+        ({"num_experts": 2}, "experts_per_token must lie in 1 to num_experts (2), got 8"),
+        ({"num_experts": 8, "feed_forward_bias": True}, "feed_forward_bias is not supported beside num_experts"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported (supported: linear, "),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "pi": 3}}, "rope_type 'linear' does not know pi"),
+        (
+            {"rotary_width": 2, "rope_scaling": {
+                "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8,
+            }},
+            "rope_scaling of rope_type 'dynamic' needs 4 or more turning channels, got 2",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        PreBuffer(1, **SIZES, **wrong)
+    assert message in str(error.value)
 
 
 def test_text_is_unchanged_by_an_empty_pre_buffer_and_an_image_behind_it() -> None:
@@ -260,3 +350,18 @@ def test_primitive_alone_equals_itself_in_a_stack() -> None:
     block = stack.layers[0]
     assert torch.equal(stack(x, *where), block(x, *block.prepare(*where)))
     assert torch.equal(stack(x, *where), stack(x, *where, prepare_attention(*where[1:])))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": 3, "window_layers": [0, 2]}, "window_layers names block 2, but a depth of 2 has 0 to 1"),
+        ({"unturned_layers": [-1]}, "unturned_layers names block -1"),
+        ({"window_base_t": 1e4}, "window_base_t says nothing without window, which is not given"),
+        ({"expert_layers": [1]}, "expert_layers says nothing without num_experts"),
+    ],
+)
+def test_blocks_that_are_not_there(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        PostLLM(VOCAB, 2, **SIZES, **wrong)
+    assert message in str(error.value)

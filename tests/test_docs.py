@@ -5,25 +5,33 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer.main
+from builders import edit_config, weights_of
 from commands import good
+from llm_references import plain
 from shard_builders import png, turns
 
 import neo_components
+from neo_components import PostLLM
 from neo_components.cli import app
 from neo_components.data import read_shards, write_shards
+from neo_components.llms import FAMILIES
 from neo_components.model import NEO
-from neo_components.recipe import list_recipes
+from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
 from neo_components.training.stage import Group
+from neo_components.weights import save_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -179,6 +187,45 @@ def test_python_of_the_readme() -> None:
     assert not untouched
 
 
+def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of CONTRIBUTING as a module outside the package, on a folder of that family."""
+    [example] = blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "my_llm.py").write_text(example)
+    theirs = plain("llama", tmp_path / "llm", attention_bias=True, rms_norm_eps=1e-5)
+    state = {name.replace("self_attn", "attention"): t for name, t in weights_of(tmp_path / "llm").items()}
+    save_tensors(tmp_path / "llm" / "model.safetensors", state)
+    edit_config(tmp_path / "llm", lambda c: c.update(model_type="my_llm"))
+    with pytest.raises(ValueError, match="language model type 'my_llm' is not supported"):
+        PostLLM.from_pretrained(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        import_user_modules(["my_llm"])
+        ids = torch.randint(0, 90, (2, 20))
+        with torch.no_grad():
+            logits = PostLLM.from_pretrained("llm").text_logits(ids)
+            assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
+        edit_config(tmp_path / "llm", lambda c: c.update(hidden_act="relu"))
+        with pytest.raises(ValueError, match="this my_llm config is not supported: hidden_act='relu'"):
+            PostLLM.from_pretrained("llm")
+    finally:
+        FAMILIES.pop("my_llm", None)
+        sys.modules.pop("my_llm", None)
+
+
+def test_python_of_the_language_model_page(clone: Path) -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("docs/language_models.md", "python"):
+        exec(compile(example, "docs/language_models.md", "exec"), names)
+    assert names["logits"].shape == (1, 3, names["llm"].hparams.vocab_size)
+    assert names["model"].post_llm is names["llm"]
+
+
+def test_the_table_of_families_is_whole() -> None:
+    told = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/language_models.md"], re.MULTILINE)
+    assert sorted(told) == sorted(FAMILIES)
+
+
 def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for example in blocks("docs/evaluation.md", "python"):
@@ -187,6 +234,33 @@ def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixtur
     assert names["shuffled"].counts == names["blind"].counts == names["report"].counts
     [promised] = re.findall(r"print\(metric.compute\(\)\)  # (.*)", PAGES["docs/evaluation.md"])
     assert capsys.readouterr().out.splitlines()[-1] == promised
+
+
+def test_the_page_on_transformers_in_its_order(clone: Path) -> None:
+    """The commands, then its programs as they stand, each in a process of its own."""
+    page = "docs/transformers.md"
+    commands = [shlex.split(line)[1:] for line in bash_lines(page)]
+    assert [words[3] for words in commands] == ["hf", "hf-llm"]
+    for words, folder in zip(commands, ("outputs/neo-hf", "outputs/neo-llm"), strict=True):
+        assert good(*words) == f"{folder}\n"
+    environment = os.environ | {"HF_MODULES_CACHE": str(clone / "modules")}
+    printed = []
+    for example in blocks(page, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", example], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    answers, text = printed
+    first = good(
+        "chat", "outputs/quickstart/neo", "--image", "X.png", "what color is the shape?", "--max-new-tokens", "64"
+    )
+    assert answers.splitlines()[0].strip() == first.strip() and len(answers.splitlines()) >= 3
+    assert text.startswith("what color")
+    [listed] = [part for part in PAGES[page].split("\n\n") if part.startswith("| file |")]
+    named = {name for line in listed.splitlines()[2:] for name in re.findall("`([^`]+)`", line.split("|")[1])}
+    there = {path.name for path in (clone / "outputs" / "neo-hf").iterdir()} - {"README.md"}
+    assert {re.sub(r"^neo_.*", "neo_*.py", name) for name in there} == named
 
 
 def test_python_of_the_reference() -> None:
@@ -203,7 +277,7 @@ def test_recipe_keys_exist() -> None:
     found = 0
     for page in PAGES:
         for code in [*inline(page), *(word for _, line in COMMANDS for word in line.split())]:
-            if (key := wanted.fullmatch(code)) and key[1] not in groups:
+            if (key := wanted.fullmatch(code)) and key[1] not in groups and not code.endswith(".safetensors"):
                 found += 1
                 general = re.sub(r"\.\d+(?=\.|$)", "[]", key[1])
                 assert general in keys() or _owned(general), f"{page}: {code}"

@@ -2,87 +2,116 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import (
-    Edit,
-    edit_config,
-    llm_folder,
-    random_image,
-    random_sample,
-    randomize,
-    same_tensors,
-)
+from builders import edit_config, llm_folder, random_image, random_sample, same_tensors, weights_of
+from llm_references import CASES, DYNAMIC, LENGTH, LINEAR, SIZES, plain, reference, shake
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
+from neo_components.llms import FAMILIES
+from neo_components.llms.layout import to_stored
+from neo_components.weights import save_tensors
 
 
-def qwen3(folder: Path, seed: int, **options: Any) -> Any:
-    """A random Qwen3 of transformers, saved in ``folder``."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-    }  # fmt: skip
-    save = {name: options.pop(name) for name in ("max_shard_size",) if name in options}
-    model = Qwen3ForCausalLM(Qwen3Config(**(sizes | options))).eval()
-    # A head in place of the word embedding stays tied.
-    randomize(model, seed)
-    model.save_pretrained(folder, **save)
-    return model
-
-
-QWEN3 = [
-    pytest.param({}, id="gqa2"),
-    pytest.param({"num_key_value_heads": 4, "head_dim": 8}, id="mha"),
-    pytest.param({"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 4}, id="mqa"),
-    pytest.param({"tie_word_embeddings": True}, id="tied"),
-    pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5}, id="base-eps"),
-    pytest.param({"tie_word_embeddings": True, "max_shard_size": "20KB"}, id="tied-sharded"),
-]
-
-
-@pytest.mark.parametrize("options", QWEN3)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_text_logits_equal_those_of_transformers(options: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    reference = qwen3(tmp_path, seed, **options)
-    llm = PostLLM.from_pretrained(tmp_path)
-    token_ids = torch.randint(0, 90, (2, 37))
+def close(llm: PostLLM, model: Any, length: int = 40) -> bool:
+    """Whether a post-LLM gives the logits of a model of transformers."""
+    ids = torch.randint(0, 90, (2, length))
     with torch.no_grad():
-        expected = reference(token_ids).logits
-        assert torch.allclose(llm.text_logits(token_ids), expected, atol=1e-4)
-    assert float(expected.std()) > 0.5
-    assert (llm.lm_head is None) is bool(options.get("tie_word_embeddings"))
-    assert llm.hparams.source == str(tmp_path)
-    assert llm.hparams.image_token_id == 90
+        return torch.allclose(llm.text_logits(ids), model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
+    plain("qwen3", tmp_path)
+    h = PostLLM.from_pretrained(tmp_path).hparams
+    assert (h.source, h.image_token_id) == (str(tmp_path), 90)
+
+
+# Configs
+
+
+CORE = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_a_config_leaves_out_is_the_default_of_its_class(family: str, tmp_path: Path) -> None:
+    """A folder with the core sizes alone reads as transformers reads it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    core: dict[str, Any] = {"vocab_size": 90, "hidden_size": 128, "intermediate_size": 40, "num_hidden_layers": 7}
+    core |= {"num_attention_heads": 32, "pad_token_id": None}
+    if family == "gemma3_text":
+        core["num_attention_heads"] = 8  # its heads are wide
+    if family == "qwen3_moe":
+        core |= {"moe_intermediate_size": 8, "num_experts": 9}  # its own are large
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **core), attn_implementation="eager").eval()
+    shake(theirs, 1)
+    theirs.save_pretrained(tmp_path)
+    kept = CORE | {"num_local_experts", "moe_intermediate_size"}
+    edit_config(tmp_path, lambda c: [c.pop(name) for name in set(c) - kept])
+    assert close(PostLLM.from_pretrained(tmp_path), theirs)
 
 
 def test_config_of_older_transformers(tmp_path: Path) -> None:
-    """``rope_theta`` beside the other settings, and neither head width nor norm epsilon given."""
-    reference = qwen3(tmp_path, 3, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    """``rope_theta`` and ``rope_scaling`` beside the other settings, the kind of scaling under its older name."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = plain("llama", tmp_path, rope_parameters=yarn)
 
     def older(config: dict[str, Any]) -> None:
-        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-        config["rope_scaling"] = None
-        del config["head_dim"], config["rms_norm_eps"]
+        rope = config.pop("rope_parameters")
+        config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+        config["rope_scaling"] = rope | {"type": kind}
 
     edit_config(tmp_path, older)
-    token_ids = torch.randint(0, 90, (1, 20))
-    with torch.no_grad():
-        assert torch.allclose(
-            PostLLM.from_pretrained(tmp_path).text_logits(token_ids), reference(token_ids).logits, atol=1e-4
-        )
+    assert close(PostLLM.from_pretrained(tmp_path), theirs)
+
+
+def test_a_gemma_config_of_older_transformers(tmp_path: Path) -> None:
+    """One number says which blocks see all; both rope bases and the scaling of one of them stand side by side."""
+    types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    }
+    theirs = plain("gemma3_text", tmp_path, num_hidden_layers=4, layer_types=types, rope_parameters=ropes)
+
+    def older(config: dict[str, Any]) -> None:
+        ropes = config.pop("rope_parameters")
+        del config["layer_types"]
+        config["sliding_window_pattern"] = 3
+        config["rope_theta"] = ropes["full_attention"].pop("rope_theta")
+        config["rope_scaling"] = ropes["full_attention"]
+        config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+
+    edit_config(tmp_path, older)
+    assert close(PostLLM.from_pretrained(tmp_path), theirs)
+
+
+def test_the_older_name_of_longrope(tmp_path: Path) -> None:
+    theirs = reference("phi3", tmp_path, **CASES["phi3"]["longrope"])
+
+    def older(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")
+        config["rope_scaling"] = {
+            "type": "su",
+            "long_factor": rope["long_factor"],
+            "short_factor": rope["short_factor"],
+        }
+
+    edit_config(tmp_path, older)
+    assert close(PostLLM.from_pretrained(tmp_path), theirs)
+
+
+# Files
 
 
 def test_sharded_files(tmp_path: Path) -> None:
     """Several files with an index read as one; a missing shard or a broken index is named."""
-    qwen3(tmp_path / "one", 4)
-    qwen3(tmp_path / "many", 4, max_shard_size="20KB")
+    plain("qwen3", tmp_path / "one")
+    plain("qwen3", tmp_path / "many", max_shard_size="20KB")
     shards = sorted(path.name for path in (tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 2
     one, many = (PostLLM.from_pretrained(tmp_path / name) for name in ("one", "many"))
@@ -95,34 +124,238 @@ def test_sharded_files(tmp_path: Path) -> None:
         PostLLM.from_pretrained(tmp_path / "many")
 
 
+def test_stacked_experts(tmp_path: Path) -> None:
+    """Files that hold the experts stacked, as transformers does in memory, read like those with one tensor each."""
+    theirs = plain("qwen3_moe", tmp_path)
+    one_by_one = PostLLM.from_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in weights_of(tmp_path).items() if ".experts." not in name}
+    assert len(state) < len(weights_of(tmp_path))
+    experts = {name: tensor for name, tensor in theirs.state_dict().items() if ".experts." in name}
+    assert len(experts) == 2 * theirs.config.num_hidden_layers
+    save_tensors(tmp_path / "model.safetensors", state | experts)
+    assert same_tensors(PostLLM.from_pretrained(tmp_path).state_dict(), one_by_one.state_dict())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["model.language_model.", "language_model.model."])
+def test_the_language_model_inside_gemma3(layout: str, tied: bool, tmp_path: Path) -> None:
+    """A vision-language folder of either layout, its text config cut down to what differs from the defaults."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = SIZES | CASES["gemma3_text"]["linear"] | {"tie_word_embeddings": tied}
+    text.pop("attn_implementation")
+    sight = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=sight, tie_word_embeddings=tied, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    shake(theirs, 1)
+    theirs.save_pretrained(tmp_path)
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        if layout.startswith("language_model"):
+            name = "language_model.lm_head.weight" if name == "lm_head.weight" else name.removeprefix("model.")
+            name = name.replace("language_model.", "language_model.model.", "lm_head" not in name)
+        if not (tied and "lm_head" in name):
+            state[name] = tensor
+    assert any("vision_tower" in name for name in state)
+    save_tensors(tmp_path / "model.safetensors", state)
+    llm = PostLLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 90, (2, 40))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+        assert torch.allclose(llm.text_logits(ids), expected, atol=1e-4, rtol=0)
+    assert (llm.lm_head is None) is tied
+
+
+def test_rotary_tables_of_older_files_are_not_looked_at(tmp_path: Path) -> None:
+    theirs = plain("llama", tmp_path)
+    old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for n in range(3)}
+    save_tensors(tmp_path / "model.safetensors", weights_of(tmp_path) | old)
+    assert close(PostLLM.from_pretrained(tmp_path), theirs)
+
+
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("family", "lost", "message"),
     [
-        (lambda c: c.update(hidden_act="gelu"), "hidden_act='gelu' (supported: 'silu')"),
-        (lambda c: c.update(attention_bias=True), "attention_bias=True (supported: False)"),
-        (lambda c: c.update(use_sliding_window=True), "use_sliding_window=True (supported: False)"),
-        (lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope scaling 'yarn' is not supported"),
-        (lambda c: c.update(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear' is not supported"),
-        (lambda c: c.update(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "rope scaling 'llama3'"),
-        (lambda c: c.update(model_type="llama"), "language model type 'llama' is not supported; supported: qwen3"),
-        (lambda c: c.pop("model_type"), "language model type None is not supported"),
-        (lambda c: c.pop("rope_theta"), "the config gives no rope_theta"),
-        (lambda c: c.pop("intermediate_size"), "config.json lacks 'intermediate_size' of a qwen3 model"),
+        ("phi3", "model.layers.1.self_attn.qkv_proj.weight", "missing: {} -> self_attn.k_proj.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "missing: model.layers.0.mlp.experts.0.gate_proj"),
+        ("granite", "model.norm.weight", "missing: {}"),
     ],
 )
-def test_unsupported_settings_are_refused_by_name(edit: Edit, message: str, tmp_path: Path) -> None:
-    folder = llm_folder(tmp_path / "llm")
-    edit_config(folder, edit)
+def test_a_missing_tensor_is_named(family: str, lost: str, message: str, tmp_path: Path) -> None:
+    plain(family, tmp_path)
+    state = weights_of(tmp_path)
+    del state[lost]
+    save_tensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        PostLLM.from_pretrained(tmp_path)
+    assert message.format(lost) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "rows"),
+    [("phi3", "self_attn.qkv_proj.weight", 31), ("qwen3_moe", "mlp.experts.2.gate_proj.weight", 11)],
+)
+def test_a_misshapen_tensor_of_a_group_is_named(family: str, name: str, rows: int, tmp_path: Path) -> None:
+    plain(family, tmp_path)
+    state = weights_of(tmp_path)
+    state[f"model.layers.1.{name}"] = state[f"model.layers.1.{name}"][:rows].clone()
+    save_tensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match="misshapen: ") as error:
+        PostLLM.from_pretrained(tmp_path)
+    assert name in str(error.value)
+
+
+def test_an_unexpected_tensor_is_named(tmp_path: Path) -> None:
+    plain("phi3", tmp_path)
+    extra = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2)}
+    save_tensors(tmp_path / "model.safetensors", weights_of(tmp_path) | extra)
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.0\.self_attn\.q_proj\.weight"):
+        PostLLM.from_pretrained(tmp_path)
+
+
+# InternLM: its code lives beside its weights, so the references are models of the same arithmetic in transformers
+
+
+def internlm2_name(name: str) -> str:
+    """Llama's name -> InternLM2's."""
+    parts = {
+        "model.embed_tokens": "model.tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+        "post_attention_layernorm": "ffn_norm", "input_layernorm": "attention_norm",
+    }  # fmt: skip
+    for part, other in parts.items():
+        name = name.replace(part, other)
+    return name
+
+
+def internlm2(folder: Path, bias: bool, **options: Any) -> Any:
+    """Turns a saved Llama into an InternLM2 folder: row by row, per key/value head its queries, its key, its value."""
+    theirs = plain("llama", folder, attention_bias=bias, **options)
+    state, config = weights_of(folder), theirs.config
+    width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    new = {internlm2_name(name): tensor for name, tensor in state.items() if not re.search("[qkv]_proj", name)}
+    for layer in range(config.num_hidden_layers):
+        for kind in ("weight", "bias") if bias else ("weight",):
+            q, k, v = (state[f"model.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv")
+            rows = []
+            for head in range(config.num_key_value_heads):
+                rows += [q[head * group * width : (head + 1) * group * width]]
+                rows += [k[head * width : (head + 1) * width], v[head * width : (head + 1) * width]]
+            new[f"model.layers.{layer}.attention.wqkv.{kind}"] = torch.cat(rows)
+    save_tensors(folder / "model.safetensors", new)
+
+    def internlm(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope | {"type": rope.pop("rope_type")}
+        config.update(model_type="internlm2", bias=config.pop("attention_bias"), head_dim=None)
+
+    edit_config(folder, internlm)
+    return theirs
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "rope_parameters": DYNAMIC},
+        {"rope_parameters": LINEAR},
+    ],
+    ids=["gqa", "mha-tied", "dynamic", "linear"],
+)
+def test_internlm2(options: dict[str, Any], bias: bool, tmp_path: Path) -> None:
+    theirs = internlm2(tmp_path, bias, **options)
+    llm = PostLLM.from_pretrained(tmp_path)
+    assert close(llm, theirs, 12)
+    assert close(llm, theirs, LENGTH)
+    new = {id(p) for part in llm.hw_modules() for p in part.parameters()}
+    state = {name: p.detach() for name, p in llm.named_parameters() if id(p) not in new}
+    assert same_tensors(to_stored(state, FAMILIES["internlm2"], dict(llm.hparams)), weights_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "qkv_bias", "bias"),
+    [
+        ("llama", {"head_dim": 12}, False, False),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": DYNAMIC}, True, True),
+        ("qwen2", {"tie_word_embeddings": True}, True, False),
+    ],
+)
+def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: bool, tmp_path: Path) -> None:
+    theirs = plain(family, tmp_path, **options)
+    edit_config(tmp_path, lambda c: c.update(model_type="internlm3", qkv_bias=qkv_bias, bias=bias))
+    llm = PostLLM.from_pretrained(tmp_path)
+    assert close(llm, theirs, 12)
+    assert close(llm, theirs, LENGTH)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "edit", "message"),
+    [
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu' (supported: 'silu')"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 3},
+            "layer_types has sliding_attention, but use_sliding_window",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers=3"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types has linear_attention (supported: "),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "mrope"}},
+            "rope scaling 'mrope' is not supported (supported: default",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "spin": 1}}, "rope scaling 'yarn' with spin"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantised by 'gptq'"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=['full_attention', "),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "layer_types=['sliding_attention', "),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for num_hidden_layers=5"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 (supported: None)"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 (supported: None)"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "supported: default, longrope"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "must have 4 numbers"),
+        ("phi3", {"partial_rotary_factor": 0.4, "rope_parameters": None}, "rotary_width must be even"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "experts_per_token must lie in 1 to num_experts (6), got 7"),
+        (
+            "granite",
+            {"model_type": "granitemoe"},
+            "language model type 'granitemoe' is not supported; supported: gemma3",
+        ),
+        ("granite", {"model_type": None}, "language model type None is not supported"),
+        ("granite", {"intermediate_size": ...}, "config.json lacks 'intermediate_size' of a granite model"),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(
+    family: str, edit: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    plain(family, tmp_path)
+
+    def change(config: dict[str, Any]) -> None:
+        config.update(edit)
+        for name in [name for name, value in config.items() if value is ...]:
+            del config[name]
+
+    edit_config(tmp_path, change)
     with pytest.raises(ValueError) as error:
-        PostLLM.from_pretrained(folder)
+        PostLLM.from_pretrained(tmp_path)
     assert message in str(error.value)
 
 
 def test_two_unsupported_settings_are_told_together(tmp_path: Path) -> None:
-    folder = llm_folder(tmp_path / "llm")
-    edit_config(folder, lambda c: c.update(hidden_act="gelu", attention_bias=True))
-    with pytest.raises(ValueError, match=r"hidden_act='gelu' .*; attention_bias=True"):
-        PostLLM.from_pretrained(folder)
+    plain("gemma3_text", tmp_path)
+    edit_config(tmp_path, lambda c: c.update(hidden_activation="gelu", final_logit_softcapping=3.0))
+    with pytest.raises(ValueError, match=r"hidden_activation='gelu' .*; final_logit_softcapping=3.0"):
+        PostLLM.from_pretrained(tmp_path)
 
 
 def tokenizer_file(folder: Path, special: list[str]) -> None:

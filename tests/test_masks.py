@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -48,7 +49,9 @@ from neo_components.components.rotary import (
 from neo_components.types import NO_IMAGE, PADDING
 
 
-def plain_mask(rows: Sequence[Sequence[Sample]], spec: InputSpec, length: int, rule: str) -> Tensor:
+def plain_mask(
+    rows: Sequence[Sequence[Sample]], spec: InputSpec, length: int, rule: str, window: int | None = None
+) -> Tensor:
     """[B, L, L] bool, the rule read in words, pair by pair; padding neither sees nor is seen."""
     mask = torch.zeros(len(rows), length, length, dtype=torch.bool)
     for row, samples in enumerate(rows):
@@ -57,7 +60,9 @@ def plain_mask(rows: Sequence[Sequence[Sample]], spec: InputSpec, length: int, r
             for key, (key_document, key_image) in enumerate(tokens):
                 if document == key_document:
                     same_image = image is not None and image == key_image
-                    mask[row, query, key] = key <= query or (rule == "mixed" and same_image)
+                    seen = key <= query or (rule == "mixed" and same_image)
+                    near = window is None or key > query - window or same_image
+                    mask[row, query, key] = seen and near
     return mask
 
 
@@ -66,11 +71,11 @@ def model() -> NEO:
     return tiny_model()
 
 
-def spread(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool) -> Tensor:
+def spread(document_ids: Tensor, image_ids: Tensor, rule: str, window: int | None, one: bool) -> Tensor:
     """[B, L, L]: the masks of all buckets at the places of their tokens."""
     rows, length = document_ids.shape
     mask = torch.zeros(rows * length, rows * length, dtype=torch.bool)
-    for bucket in make_buckets(document_ids, image_ids, rule, one):
+    for bucket in make_buckets(document_ids, image_ids, rule, window, one):
         n, m = bucket.index.shape
         inner = torch.ones(m, m).tril().bool().expand(n, m, m) if bucket.mask is None else bucket.mask[:, 0]
         for index, length_, see in zip(bucket.index, bucket.lengths.tolist(), inner, strict=True):
@@ -83,14 +88,15 @@ def spread(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool) -> Ten
 
 @pytest.mark.parametrize("rule", ["mixed", "causal"])
 @pytest.mark.parametrize("seed", range(4))
-def test_renderings(model: NEO, seed: int, rule: str) -> None:
+@pytest.mark.parametrize("window", [None, 1, 4, 11, 500])
+def test_renderings(model: NEO, seed: int, rule: str, window: int | None) -> None:
     """Dense, FlexAttention and per document, on rows of several documents of several images with padding."""
     batch, rows = random_batch(model.input_spec, seed, rows=3, documents=4, text=(1, 12))
-    expected = plain_mask(rows, model.input_spec, batch.token_ids.shape[1], rule)
+    expected = plain_mask(rows, model.input_spec, batch.token_ids.shape[1], rule, window)
     real = batch.document_ids != PADDING
     assert (~real).any(dim=1).all()
     assert max(len(sample.images) for row in rows for sample in row) > 1
-    where = (batch.document_ids, batch.image_ids, rule)
+    where = (batch.document_ids, batch.image_ids, rule, window)
 
     dense = dense_mask(*where)
     assert torch.equal(dense & real[:, :, None], expected)
@@ -206,11 +212,12 @@ def test_sequential_positions_by_hand() -> None:
 
 def test_native_frequencies_by_hand() -> None:
     """Head width 16, bases 1e6 and 1e4."""
-    table = rope_variant("native").table(16, 1e6, 1e4, 1e4)
+    own = section(T, 16, 1e6).frequency
+    table = rope_variant("native").table(own, 1e4, 1e4)
     assert table.axis == (T,) * 8 + (H,) * 4 + (W,) * 4
     t = [1, 0.17783, 0.031623, 0.0056234, 0.001, 1.7783e-4, 3.1623e-5, 5.6234e-6]
     assert table.frequency == pytest.approx([*t, *[1, 0.1, 0.01, 0.001] * 2], rel=1e-4)
-    other = rope_variant("native").table(16, 1e6, 1e6, 1e4)
+    other = rope_variant("native").table(own, 1e6, 1e4)
     assert other.frequency[8:12] == pytest.approx([1, 0.031623, 0.001, 3.1623e-5], rel=1e-4)
 
 
@@ -260,6 +267,21 @@ def test_replicating_ropes_agree_on_text(m_rope: str) -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("rope", ["native", "1d"])
+def test_scaling_and_rest_concern_the_t_channels(rope: str) -> None:
+    """Of 8 T pairs 6 turn, stretched and louder; 2 rest; those of H and W stay as they are."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5}
+    where = torch.tensor([[[7, 3, 5]]])
+    one = [part.flatten() for part in Rotary(rope, 16, 1e4, 1e4, 1e3)(where)]
+    cosines, sines = (part.flatten() for part in Rotary(rope, 16, 1e4, 1e4, 1e3, yarn, 12)(where))
+    assert torch.allclose(cosines[:6].square() + sines[:6].square(), torch.full((6,), 1.5**2))
+    assert cosines[6:8].tolist() == [1, 1] and sines[6:8].tolist() == [0, 0]
+    assert torch.allclose(cosines[8:].square() + sines[8:].square(), torch.ones(8))
+    if rope == "native":
+        assert torch.equal(cosines[8:], one[0][8:]) and torch.equal(sines[8:], one[1][8:])
+    assert cosines[0] == pytest.approx(1.5 * math.cos(7)) and sines[5] < 1.5 * math.sin(7 * 1e4 ** (-10 / 12))
+
+
 def test_unknown_rope_is_named() -> None:
     with pytest.raises(ValueError, match=r"rope 'spiral' is unknown; registered: 1d, .*native"):
         tiny_model(rope="spiral")
@@ -267,7 +289,7 @@ def test_unknown_rope_is_named() -> None:
 
 def test_a_table_of_the_wrong_length_is_refused() -> None:
     name = "short"
-    register_rope(name)(lambda: RopeVariant(native_positions, lambda width, *bases: section(T, width, 1e4)))
+    register_rope(name)(lambda: RopeVariant(native_positions, lambda t, *bases: section(T, 2 * len(t), 1e4)))
     try:
         with pytest.raises(
             ValueError, match="rope 'short' gives 4 axes and 4 frequencies, not one each for the 8 pairs"

@@ -135,7 +135,6 @@ def test_splits_of_easy_vqa(shards: dict[str, EasyVQAPart]) -> None:
     assert shards["train_text"].kinds == shards["train_all"].kinds
     open_kinds = {kind: shards["train_all"].kinds[kind] for kind in ("shape", "color")}
     assert shards["train_open"].kinds == open_kinds
-    assert shards["train_shape"].kinds == {"shape": open_kinds["shape"]}
 
 
 def test_shards_hold_each_question_once_with_its_own_image(shards: dict[str, EasyVQAPart]) -> None:
@@ -149,8 +148,8 @@ def test_shards_hold_each_question_once_with_its_own_image(shards: dict[str, Eas
 
 def test_training_pictures_are_there_plain_and_mirrored(tmp_path: Path) -> None:
     parts = write_easy_vqa(tmp_path, validation_images=3990)
-    samples = {sample["key"]: sample for sample in read_shards(parts["train_shape"].folder)}
-    assert parts["train_shape"].samples == len(samples) > 0
+    samples = {sample["key"]: sample for sample in read_shards(parts["train_open"].folder)}
+    assert parts["train_open"].samples == len(samples) > 0
     for key, sample in samples.items():
         if key.endswith("m"):
             plain = samples[key.removesuffix("m")]

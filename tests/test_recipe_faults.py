@@ -24,6 +24,16 @@ SINGLE = [
     ("stage.warmup=1", "stage.warmup", "unknown key; nearest: stage.warmup_steps"),
     ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, share)"),
     ("trainer.acelerator=cpu", "trainer.acelerator", "unknown key; nearest: trainer.accelerator"),
+    # what the components refuse
+    (
+        "model.post_llm.rope_scaling={rope_type: spiral}",
+        "model.post_llm.rope_scaling",
+        "of rope_type 'spiral' is not supported (supported: linear, dynamic, llama3, yarn, longrope)",
+    ),
+    ("model.post_llm.norm_placement=beside", "model.post_llm.norm_placement", "must be one of before, after, both"),
+    ("model.post_llm.window=0", "model.post_llm.window", "got 0, must be positive"),
+    ("model.post_llm.rotary_width=7", "model.post_llm.rotary_width", "must be even and lie in 0 to head_width"),
+    ("model.pre_buffer.qk_norm=most", "model.pre_buffer.qk_norm", "must be one of head, whole, none, got 'most'"),
     # wrong types
     ("stage.lr=fast", "stage.lr", "got 'fast' (str), wanted float (a finite number)"),
     ("stage.lr=.nan", "stage.lr", "got nan (float), wanted float (a finite number)"),
@@ -152,7 +162,7 @@ def test_what_is_missing(tmp_path: Path, text: str, key: str, lacks: str) -> Non
 def test_a_misspelt_key_is_not_missing_as_well(tmp_path: Path) -> None:
     path = written(tmp_path, "model: {pre_bufer: {depth: 1}, post_llm: {from_pretraind: a/b}}")
     assert [key for key, _ in faults(path)] == ["model.pre_bufer", "model.post_llm.from_pretraind"]
-    assert faults(path)[1][1].startswith("unknown key; nearest: model.post_llm.from_pretrained (")
+    assert faults(path)[1][1].startswith("unknown key; nearest: model.post_llm.from_pretrained")
 
 
 def test_all_faults_together_each_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

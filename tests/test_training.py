@@ -15,11 +15,12 @@ from PIL import Image, ImageDraw
 
 from neo_components import NEO, load_recipe
 from neo_components.chat import Chat
-from neo_components.data import write_shards
+from neo_components.data import load_image, write_shards
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import build
 from neo_components.training.groups import train_only
 from neo_components.training.module import lr_factor
+from neo_components.training.optimizers import Joined, build_optimizer
 from neo_components.training.run import train
 from neo_components.training.stage import StageConfig
 
@@ -63,6 +64,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+MUON = ", optimizer: muon, muon_lr: 0.01"
+
+
 def recipe_file(root: Path, name: str, model: str, stage: str) -> Path:
     path = root / f"{name}.yaml"
     path.write_text(
@@ -70,7 +74,7 @@ def recipe_file(root: Path, name: str, model: str, stage: str) -> Path:
 seed: 3
 output: {root}/{name}
 model: {model}
-stage: {{steps: 6, lr: 1.0e-3, validate_every: 3, checkpoint_every: 3, log_every: 1, predictions: 4, {stage}}}
+stage: {{steps: 6, validate_every: 3, checkpoint_every: 3, log_every: 1, predictions: 4, {stage}}}
 data:
   tokenizer: {root}/llm
   train: [{{shards: {root}/train, share: 0.7}}, {{shards: {root}/text, share: 0.3}}]
@@ -85,9 +89,11 @@ trainer: {{accelerator: cpu}}
     return path
 
 
-def pretraining(root: Path, name: str, train: str = "[patch_embedding, pre_buffer, post_llm.hw]") -> Path:
+def pretraining(
+    root: Path, name: str, train: str = "[patch_embedding, pre_buffer, post_llm.hw]", more: str = ", lr: 1.0e-3"
+) -> Path:
     model = f"{{patch_embedding: {{width: 16}}, pre_buffer: {{depth: 1}}, post_llm: {{from_pretrained: {root}/llm}}}}"
-    return recipe_file(root, name, model, f"name: {name}, train: {train}")
+    return recipe_file(root, name, model, f"name: {name}, train: {train}{more}")
 
 
 def started(path: Path) -> NEO:
@@ -98,8 +104,9 @@ def started(path: Path) -> NEO:
 
 
 @pytest.mark.parametrize("groups", [["patch_embedding", "pre_buffer", "post_llm.hw"], ["all"], ["post_llm.head"]])
-def test_frozen_stay_bit_equal_and_trainable_move(root: Path, groups: list[str]) -> None:
-    path = pretraining(root, "-".join(groups), "[" + ", ".join(groups) + "]")
+@pytest.mark.parametrize("more", ["", MUON], ids=["adamw", "muon"])
+def test_frozen_stay_bit_equal_and_trainable_move(root: Path, groups: list[str], more: str) -> None:
+    path = pretraining(root, "-".join(groups), "[" + ", ".join(groups) + "]", more)
     before = started(path)
     trainable = {id(p) for p in train_only(before, groups)}
     result = train(load_recipe(path))
@@ -113,7 +120,7 @@ def test_frozen_stay_bit_equal_and_trainable_move(root: Path, groups: list[str])
 
 def test_next_stage_starts_from_the_saved_model_and_trains_all(root: Path) -> None:
     first = train(load_recipe(pretraining(root, "first")))
-    path = recipe_file(root, "second", f"{{from_pretrained: {first.folder}}}", "name: second, train: [all]")
+    path = recipe_file(root, "second", f"{{from_pretrained: {first.folder}}}", "name: second, train: [all], lr: 1.0e-3")
     assert all(torch.equal(a, b) for a, b in zip(started(path).parameters(), first.model.parameters(), strict=True))
     second = train(load_recipe(path))
     stages = json.loads((second.folder / "provenance.json").read_text())["stages"]
@@ -130,9 +137,11 @@ def test_same_recipe_and_seed_give_the_same_run(root: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
 
 
-def test_resume_equals_an_uninterrupted_run(root: Path) -> None:
-    whole = train(load_recipe(pretraining(root, "whole")))
-    resumed = train(load_recipe(pretraining(root, "whole")), resume=root / "whole" / "checkpoints" / "step-000003.ckpt")
+@pytest.mark.parametrize("more", ["", MUON + ", whiten_patches: 2000"], ids=["adamw", "muon, whitened"])
+def test_resume_equals_an_uninterrupted_run(root: Path, more: str) -> None:
+    recipe = load_recipe(pretraining(root, "whole", more=more))
+    whole = train(recipe)
+    resumed = train(recipe, resume=root / "whole" / "checkpoints" / "step-000003.ckpt")
     assert [loss for step, _, loss in whole.losses if step > 3] == [loss for _, _, loss in resumed.losses]
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -172,3 +181,52 @@ def test_schedule_warms_up_and_ends_at_the_floor() -> None:
 def test_unknown_group_names_the_nearest(root: Path) -> None:
     with pytest.raises(ValueError, match=r"did you mean 'post_llm\.hw'"):
         train_only(started(pretraining(root, "groups")), ["post_llm.hv"])
+
+
+def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest(root: Path) -> None:
+    model = started(pretraining(root, "muon"))
+    stage = StageConfig(train=["all"], optimizer="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    train_only(model, stage.train)
+    optimizer = build_optimizer(model, stage)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decayed, kept = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert {"pre_buffer.patch_embedding.patch_proj.weight", "post_llm.layers.0.self_attn.k_proj_hw.weight"} <= muon
+    assert decayed == {"pre_buffer.boundary", "post_llm.word_embedding.weight"}
+    assert muon | decayed | kept == set(names.values())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 1e-3, 1e-3]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_joined_optimizers_step_as_each_alone() -> None:
+    torch.manual_seed(0)
+    grads = [(torch.randn(6, 4), torch.randn(4)) for _ in range(5)]
+
+    def parameters() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        torch.manual_seed(1)
+        return torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.randn(4))
+
+    (a, b), (c, d) = parameters(), parameters()
+    alone = [torch.optim.Muon([a], lr=0.1), torch.optim.AdamW([b], lr=0.1)]
+    joined = Joined(torch.optim.Muon([c], lr=0.1), torch.optim.AdamW([d], lr=0.1))
+    for step, (x, y) in enumerate(grads):
+        a.grad, b.grad, c.grad, d.grad = x.clone(), y.clone(), x.clone(), y.clone()
+        for optimizer in alone:
+            optimizer.step()
+        if step == 2:  # a checkpoint in between
+            saved = io.BytesIO()
+            torch.save(joined.state_dict(), saved)
+            saved.seek(0)
+            joined = Joined(torch.optim.Muon([c], lr=9.0), torch.optim.AdamW([d], lr=9.0))
+            joined.load_state_dict(torch.load(saved, weights_only=True))
+        joined.step()
+    assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_a_new_patch_embedding_is_whitened_by_the_training_images(root: Path) -> None:
+    means = {}
+    for name, more in (("plain", ", lr: 0.0"), ("white", ", lr: 0.0, whiten_patches: 2000")):
+        layer = train(load_recipe(pretraining(root, name, more=more))).model.patch_embedding
+        pixels = load_image(Image.open(io.BytesIO(picture("red", 0))), min_pixels=4096, max_pixels=4096)
+        patches = torch.nn.functional.unfold(pixels[None], 16, stride=16)[0].T
+        means[name] = float(layer.patch_proj(patches).mean(0).abs().mean())
+    assert means["white"] < 0.5 < 1.0 < means["plain"]  # on white paper all patches are nearly the same number

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neo_components.components.masks import Span, block_mask, dense_mask, document_spans, span_mask
+from neo_components.components.masks import LayerRule, Span, block_mask, dense_mask, document_spans, span_mask
 from neo_components.types import NO_IMAGE
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
@@ -27,7 +27,13 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
 
 
-def prepare_attention(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", backend: str = "auto") -> Attend:
+def prepare_attention(
+    document_ids: Tensor,
+    image_ids: Tensor,
+    rule: str = "mixed",
+    backend: str = "auto",
+    window: int | None = None,
+) -> Attend:
     """The backend for one batch.
 
     Args:
@@ -36,6 +42,7 @@ def prepare_attention(document_ids: Tensor, image_ids: Tensor, rule: str = "mixe
         rule: registered name of the mask rule.
         backend: ``sdpa``, ``flex``, ``eager``, or ``auto``: ``flex`` on CUDA, ``sdpa`` elsewhere (FlexAttention has
             no backward on CPU).
+        window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
 
     Raises:
         ValueError: if the backend's name is unknown.
@@ -45,7 +52,7 @@ def prepare_attention(document_ids: Tensor, image_ids: Tensor, rule: str = "mixe
     if backend == "auto":
         backend = "flex" if document_ids.is_cuda else "sdpa"
     kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
-    return kinds[backend](document_ids, image_ids, rule)
+    return kinds[backend](document_ids, image_ids, rule, window)
 
 
 @dataclass(frozen=True)
@@ -68,20 +75,23 @@ class Bucket:
         return torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
 
 
-def make_buckets(document_ids: Tensor, image_ids: Tensor, rule: str, one: bool = False) -> list[Bucket]:
+def make_buckets(
+    document_ids: Tensor, image_ids: Tensor, rule: str, window: int | None = None, one: bool = False
+) -> list[Bucket]:
     """Groups the documents of a batch by length, so that filling stays below an eighth for those over 64 tokens.
 
     Args:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name of the mask rule.
+        window: how many tokens back a query sees; ``None``: all.
         one: put all documents into a single bucket, in order.
     """
     spans = document_spans(document_ids)
     groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(0 if one else _rounded(span.length), []).append(span)
-    return [_bucket(group, image_ids, rule) for group in groups.values()]
+    return [_bucket(group, image_ids, rule, window) for group in groups.values()]
 
 
 def _rounded(length: int) -> int:
@@ -90,7 +100,7 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _bucket(spans: list[Span], image_ids: Tensor, rule: str) -> Bucket:
+def _bucket(spans: list[Span], image_ids: Tensor, rule: str, window: int | None) -> Bucket:
     device, row_length = image_ids.device, image_ids.shape[1]
     starts = torch.tensor([span.row * row_length + span.start for span in spans], device=device)
     lengths = torch.tensor([span.length for span in spans], device=device)
@@ -99,7 +109,10 @@ def _bucket(spans: list[Span], image_ids: Tensor, rule: str) -> Bucket:
     images = image_ids.flatten()[index]
     # Filling lies behind its document, so plain causal order hides it from every real token.
     only_text = bool((images == NO_IMAGE).all())
-    mask = None if rule == "causal" or (rule == "mixed" and only_text) else span_mask(images, lengths, rule)[:, None]
+    plain = rule == "causal" or (rule == "mixed" and only_text)
+    if window is not None and window >= len(place):
+        window = None
+    mask = None if plain and window is None else span_mask(images, lengths, rule, window)[:, None]
     return Bucket(index, lengths, mask)
 
 
@@ -110,10 +123,11 @@ class SpanAttention:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name of the mask rule.
+        window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
-        self.buckets = make_buckets(document_ids, image_ids, rule)
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
+        self.buckets = make_buckets(document_ids, image_ids, rule, window)
         self.places = [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -144,8 +158,8 @@ class FlexAttention:
     Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
-        self.mask = block_mask(document_ids, image_ids, rule)
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
+        self.mask = block_mask(document_ids, image_ids, rule, window)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -168,8 +182,8 @@ class EagerAttention:
     Arguments as in :class:`SpanAttention`.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> None:
-        self.mask = dense_mask(document_ids, image_ids, rule)[:, None]
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
+        self.mask = dense_mask(document_ids, image_ids, rule, window)[:, None]
         self.weights: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -189,15 +203,16 @@ class KVCache:
     Args:
         document_ids: [1, L] one packed row of S prompts, without padding.
         image_ids: [1, L].
-        rules: registered name of the mask rule of each layer; tokens after the prompt are causal.
+        rules: mask rule and window of each layer; tokens after the prompt are causal, under the same windows.
         room: new tokens per document to make room for.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rules: Sequence[str], room: int) -> None:
-        buckets = {rule: make_buckets(document_ids, image_ids, rule, one=True)[0] for rule in {*rules, "causal"}}
-        self.lengths = buckets["causal"].lengths
+    def __init__(self, document_ids: Tensor, image_ids: Tensor, rules: Sequence[LayerRule], room: int) -> None:
+        causal = LayerRule("causal")
+        buckets = {rule: make_buckets(document_ids, image_ids, *rule, one=True)[0] for rule in {*rules, causal}}
+        self.lengths = buckets[causal].lengths
         self.room = room
-        self.layers = [_CachedLayer(self, buckets[rule]) for rule in rules]
+        self.layers = [_CachedLayer(self, buckets[rule], rule.window) for rule in rules]
 
     def advance(self) -> None:
         """Counts the token that every document just got."""
@@ -216,8 +231,8 @@ class _CachedLayer:
     k: Tensor
     v: Tensor
 
-    def __init__(self, cache: KVCache, bucket: Bucket) -> None:
-        self.cache, self.bucket = cache, bucket
+    def __init__(self, cache: KVCache, bucket: Bucket, window: int | None) -> None:
+        self.cache, self.bucket, self.window = cache, bucket, window
         self.filled = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -236,5 +251,8 @@ class _CachedLayer:
         rows = torch.arange(len(lengths), device=lengths.device)
         self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
         used = int(lengths.max()) + 1
-        seen = torch.arange(used, device=lengths.device) <= lengths[:, None]
+        place = torch.arange(used, device=lengths.device)
+        seen = place <= lengths[:, None]
+        if self.window is not None:
+            seen &= place > lengths[:, None] - self.window
         return sdpa(q, self.k[:, :used], self.v[:, :used], seen[:, None, None], scale)

@@ -2,45 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NORMS = ("weight", "one_plus_weight")
+"""How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 whatever the input's type.
+    """Root mean square norm, computed in float32 whatever the input's type and rounded once, at the end.
 
     Args:
         width: size of the last axis.
         eps: added to the mean square.
+        norm: ``weight``: the gain is the weight; ``one_plus_weight``: the gain is 1 + weight.
 
-    Source: Zhang and Sennrich 2019; as in Qwen3.
+    Raises:
+        ValueError: if ``norm`` is neither.
+
+    Source: Zhang and Sennrich 2019; as in Qwen3, and as in Gemma 3.
     """
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, norm: str = "weight") -> None:
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.offset = float(norm == "one_plus_weight")
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and type."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        gain = self.weight.float()
+        if self.offset:
+            gain = gain + self.offset
+        return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
 
 
 class GatedFeedForward(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, without biases (SwiGLU; Shazeer 2020).
+    """``down(activation(gate(x)) * up(x))`` (Shazeer 2020): SwiGLU with ``silu``, GeGLU with ``gelu_tanh``.
 
     Args:
         hidden_size: D.
         feed_forward_size: width between the projections.
+        activation: ``silu`` or ``gelu_tanh``.
+        bias: whether the three projections have one.
+
+    Raises:
+        ValueError: if the activation is neither.
     """
 
-    def __init__(self, hidden_size: int, feed_forward_size: int) -> None:
+    def __init__(self, hidden_size: int, feed_forward_size: int, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, feed_forward_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, feed_forward_size, bias=False)
-        self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=False)
+        self.activation = activation_of(activation)
+        self.gate_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
+        self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -4,14 +4,16 @@ A rule says, elementwise, whether a query sees a key. It is rendered as a dense 
 as a FlexAttention BlockMask (:func:`block_mask`), and per document (:func:`document_spans`, :func:`span_mask`), so
 that the cost of a packed row grows with the documents and not with the square of the row.
 
-Source: NEO paper section 3.1 (mixed attention).
+A layer may have a window: there a query sees only the last tokens of what its rule shows it (:func:`seeing`).
+
+Source: NEO paper section 3.1 (mixed attention); sliding windows as in Mistral and Gemma 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,15 @@ class Tokens:
 
 
 MaskRule = Callable[[Tokens, Tokens], Tensor]
+
+
+class LayerRule(NamedTuple):
+    """Whom the tokens of one layer see: the registered name of a rule, and a window or ``None``."""
+
+    rule: str
+    window: int | None = None
+
+
 MASK_RULES: dict[str, MaskRule] = {}
 
 
@@ -72,28 +83,55 @@ def causal(query: Tokens, key: Tokens) -> Tensor:
     return (query.document == key.document) & (query.place >= key.place)
 
 
-def dense_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> Tensor:
-    """The whole matrix.
+def seeing(rule: str, window: int | None = None) -> MaskRule:
+    """A rule under a window: of what it shows, a query sees the last ``window`` tokens, itself included.
+
+    Distance is counted in tokens of the row, as in transformers (``key > query - window``). A window does not cut
+    through an image: whatever the rule shows a visual token of its own image stays seen.
+    """
+    see = mask_rule(rule)
+    if window is None:
+        return see
+
+    def within(query: Tokens, key: Tokens) -> Tensor:
+        same_image = (query.image == key.image) & (query.image != NO_IMAGE)
+        return see(query, key) & ((query.place - key.place < window) | same_image)
+
+    return within
+
+
+def dense_mask(
+    document_ids: Tensor,
+    image_ids: Tensor,
+    rule: str = "mixed",
+    window: int | None = None,
+    queries: int | None = None,
+) -> Tensor:
+    """The whole matrix, or its last rows.
 
     Args:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name.
+        window: see :func:`seeing`.
+        queries: give only the rows of the last so many tokens.
 
     Returns:
-        [B, L, L] bool, ``True`` where the query (row) sees the key (column).
+        [B, L, L] or [B, queries, L] bool, ``True`` where the query (row) sees the key (column).
     """
-    place = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
-    query = Tokens(document_ids[..., :, None], image_ids[..., :, None], place[..., :, None])
+    length = document_ids.shape[-1]
+    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+    rows = slice(length - (length if queries is None else queries), length)
+    query = Tokens(document_ids[..., rows, None], image_ids[..., rows, None], place[..., rows, None])
     key = Tokens(document_ids[..., None, :], image_ids[..., None, :], place[..., None, :])
-    return mask_rule(rule)(query, key)
+    return seeing(rule, window)(query, key)
 
 
-def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed") -> BlockMask:
+def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> BlockMask:
     """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    see = mask_rule(rule)
+    see = seeing(rule, window)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query = Tokens(document_ids[b, q], image_ids[b, q], q)
@@ -126,12 +164,14 @@ def document_spans(document_ids: Tensor) -> list[Span]:
     return spans
 
 
-def span_mask(image_ids: Tensor, lengths: Tensor, rule: str = "mixed") -> Tensor:
+def span_mask(image_ids: Tensor, lengths: Tensor, rule: str = "mixed", window: int | None = None) -> Tensor:
     """The rule inside documents that lie one per row, aligned left.
 
     Args:
         image_ids: [n, m]; what lies beyond a document's length is not looked at.
         lengths: [n] tokens of each document.
+        rule: registered name.
+        window: see :func:`seeing`.
 
     Returns:
         [n, m, m] bool. Filling sees itself, so that no row of the softmax is empty.
@@ -139,4 +179,4 @@ def span_mask(image_ids: Tensor, lengths: Tensor, rule: str = "mixed") -> Tensor
     place = torch.arange(image_ids.shape[-1], device=image_ids.device)
     filling = place >= lengths[:, None]
     document_ids = torch.where(filling, place, torch.full_like(place, PADDING))
-    return dense_mask(document_ids, image_ids.masked_fill(filling, NO_IMAGE), rule)
+    return dense_mask(document_ids, image_ids.masked_fill(filling, NO_IMAGE), rule, window)

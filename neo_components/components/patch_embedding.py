@@ -77,6 +77,37 @@ class PatchEmbedding(Component):
             )
         return self.token_proj(features.reshape(-1, self.group * features.shape[-1]))
 
+    @torch.no_grad()
+    def whiten(self, patches: Tensor, ridge: float = 1e-3) -> None:
+        """Starts a new layer on decorrelated pixels, so that edges count as much as brightness from the first step.
+
+        Neighbouring pixels are nearly equal, so a patch's mean outweighs all that distinguishes it. The first
+        projection is multiplied by the inverse square root of the pixels' covariance, the mean is taken off by its
+        bias, and its output is scaled to unit variance.
+
+        Args:
+            patches: [P, C * patch_size**2] of images like those to train on.
+            ridge: added to the variances, relative to their mean; keeps directions without variance from exploding.
+
+        Raises:
+            ValueError: if there are fewer patches than pixels in one, or all are equal.
+
+        Source: Krizhevsky 2009, appendix A (ZCA); Jordan 2024 (arXiv 2404.00498) as the start of a first layer.
+        """
+        x = patches.double()
+        if len(x) < x.shape[1] or not bool((x != x[0]).any()):
+            raise ValueError(
+                f"whitening needs at least as many patches as each has numbers ({x.shape[1]}), and not all the same; "
+                f"got {len(x)}"
+            )
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        scale = (values.clamp(min=0) + ridge * values.mean()).rsqrt()
+        weight = self.patch_proj.weight.double() @ (vectors * scale) @ vectors.T
+        weight = weight / ((x - mean) @ weight.T).std()
+        self.patch_proj.weight.copy_(weight)
+        self.patch_proj.bias.copy_(-(weight @ mean))
+
     def _angles(self, patch_positions: Tensor) -> Tensor:
         """[P, width/2]: angles by column, then by row."""
         half = self.patch_proj.out_features // 2

@@ -5,7 +5,7 @@ At the start the new keys are zero, so the H/W score is exactly 0 and text reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.layers import RMSNorm
 from neo_components.components.primitive import PrimitiveStack
-from neo_components.llms import family_of
+from neo_components.hub import resolve
+from neo_components.llms import arguments_of, family_of
+from neo_components.llms.layout import FamilyFiles
 from neo_components.types import NO_IMAGE
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve
+from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, settle, unfilled
 
 
 class PostLLM(PrimitiveStack):
@@ -37,6 +39,15 @@ class PostLLM(PrimitiveStack):
         base_h: base of the H frequencies.
         base_w: base of the W frequencies.
         attention: registered name of the mask rule.
+        rope_scaling: this and the arguments up to ``normalize_experts`` are those of :class:`NativePrimitive`: what
+            language models do otherwise than NEO on Qwen3.
+        window_layers: numbers of the blocks that have the window; ``None``: all.
+        window_base_t: base of the T frequencies in those blocks, unscaled; ``None``: like the others.
+        unturned_layers: numbers of the blocks whose T channels do not turn (NoPE); ``None``: none.
+        expert_layers: numbers of the blocks that have experts; ``None``: all.
+        expert_size: width of one expert; ``None``: ``feed_forward_size``.
+        embedding_multiplier: factor of the word embeddings. Visual tokens are put in after it.
+        logits_divisor: what the head's output is divided by.
         tie_embeddings: the head is the word embedding.
         image_token_id: id of a visual token. A vocabulary without the three image tokens gets the next free ids: they
             need no row in the word embedding, as their vectors come from the pre-Buffer's side.
@@ -45,7 +56,12 @@ class PostLLM(PrimitiveStack):
         source: where the weights come from; its tokenizer names the tokens when a bridge is fitted.
         backend: attention backend.
         init_std: standard deviation of the initial weights.
+
+    Attributes:
+        hf_config: config of the language model that it was read from, to write it back; ``None`` if it was built anew.
     """
+
+    hf_config: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -62,6 +78,28 @@ class PostLLM(PrimitiveStack):
         base_h: float = 1e4,
         base_w: float = 1e4,
         attention: str = "mixed",
+        rope_scaling: Mapping[str, Any] | None = None,
+        rotary_width: int | None = None,
+        window: int | None = None,
+        attention_scale: float | None = None,
+        qk_norm: str = "head",
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        norm: str = "weight",
+        norm_placement: str = "before",
+        residual_multiplier: float = 1.0,
+        activation: str = "silu",
+        feed_forward_bias: bool = False,
+        num_experts: int | None = None,
+        experts_per_token: int = 8,
+        normalize_experts: bool = True,
+        window_layers: Sequence[int] | None = None,
+        window_base_t: float | None = None,
+        unturned_layers: Sequence[int] | None = None,
+        expert_layers: Sequence[int] | None = None,
+        expert_size: int | None = None,
+        embedding_multiplier: float = 1.0,
+        logits_divisor: float = 1.0,
         tie_embeddings: bool = False,
         image_token_id: int | None = None,
         image_start_id: int | None = None,
@@ -70,21 +108,51 @@ class PostLLM(PrimitiveStack):
         backend: str = "auto",
         init_std: float = 0.02,
     ) -> None:
-        super().__init__(
-            depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
-            base_w, attention, backend, init_std,
-        )  # fmt: skip
+        super().__init__()
         image_token_id = vocab_size if image_token_id is None else image_token_id
         image_start_id = image_token_id + 1 if image_start_id is None else image_start_id
         image_end_id = image_start_id + 1 if image_end_id is None else image_end_id
         self.save_hyperparameters()
+        self.build()
         self.word_embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.word_embedding.weight, 0.0, init_std)
-        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.norm = RMSNorm(hidden_size, norm_eps, norm)
         self.lm_head: nn.Linear | None = None
         if not tie_embeddings:
             self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
             nn.init.normal_(self.lm_head.weight, 0.0, init_std)
+
+    def build(self) -> None:
+        """Makes the blocks.
+
+        Raises:
+            ValueError: if a list names blocks that are not there, or an argument refines one that is not given.
+        """
+        h = self.hparams
+        for name in ("window_layers", "unturned_layers", "expert_layers"):
+            if wrong := [number for number in h[name] or () if not 0 <= number < h.depth]:
+                raise ValueError(f"{name} names block {wrong[0]}, but a depth of {h.depth} has 0 to {h.depth - 1}")
+        refined = {"window": ("window_layers", "window_base_t"), "num_experts": ("expert_layers", "expert_size")}
+        for name, finer in refined.items():
+            if lost := [finer_name for finer_name in finer if h[finer_name] is not None and h[name] is None]:
+                raise ValueError(f"{lost[0]} says nothing without {name}, which is not given")
+        super().build()
+
+    def block_changes(self, number: int) -> dict[str, Any]:
+        """What block ``number`` has other than the arguments for all blocks say."""
+        h = self.hparams
+        changes: dict[str, Any] = {}
+        if h.window is not None and h.window_layers is not None and number not in h.window_layers:
+            changes["window"] = None
+        elif h.window is not None and h.window_base_t is not None:
+            changes |= {"base_t": h.window_base_t, "rope_scaling": None}
+        if number in (h.unturned_layers or ()):
+            changes["rotary_width"] = 0
+        if h.num_experts is not None and h.expert_layers is not None and number not in h.expert_layers:
+            changes["num_experts"] = None
+        elif h.num_experts is not None and h.expert_size is not None:
+            changes["feed_forward_size"] = h.expert_size
+        return changes
 
     @property
     def head_weight(self) -> Tensor:
@@ -92,9 +160,17 @@ class PostLLM(PrimitiveStack):
         return self.word_embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Word embeddings [B, L, D] of [B, L] ids; an image token's id beyond the vocabulary gives an arbitrary row,
-        which the caller replaces."""
-        return self.word_embedding(token_ids.clamp(max=self.word_embedding.num_embeddings - 1))
+        """Word embeddings [B, L, D] of [B, L] ids, as the first block wants them; an image token's id beyond the
+        vocabulary gives an arbitrary row, which the caller replaces."""
+        x = self.word_embedding(token_ids.clamp(max=self.word_embedding.num_embeddings - 1))
+        if self.hparams.embedding_multiplier == 1.0:
+            return x
+        # Rounded to the model's type before it multiplies, as Gemma was trained.
+        return x * torch.tensor(self.hparams.embedding_multiplier, dtype=x.dtype, device=x.device)
+
+    def word_ids(self, rows: Sequence[int]) -> Tensor:
+        """Those rows of the word embedding as ids on its device, [n] int64."""
+        return torch.tensor(rows, dtype=torch.int64, device=self.word_embedding.weight.device)
 
     def forward(
         self,
@@ -111,7 +187,8 @@ class PostLLM(PrimitiveStack):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
-        return nn.functional.linear(hidden, self.head_weight)
+        logits = nn.functional.linear(hidden, self.head_weight)
+        return logits if self.hparams.logits_divisor == 1.0 else logits / self.hparams.logits_divisor
 
     def text_logits(self, token_ids: Tensor) -> Tensor:
         """Plain causal text through the language model alone.
@@ -151,8 +228,9 @@ class PostLLM(PrimitiveStack):
         base_w: float = 1e4,
         attention: str = "mixed",
         backend: str = "auto",
+        dtype: torch.dtype | str = "float32",
     ) -> PostLLM:
-        """Reads a language model in the Hugging Face layout and widens it.
+        """Reads a language model in the Hugging Face layout and widens it. No random numbers are drawn for it.
 
         Args:
             source: folder or hub id; safetensors, one file or several.
@@ -161,26 +239,29 @@ class PostLLM(PrimitiveStack):
             base_w: base of the new W frequencies.
             attention: registered name of the mask rule.
             backend: attention backend.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or only a pickled one.
             ValueError: if the family or a setting is not supported, or the tensors do not fit.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
         family = family_of(config)
-        try:
-            sizes = family.sizes(config)
-        except KeyError as error:
-            raise ValueError(f"{folder}/config.json lacks {error} of a {family.model_type} model") from error
+        sizes = arguments_of(family, config, folder)
         ids = image_token_ids(folder, sizes["vocab_size"])
-        module = cls(
-            **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
-            backend=backend,
-        )  # fmt: skip
-        tied = ("lm_head.weight",) if sizes["tie_embeddings"] else ()
-        load_strict(module, TensorFiles(folder), family.rename, ignore=tied, only=_is_pretrained)
+        with unfilled():
+            module = cls(
+                **sizes, **ids, rope=rope, base_h=base_h, base_w=base_w, attention=attention, source=str(source),
+                backend=backend,
+            )  # fmt: skip
+        names = [name for name in module.state_dict() if _is_pretrained(name)]
+        files = FamilyFiles(TensorFiles(folder), family, sizes, names)
+        load_strict(module, files, files.rename, ignore=files.superfluous(), only=_is_pretrained, dtype=dtype)
+        settle(module, dtype)
         module.init_hw_from_t()
+        module.hf_config = config
         return module
 
 

@@ -6,7 +6,7 @@ reusable asset (NEO paper section 3.2): save it, load it in another project, att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.primitive import PrimitiveStack
-from neo_components.weights import TensorFiles, load_strict, read_config, resolve, save_folder, save_tensors
+from neo_components.hub import resolve
+from neo_components.weights import (
+    TensorFiles,
+    as_dtype,
+    load_strict,
+    read_config,
+    save_folder,
+    save_tensors,
+    settle,
+    unfilled,
+)
 
 FORMAT_VERSION = 1
 ANCHORS = "anchors"
@@ -69,6 +79,8 @@ class PreBuffer(PrimitiveStack):
         base_h: base of the H frequencies.
         base_w: base of the W frequencies.
         attention: registered name of the mask rule.
+        rope_scaling: this and the arguments up to ``normalize_experts`` are those of :class:`NativePrimitive`: what
+            language models do otherwise than NEO. The defaults are NEO's, whatever the language model behind.
         backend: attention backend.
         init_std: standard deviation of the initial projections.
 
@@ -95,14 +107,27 @@ class PreBuffer(PrimitiveStack):
         base_h: float = 1e4,
         base_w: float = 1e4,
         attention: str = "mixed",
+        rope_scaling: Mapping[str, Any] | None = None,
+        rotary_width: int | None = None,
+        window: int | None = None,
+        attention_scale: float | None = None,
+        qk_norm: str = "head",
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        norm: str = "weight",
+        norm_placement: str = "before",
+        residual_multiplier: float = 1.0,
+        activation: str = "silu",
+        feed_forward_bias: bool = False,
+        num_experts: int | None = None,
+        experts_per_token: int = 8,
+        normalize_experts: bool = True,
         backend: str = "auto",
         init_std: float = 0.02,
     ) -> None:
-        super().__init__(
-            depth, hidden_size, num_heads, num_kv_heads, head_width, feed_forward_size, norm_eps, rope, base_t, base_h,
-            base_w, attention, backend, init_std,
-        )  # fmt: skip
+        super().__init__()
         self.save_hyperparameters()
+        self.build()
         self.patch_embedding = None
         self.boundary = nn.Parameter(torch.randn(2, hidden_size) * init_std)
         self.anchors: Anchors | None = None
@@ -171,24 +196,31 @@ class PreBuffer(PrimitiveStack):
         return folder
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> PreBuffer:
-        """Reads an asset from a folder or hub repository.
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> PreBuffer:
+        """Reads an asset from a folder or hub repository. No random numbers are drawn for it.
+
+        Args:
+            source: folder or hub id.
+            dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is no pre-Buffer, too new, or its tensors do not fit.
         """
+        dtype = as_dtype(dtype)
         folder = resolve(source)
         config = read_config(folder)
         if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
             raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
         check_format(config, folder)
         try:
-            module = cls(**config["pre_buffer"])
-            module.adopt(PatchEmbedding(**config["patch_embedding"]))
+            with unfilled():
+                module = cls(**config["pre_buffer"])
+                module.adopt(PatchEmbedding(**config["patch_embedding"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a pre-Buffer: {error}") from error
-        load_strict(module, TensorFiles(folder))
+        load_strict(module, TensorFiles(folder), dtype=dtype)
+        settle(module, dtype)
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
         )

@@ -9,12 +9,15 @@ Source: NEO paper equation 2; Su et al. 2021.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neo_components.components.scaling import check_scaling, frequencies, magnitude, regime_of
 from neo_components.types import NO_IMAGE, IndexRule
 
 T, H, W = 0, 1, 2
@@ -36,10 +39,14 @@ class PairTable:
         return PairTable(self.axis + other.axis, self.frequency + other.frequency)
 
 
+def pairs(axis: int, frequency: Sequence[float]) -> PairTable:
+    """The pairs of one section, all on one axis."""
+    return PairTable((axis,) * len(frequency), tuple(frequency))
+
+
 def section(axis: int, width: int, base: float) -> PairTable:
     """The pairs of one section of ``width`` channels: frequencies ``base ** (-2k / width)``, all on one axis."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    return PairTable((axis,) * (width // 2), tuple((1.0 / base**exponents).tolist()))
+    return pairs(axis, frequencies(None, width, base).tolist())
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,12 @@ class RopeVariant:
 
     Args:
         index_rule: positions of a document's tokens.
-        table: ``table(head_width, base_t, base_h, base_w)`` -> pairs of all three sections.
+        table: ``table(frequency_t, base_h, base_w)`` -> the E pairs of all three sections. ``frequency_t`` holds the
+            language model's own frequencies, one for each of the E/2 pairs of the T section.
     """
 
     index_rule: IndexRule
-    table: Callable[[int, float, float, float], PairTable]
+    table: Callable[[Sequence[float], float, float], PairTable]
 
 
 ROPE_VARIANTS: dict[str, RopeVariant] = {}
@@ -116,9 +124,9 @@ def _steps(image_ids: Tensor) -> Tensor:
 def _native() -> RopeVariant:
     """NEO: T turns the language model's channels, H and W turn their own new channels with their own bases."""
 
-    def table(head_width: int, base_t: float, base_h: float, base_w: float) -> PairTable:
-        half = head_width // 2
-        return section(T, head_width, base_t) + section(H, half, base_h) + section(W, half, base_w)
+    def table(frequency_t: Sequence[float], base_h: float, base_w: float) -> PairTable:
+        half = len(frequency_t)
+        return pairs(T, frequency_t) + section(H, half, base_h) + section(W, half, base_w)
 
     return RopeVariant(native_positions, table)
 
@@ -127,8 +135,8 @@ def _native() -> RopeVariant:
 def _one_dimensional() -> RopeVariant:
     """The language model's own positions; its table is repeated over the new channels."""
 
-    def table(head_width: int, base_t: float, base_h: float, base_w: float) -> PairTable:
-        own = section(T, head_width, base_t)
+    def table(frequency_t: Sequence[float], base_h: float, base_w: float) -> PairTable:
+        own = pairs(T, frequency_t)
         return own + own
 
     return RopeVariant(sequential_positions, table)
@@ -143,47 +151,129 @@ class Rotary(nn.Module):
         base_t: base of the T frequencies.
         base_h: base of the H frequencies.
         base_w: base of the W frequencies.
+        rope_scaling: how the T frequencies are stretched (``scaling.py``); ``None``: not at all.
+        rotary_width: how many of the T channels turn, the first ones; ``None``: all. The others keep frequency 0.
 
     Raises:
-        ValueError: if the variant is unknown, or its table does not have E pairs.
+        ValueError: if the variant or the scaling is unknown, a width is not possible, or the variant's table does not
+            have E pairs.
     """
 
     axis: Tensor
     frequency: Tensor
 
-    def __init__(self, kind: str, head_width: int, base_t: float, base_h: float, base_w: float) -> None:
+    def __init__(
+        self,
+        kind: str,
+        head_width: int,
+        base_t: float,
+        base_h: float,
+        base_w: float,
+        rope_scaling: Mapping[str, Any] | None = None,
+        rotary_width: int | None = None,
+    ) -> None:
         super().__init__()
         if head_width % 4:
             raise ValueError(f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}")
-        variant = rope_variant(kind)
-        table = variant.table(head_width, base_t, base_h, base_w)
-        if len(table.axis) != head_width or len(table.frequency) != head_width:
-            raise ValueError(f"rope {kind!r} gives {len(table.axis)} axes and {len(table.frequency)} frequencies, "
-                             f"not one each for the {head_width} pairs of a head")  # fmt: skip
-        self.index_rule = variant.index_rule
-        self.register_buffer("axis", torch.tensor(table.axis), persistent=False)
-        self.register_buffer("frequency", torch.tensor(table.frequency, dtype=torch.float32), persistent=False)
-        self._table = table
+        turning = head_width if rotary_width is None else rotary_width
+        if turning % 2 or not 0 <= turning <= head_width:
+            raise ValueError(f"rotary_width must be even and lie in 0 to head_width ({head_width}), got {turning}")
+        self._variant, self._kind, self._width, self._turning = rope_variant(kind), kind, head_width, turning
+        self._bases = (base_t, base_h, base_w)
+        self.scaling = rope_scaling if turning else None
+        if self.scaling is not None:
+            check_scaling(self.scaling, turning)
+        self.index_rule = self._variant.index_rule
+        self._tables: dict[int, PairTable] = {}
+        self._loud = magnitude(self.scaling)
+        self.register_buffer("axis", torch.tensor(self.table(0).axis, device="cpu"), persistent=False)
+        self.register_buffer("frequency", self._frequency(0), persistent=False)
+
+    def table(self, regime: int) -> PairTable:
+        """The pairs of documents of one regime (:func:`~neo_components.components.scaling.regime_of`)."""
+        if regime not in self._tables:
+            base_t, base_h, base_w = self._bases
+            turning = frequencies(self.scaling, self._turning, base_t, regime).tolist()
+            resting = [0.0] * ((self._width - self._turning) // 2)
+            table = self._variant.table([*turning, *resting], base_h, base_w)
+            if len(table.axis) != self._width or len(table.frequency) != self._width:
+                raise ValueError(
+                    f"rope {self._kind!r} gives {len(table.axis)} axes and {len(table.frequency)} frequencies, "
+                    f"not one each for the {self._width} pairs of a head"
+                )
+            self._tables[regime] = table
+        return self._tables[regime]
+
+    def _frequency(self, regime: int) -> Tensor:
+        return torch.tensor(self.table(regime).frequency, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Moves with the model to another device, but not to another type: rounded frequencies turn far positions by
-        wrong angles."""
+        wrong angles. Computed again rather than moved, so a model can also come from the meta device."""
         super()._apply(fn, recurse)
-        self.frequency = torch.tensor(self._table.frequency, dtype=torch.float32, device=self.frequency.device)
+        device = self.frequency.device
+        if device.type != "meta":
+            self.axis, self.frequency = torch.tensor(self.table(0).axis, device=device), self._frequency(0).to(device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, L, 3] -> cosines and sines, each [B, L, 1, E] float32 (one entry per pair, for any head)."""
+    @torch.no_grad()
+    def fill_tables(self) -> None:
+        """Writes axes and frequencies where they lie: after a move from the meta device they hold nothing."""
+        self.axis.copy_(torch.tensor(self.table(0).axis))
+        self.frequency.copy_(self._frequency(0))
+
+    def regime(self, length: int) -> int:
+        """Which set of frequencies a document of ``length`` T positions gets; see ``scaling.regime_of``."""
+        return regime_of(self.scaling, length)
+
+    @property
+    def looks_at_length(self) -> bool:
+        """Whether a document's length decides how it turns."""
+        return self.scaling is not None and self.scaling["rope_type"] in ("longrope", "dynamic")
+
+    def forward(self, positions: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines.
+
+        Args:
+            positions: [B, L, 3].
+            document_ids: [B, L]; ``None``: each row is one. Only looked at where a document's length decides how it
+                turns.
+
+        Returns:
+            [B, L, 1, E] float32 each: one entry per pair, for any head.
+        """
+        frequency = self._by_document(positions, document_ids) if self.looks_at_length else self.frequency
         # Half precision would merge neighbouring positions, so the angle is float32 whatever the model's type.
-        angle = positions[..., self.axis].float() * self.frequency
-        return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+        angle = positions[..., self.axis].float() * frequency
+        cosines, sines = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+        if self._loud == 1.0:
+            return cosines, sines
+        loud = torch.ones_like(self.frequency)
+        loud[: self._turning // 2] = self._loud
+        return cosines * loud, sines * loud
+
+    def _by_document(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+        """[B, L, E]: each token's frequencies, by its own document's length alone, so that neighbours never matter."""
+        if document_ids is None:
+            document_ids = torch.zeros(positions.shape[:2], dtype=torch.int64, device=positions.device)
+        row = torch.arange(len(document_ids), device=document_ids.device)[:, None].expand_as(document_ids)
+        _, document = torch.stack([row, document_ids]).flatten(1).unique(dim=1, return_inverse=True)
+        last = positions[..., T].flatten()
+        lengths = torch.zeros(int(document.max()) + 1, dtype=last.dtype, device=last.device)
+        lengths = lengths.scatter_reduce(0, document, last, "amax") + 1
+        regimes = [self.regime(math.ceil(length)) for length in lengths.tolist()]
+        kinds = sorted(set(regimes))
+        table = torch.stack([self._frequency(kind) for kind in kinds]).to(self.frequency.device)
+        index = torch.tensor([kinds.index(regime) for regime in regimes], device=last.device)
+        return table[index[document]].view(*document_ids.shape, -1)
 
 
 def rotate(parts: Sequence[Tensor], cosines: Tensor, sines: Tensor) -> Tensor:
     """Turns the sections of a query or key together.
 
     Args:
-        parts: T, H and W sections, [B, L, heads, width of the section] each.
+        parts: T, H and W sections, [B, L, heads, width of the section] each; a T section of which only the first
+            channels turn comes as two.
         cosines: [B, L, 1, E], from :class:`Rotary`.
         sines: same shape.
 

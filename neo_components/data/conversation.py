@@ -1,7 +1,8 @@
 """From a conversation to token ids and labels.
 
 Conversations are in LLaVA form: a list of turns ``{"from": "human" | "gpt" | "system", "value": str}``. Each
-``<image>`` in a text stands for one image, in order. They are rendered in ChatML, as NEO and Qwen3 do::
+``<image>`` in a text stands for one image, in order. They are written by the tokenizer's own chat template; where it
+has none, in ChatML, as NEO is trained::
 
     <|im_start|>user
     <img><IMG_CONTEXT>...</img>
@@ -9,24 +10,43 @@ Conversations are in LLaVA form: a list of turns ``{"from": "human" | "gpt" | "s
     <|im_start|>assistant
     An apple.<|im_end|>
 
-What is learnt of a conversation is each answer with its ``<|im_end|>`` and the line break after it; an answer marked
-``"is_input": true`` is read, not learnt. The text is tokenised in pieces that are cut where an answer begins and after
-its end, in training and at inference alike, so a model is asked exactly what it was taught.
+What is learnt of a conversation is each answer with the token that ends it (in plain ChatML ``<|im_end|>`` and the line
+break after it); an answer marked ``"is_input": true`` is read, not learnt. The text is tokenised in pieces that are cut
+where an answer begins and after its end, in training and at inference alike, so a model is asked exactly what it was
+taught. The beginning-of-text token stands where the template writes it, and nowhere else.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from neo_components.data.tally import SampleError
+from neo_components.data.templates import (
+    CHATML,
+    ROLES,
+    TURN_END,
+    TURN_START,
+    ConversationError,
+    Said,
+    template_of,
+)
+from neo_components.data.token_ids import (
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    IMAGE_TOKENS,
+    cut,
+    image_token_ids,
+    tokenise,
+)
+from neo_components.hub import resolve
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
@@ -35,37 +55,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGE_TAG = "<image>"
-IMAGE_TOKEN, IMAGE_START, IMAGE_END = IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-"""Who speaks, in LLaVA's words and in ChatML's."""
-
 Turn = Mapping[str, Any]
 
-_HEADER = {role: f"{TURN_START}{name}\n" for role, name in ROLES.items()}
-_FOOTER = f"{TURN_END}\n"
 _RESERVED = re.compile("|".join(map(re.escape, IMAGE_TOKENS)))
-
-
-class ConversationError(SampleError):
-    """A conversation that cannot be used.
-
-    Args:
-        message: what is wrong and what to do.
-        reason: one word for counting: ``turns``, ``role``, ``image_tags``, ``reserved``, ``no_answer`` or ``too_long``.
-    """
-
-    def __init__(self, message: str, reason: str = "turns") -> None:
-        super().__init__(message, reason)
-
-
-@dataclass
-class _Piece:
-    """A stretch of text that is tokenised at once."""
-
-    text: str
-    learnt: bool = False
 
 
 def encode_conversation(
@@ -99,10 +91,10 @@ def encode_conversation(
         ConversationError: (a ``ValueError``) if a turn is malformed, there are fewer tags than images, the length limit
             cuts an image, or, with ``strict``, for the cases above; ``error.reason`` tells which.
     """
-    pieces = _answered_pieces(turns, len(image_tokens), strict)
-    ids, labels = _tokenise(pieces, tokenizer, image_tokens, image_ids)
+    said = _said(turns, len(image_tokens), strict)
+    ids, labels = tokenise(template_of(tokenizer).pieces(said), tokenizer, image_tokens, image_ids)
     if max_length is not None and len(ids) > max_length:
-        ids, labels = _cut(ids, labels, max_length, sum(image_tokens), (image_ids or image_token_ids(tokenizer))[0])
+        ids, labels = cut(ids, labels, max_length, sum(image_tokens), (image_ids or image_token_ids(tokenizer))[0])
         if strict and not (labels != IGNORED).any():
             raise ConversationError(
                 f"the limit of {max_length} tokens cuts the answer away, nothing is left to learn", "too_long"
@@ -116,7 +108,7 @@ def check_conversation(turns: Sequence[Turn], images: int) -> None:
     Raises:
         ConversationError: (a ``ValueError``) if the conversation with so many images cannot be learnt from.
     """
-    _answered_pieces(turns, images, strict=True)
+    _said(turns, images, strict=True)
 
 
 def encode_prompt(
@@ -144,16 +136,22 @@ def encode_prompt(
     known = _known_turns(turns, strict=True)
     if not known or known[-1][0] != "human":
         raise ConversationError("the last turn of a prompt must be from 'human'")
-    pieces = _join(known, len(image_tokens), strict=True)
-    pieces[-1].text += _HEADER["gpt"]
-    return torch.from_numpy(_tokenise(pieces, tokenizer, image_tokens, image_ids)[0])
+    pieces = template_of(tokenizer).prompt(_with_images(known, len(image_tokens), strict=True))
+    return torch.from_numpy(tokenise(pieces, tokenizer, image_tokens, image_ids)[0])
 
 
-def load_tokenizer(folder_or_hub_id: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder_or_hub_id: str, chat_template: str = "auto") -> PreTrainedTokenizerBase:
     """A tokenizer that knows ``<IMG_CONTEXT>``, ``<img>`` and ``</img>``; missing ones are added in this order.
 
+    Args:
+        folder_or_hub_id: where it lies.
+        chat_template: ``auto``: its own; ChatML if it has none, or if it lies beside a released NEO model, as those are
+            trained in ChatML whatever their tokenizer says. ``chatml``: plain ChatML. A path that ends with ``.jinja``:
+            the template in that file. The choice goes with the tokenizer when it is saved.
+
     Raises:
-        FileNotFoundError: if there is no tokenizer.
+        FileNotFoundError: if there is no tokenizer, or no such template.
+        ValueError: if answers cannot be found in what the template writes.
     """
     from transformers import AddedToken, AutoTokenizer
     from transformers.utils import logging as notes
@@ -161,7 +159,8 @@ def load_tokenizer(folder_or_hub_id: str) -> PreTrainedTokenizerBase:
     verbosity = notes.get_verbosity()
     notes.set_verbosity_error()  # it warns of every config.json of a model that it does not know
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_id)
+        folder = resolve(folder_or_hub_id, weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
@@ -172,26 +171,42 @@ def load_tokenizer(folder_or_hub_id: str) -> PreTrainedTokenizerBase:
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in IMAGE_TOKENS if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in missing], special_tokens=True)
-    if absent := [token for token in (TURN_START, TURN_END) if token not in vocabulary]:
+    tokenizer.chat_template = _choose_template(tokenizer, folder, chat_template)
+    absent = [token for token in (TURN_START, TURN_END) if token not in vocabulary]
+    if template_of(tokenizer).plain and absent:
         logger.warning(
             "the tokenizer at %s has no %s; it is spelt in ordinary tokens", folder_or_hub_id, " or ".join(absent)
         )
     return tokenizer
 
 
-def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
-    """The tokenizer's ids of the visual token, ``<img>`` and ``</img>``.
+def _choose_template(tokenizer: PreTrainedTokenizerBase, folder: Path, choice: str) -> Any:
+    """The text of the chat template that :func:`load_tokenizer` was asked for."""
+    if choice.endswith(".jinja"):
+        if not Path(choice).is_file():
+            raise FileNotFoundError(f"there is no chat template {choice!r}; give auto, chatml or a .jinja file")
+        return Path(choice).read_text(encoding="utf-8")
+    if choice not in ("auto", "chatml"):
+        raise ValueError(f"chat_template must be auto, chatml or a path that ends with .jinja, got {choice!r}")
+    released = _is_released(folder)
+    if choice == "auto" and tokenizer.chat_template is not None and not released:
+        return tokenizer.chat_template
+    # Models whose tokenizer begins every text with a token do badly without it, and ChatML does not write it.
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] or getattr(tokenizer, "add_bos_token", False)
+    return "{{ bos_token }}" + CHATML if begins and tokenizer.bos_token else CHATML
 
-    Raises:
-        ValueError: if it lacks one of them.
-    """
-    context, start, end = cast(list[int], tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)))
-    if len({context, start, end} - {None, tokenizer.unk_token_id}) < 3:
-        raise ValueError(f"the tokenizer lacks some of {', '.join(IMAGE_TOKENS)}; load it with load_tokenizer")
-    return context, start, end
+
+def _is_released(folder: Path) -> bool:
+    """Whether a folder holds a model in the released NEO layout."""
+    config = folder / "config.json"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError:
+        return False  # whoever reads the model says that its config is damaged
+    return isinstance(found, dict) and found.get("model_type") == "neo_chat"
 
 
-def _known_turns(turns: Sequence[Turn], strict: bool) -> list[tuple[str, str, bool]]:
+def _known_turns(turns: Sequence[Turn], strict: bool) -> list[Said]:
     """(role, text, is learnt) of each turn with a known role."""
     if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
         raise ConversationError(f"a conversation is a list of turns, got {type(turns).__name__}")
@@ -208,87 +223,37 @@ def _known_turns(turns: Sequence[Turn], strict: bool) -> list[tuple[str, str, bo
     return known
 
 
-def _answered_pieces(turns: Sequence[Turn], images: int, strict: bool) -> list[_Piece]:
-    """The pieces of a conversation to learn from."""
-    pieces = _join(_known_turns(turns, strict), images, strict)
-    if strict and not any(piece.learnt and piece.text.removesuffix(_FOOTER).strip() for piece in pieces):
+def _said(turns: Sequence[Turn], images: int, strict: bool) -> list[Said]:
+    """The turns of a conversation to learn from, checked, with their images in place."""
+    said = _with_images(_known_turns(turns, strict), images, strict)
+    if strict and not any(learnt and text.strip() for _, text, learnt in said):
         raise ConversationError("the conversation has no answer to learn: add a 'gpt' turn with text", "no_answer")
-    return pieces
+    return said
 
 
-def _join(turns: list[tuple[str, str, bool]], images: int, strict: bool) -> list[_Piece]:
-    """The pieces of a conversation, each image a single visual token between its boundary tokens."""
+def _with_images(turns: list[Said], images: int, strict: bool) -> list[Said]:
+    """The turns with each image's tag replaced by a single visual token between its boundary tokens."""
     turns = _place_images(turns, images)
     tags = sum(text.count(IMAGE_TAG) for _, text, _ in turns)
     if tags < images or (strict and tags > images):
         raise ConversationError(
             f"{tags} {IMAGE_TAG} tags for {images} images; write one tag for each image", "image_tags"
         )
-    pieces = [_Piece("")]
+    placed = []
     for role, text, learnt in turns:
         # A visual token that belongs to no image would take another image's place; the other two merely mislead.
         if IMAGE_TOKEN in text or (strict and _RESERVED.search(text)):
             raise ConversationError(f"the text holds one of the reserved {', '.join(IMAGE_TOKENS)}", "reserved")
         count = min(images, text.count(IMAGE_TAG))
-        text = text.replace(IMAGE_TAG, IMAGE_START + IMAGE_TOKEN + IMAGE_END, count)
+        placed.append((role, text.replace(IMAGE_TAG, IMAGE_START + IMAGE_TOKEN + IMAGE_END, count), learnt))
         images -= count
-        pieces[-1].text += _HEADER[role]
-        if role == "gpt":
-            pieces += [_Piece(text + _FOOTER, learnt), _Piece("")]
-        else:
-            pieces[-1].text += text + _FOOTER
-    return pieces
+    return placed
 
 
-def _place_images(turns: list[tuple[str, str, bool]], images: int) -> list[tuple[str, str, bool]]:
+def _place_images(turns: list[Said], images: int) -> list[Said]:
     """Puts the tag of a single image in front of the first human turn if there is none at all."""
     first = next((i for i, turn in enumerate(turns) if turn[0] == "human"), None)
     if images != 1 or first is None or any(IMAGE_TAG in text for _, text, _ in turns):
         return turns
     role, text, learnt = turns[first]
     return [*turns[:first], (role, f"{IMAGE_TAG}\n{text}", learnt), *turns[first + 1 :]]
-
-
-def _tokenise(
-    pieces: list[_Piece],
-    tokenizer: PreTrainedTokenizerBase,
-    image_tokens: Sequence[int],
-    image_ids: tuple[int, int, int] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and labels [L] int64, each image widened to its number of visual tokens."""
-    encoded = [tokenizer.encode(piece.text, add_special_tokens=False) if piece.text else [] for piece in pieces]
-    ids = np.array([i for part in encoded for i in part], np.int64)
-    learnt = np.repeat([piece.learnt for piece in pieces], [len(part) for part in encoded])
-    if image_tokens:
-        if min(image_tokens) < 1:
-            raise ValueError(f"each image needs at least one visual token, got {list(image_tokens)}")
-        own_ids = image_token_ids(tokenizer)
-        repeats = np.ones(len(ids), np.int64)
-        repeats[ids == own_ids[0]] = image_tokens
-        ids, learnt = np.repeat(ids, repeats), np.repeat(learnt, repeats)
-        if image_ids is not None:
-            ids = _translate(ids, own_ids, image_ids)
-    return ids, np.where(learnt, ids, IGNORED)
-
-
-def _translate(ids: np.ndarray, old: tuple[int, int, int], new: tuple[int, int, int]) -> np.ndarray:
-    """Replaces the tokenizer's three image ids by the model's."""
-    if old == new:
-        return ids
-    found = [ids == i for i in old]
-    if clash := sorted(set(new) & set(ids[~np.any(found, axis=0)].tolist())):
-        raise ValueError(
-            f"the model's image tokens {new} use ids {clash} that the tokenizer gives to text; "
-            f"the tokenizer's image tokens are {old}"
-        )
-    return np.select(found, new, ids)
-
-
-def _cut(
-    ids: np.ndarray, labels: np.ndarray, length: int, visual_tokens: int, image_token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    if length < 1:
-        raise ValueError(f"max_length must be at least 1, got {length}")
-    if (ids[:length] == image_token_id).sum() < visual_tokens:
-        raise ConversationError(f"the limit of {length} tokens cuts an image; raise it or lower max_pixels", "too_long")
-    return ids[:length], labels[:length]

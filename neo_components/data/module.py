@@ -56,6 +56,7 @@ class NEODataModule(lightning.LightningDataModule):
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
+        chat_template: how conversations are written: ``auto``, ``chatml`` or a file (see ``load_tokenizer``).
         train: sources of training, mixed by their shares.
         validation: sources of validation, one after the other; shares do not count.
         row_length: tokens of a row, L. A longer sample is skipped.
@@ -104,10 +105,11 @@ class NEODataModule(lightning.LightningDataModule):
         allow_pipe: bool = False,
         exact_pixels: bool = True,
         augment: Augment | None = None,
+        chat_template: str = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.train_sources, self.validation_sources = list(train), list(validation)
         self.row_length, self.rows, self.workers = row_length, rows, workers
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
@@ -154,7 +156,7 @@ class NEODataModule(lightning.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with its image tokens; loaded on first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
+            self._tokenizer = load_tokenizer(self.tokenizer_name, self.chat_template)
         return self._tokenizer
 
     def prepare_data(self) -> None:

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from neo_components.data.conversation import TURN_END, encode_prompt
+from neo_components.data.conversation import encode_prompt
 from neo_components.data.images import load_image
+from neo_components.data.templates import template_of
 from neo_components.evaluation.metrics import OVERALL, ExactMatch, exact_match
 from neo_components.evaluation.questions import Question, shuffle_images
 from neo_components.progress import progress as show_progress
@@ -135,9 +136,10 @@ def evaluate(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of text and ``<|im_end|>``, as far as it has them."""
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)} - {None, tokenizer.unk_token_id}
-    return sorted(ids)
+    """The tokens that end an answer: the tokenizer's end of text, and what its chat template ends an answer with
+    (``<|im_end|>`` in ChatML), as far as they are tokens of it."""
+    end: Any = tokenizer.convert_tokens_to_ids(template_of(tokenizer).end.strip())
+    return sorted({tokenizer.eos_token_id, end} - {None, tokenizer.unk_token_id})
 
 
 def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:

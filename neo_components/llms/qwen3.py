@@ -1,41 +1,21 @@
-"""Qwen3, dense: grouped-query attention with per-head query and key norms, SwiGLU, no biases."""
+"""Qwen3, dense: norms over each query and key head."""
 
 from __future__ import annotations
 
-from typing import Any
+from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, require, rope_sizes, window_sizes
+from neo_components.llms.qwen2 import sliding_types
 
-from neo_components.llms.family import Family, require, rope_base
-
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "use_sliding_window": (False,),
-}
+DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
 
 
-def sizes(config: dict[str, Any]) -> dict[str, Any]:
+def sizes(config: Config) -> Sizes:
     """Keyword arguments of ``PostLLM`` for a Qwen3 config."""
-    require(config, SUPPORTED)
-    heads = config["num_attention_heads"]
-    return {
-        "vocab_size": config["vocab_size"],
-        "depth": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_width": config.get("head_dim") or config["hidden_size"] // heads,
-        "feed_forward_size": config["intermediate_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "base_t": rope_base(config),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-    }
+    config = DEFAULTS | config
+    require(config, {"hidden_act": ("silu",)})
+    found = block_sizes(config)
+    bias = bool(config.get("attention_bias", False))
+    found |= {"qkv_bias": bias, "output_bias": bias}
+    return found | rope_sizes(config, found) | window_sizes(config, sliding_types(config), 4096)
 
 
-def rename(name: str) -> str:
-    """A post-LLM weight's name -> Qwen3's; blocks and their parts have the same names."""
-    if name == "lm_head.weight":
-        return name
-    return "model." + name.replace("word_embedding.", "embed_tokens.", 1)
-
-
-QWEN3 = Family("qwen3", sizes, rename)
+QWEN3 = Family("qwen3", sizes, in_model)

@@ -105,9 +105,9 @@ def write_easy_vqa(
 
     ``train_all``: every training question; a sample is one picture and some questions about it, so a picture is in
     several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
-    captions. ``train_shape``: those about the shape, one a sample. ``train_text``: every training question once,
-    without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the
-    whole test split, one question a sample. Training samples are in random order, the others ordered by picture.
+    captions. ``train_text``: every training question once, without pictures. ``validation``: pictures held out of the
+    training split, one question a sample. ``test``: the whole test split, one question a sample. Training samples are
+    in random order, the others ordered by picture.
 
     Each sample's ``kind`` lists the kind of each of its questions.
 
@@ -130,14 +130,13 @@ def write_easy_vqa(
     train, validation = split_images(validation_images, seed)
     parts = {
         "train_all": list(_conversations(train, questions_per_sample, seed)),
-        "train_shape": list(_conversations(train, 1, seed, kinds=("shape",))),
         "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
         "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
         "validation": list(_conversations(validation, 1)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),
     }
     if mirror:
-        for name in ("train_all", "train_open", "train_shape"):
+        for name in ("train_all", "train_open"):
             parts[name] = _with_mirrored(parts[name], seed)
     return {name: _write(samples, folder / name) for name, samples in parts.items()}
 

@@ -9,17 +9,22 @@ from neo_components.assets import attach
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.llms import family_of
+from neo_components.hub import resolve
+from neo_components.llms import arguments_of, family_of
 from neo_components.model import NEO
 from neo_components.recipe.load import complete
 from neo_components.recipe.schema import Checkpoint, Compose, ModelRecipe, PreBufferAsset, PretrainedLLM, Rope
-from neo_components.weights import read_config, resolve
+from neo_components.weights import as_dtype, read_config
 
 BLOCKS = (
     "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
     "rope", "base_t", "base_h", "base_w", "attention",
 )  # fmt: skip
-"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own."""
+"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own.
+
+What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to
+go from one language model to another, so its blocks are NEO's unless the recipe says else.
+"""
 
 
 def build(model: ModelRecipe) -> NEO:
@@ -34,7 +39,7 @@ def build(model: ModelRecipe) -> NEO:
     """
     model = complete(model)
     if isinstance(model, Checkpoint):
-        neo = NEO.from_pretrained(model.from_pretrained)
+        neo = NEO.from_pretrained(model.from_pretrained, dtype=model.dtype)
         neo.pre_buffer.backend = neo.post_llm.backend = model.backend
         return neo
     if isinstance(model.pre_buffer, PreBufferAsset):
@@ -45,14 +50,15 @@ def build(model: ModelRecipe) -> NEO:
     # The language model comes last: what does not fit stops before its weights are read.
     pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
     patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
-    return NEO(patch_embedding, pre_buffer, _post_llm(model, sizes))
+    dtype = as_dtype(model.dtype)
+    return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes))
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
     """An asset on a language model that counts positions and masks as the asset does, unless the recipe says else."""
-    pre_buffer = PreBuffer.from_pretrained(asset.from_pretrained)
+    pre_buffer = PreBuffer.from_pretrained(asset.from_pretrained, dtype=model.dtype)
     if asset.reset:
-        pre_buffer = _with_new_weights(pre_buffer)
+        pre_buffer = _with_new_weights(pre_buffer).to(as_dtype(model.dtype))
     pre_buffer.backend = model.backend
     h: Any = pre_buffer.hparams
     rope = model.rope or Rope(kind=h.rope, base_h=h.base_h, base_w=h.base_w)
@@ -81,8 +87,9 @@ def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]
     if not isinstance(model.post_llm, PretrainedLLM):
         return asdict(model.post_llm) | said | base_t
     source = model.post_llm.from_pretrained
-    config = read_config(resolve(source))
-    sizes = family_of(config).sizes(config)
+    folder = resolve(source, weights=False)
+    config = read_config(folder)
+    sizes = arguments_of(family_of(config), config, folder)
     if rope.base_t not in (None, sizes["base_t"]):
         raise ValueError(
             f"model.rope.base_t is {rope.base_t}, but the language model {source} was trained with {sizes['base_t']}; "
@@ -93,6 +100,6 @@ def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]
 
 def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
     if not isinstance(model.post_llm, PretrainedLLM):
-        return PostLLM(**arguments, backend=model.backend)
+        return PostLLM(**arguments, backend=model.backend).to(as_dtype(model.dtype))
     said = {name: arguments[name] for name in ("rope", "base_h", "base_w", "attention")}
-    return PostLLM.from_pretrained(model.post_llm.from_pretrained, **said, backend=model.backend)
+    return PostLLM.from_pretrained(model.post_llm.from_pretrained, **said, backend=model.backend, dtype=model.dtype)

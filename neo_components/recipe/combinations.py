@@ -9,19 +9,20 @@ import torch
 
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import NativePrimitive
+from neo_components.components.primitive import BLOCK, NativePrimitive
 from neo_components.components.rotary import Rotary
 from neo_components.recipe.hints import default_of, hints_of
 from neo_components.recipe.reader import Reader
 from neo_components.recipe.schema import FROM, Checkpoint, PreBufferAsset, PretrainedLLM, Rope
 
-BLOCK = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
+SIZES = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
 """Sizes of a block that the components check."""
 
 
 def check_combinations(reader: Reader) -> None:
     """Notes what does not fit together, as far as the single values are good."""
     _check_data(reader)
+    _check_whitening(reader)
     form, model = reader.sections.get("model", (Checkpoint, {}))
     if form is Checkpoint:
         return
@@ -50,19 +51,32 @@ def _check_data(reader: Reader) -> None:
         _try(reader, "data", NEODataModule, **lacking | _good(reader, "data"))
 
 
+def _check_whitening(reader: Reader) -> None:
+    """A patch embedding is whitened before it learns, not after."""
+    form, _ = reader.sections.get("model", (None, {}))
+    asset, given = reader.sections.get("model.pre_buffer", (None, {}))
+    trained = form is Checkpoint or (asset is PreBufferAsset and not given.get("reset"))
+    if trained and reader.sections.get("stage", (None, {}))[1].get("whiten_patches"):
+        reader.fault("stage.whiten_patches", "would undo what this model's patch embedding has learnt; take it away")
+
+
 def _check_blocks(reader: Reader) -> None:
     """Head counts and widths of new blocks, and the RoPE on them."""
     rope = {name: default_of(PostLLM, name) for name in ("base_t", "base_h", "base_w")} | {"kind": Rope().kind}
     rope |= {key: value for key, value in _good(reader, "model.rope").items() if value is not None}
     sizes: dict[str, Any] = {}
     for key in ("model.post_llm", "model.pre_buffer"):
-        values = {name: value for name, value in _good(reader, key).items() if name in BLOCK and value is not None}
+        values = {name: value for name, value in _good(reader, key).items() if value is not None}
         # What a new pre-Buffer does not say, it takes from the post-LLM, which comes first here.
-        sizes |= values
-        new = values and FROM not in hints_of(reader.sections.get(key, (PretrainedLLM, {}))[0])
-        if new and set(BLOCK) <= set(sizes):
-            _try(reader, key, NativePrimitive, hidden_size=1, **sizes)
-            _try(reader, key, Rotary, device="cpu", head_width=sizes["head_width"], **rope)
+        sizes |= {name: value for name, value in values.items() if name in SIZES}
+        own = {name: value for name, value in values.items() if name in BLOCK and name not in (*SIZES, "hidden_size")}
+        new = set(reader.given.get(key, {})).intersection(BLOCK) and FROM not in hints_of(
+            reader.sections.get(key, (PretrainedLLM, {}))[0]
+        )
+        if new and set(SIZES) <= set(sizes):
+            _try(reader, key, NativePrimitive, hidden_size=1, **sizes, **own)
+            turning = {name: own[name] for name in ("rope_scaling", "rotary_width") if name in own}
+            _try(reader, key, Rotary, device="cpu", head_width=sizes["head_width"], **rope, **turning)
 
 
 def _good(reader: Reader, key: str) -> dict[str, Any]:

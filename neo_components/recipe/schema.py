@@ -20,17 +20,22 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
+from neo_components.weights import DTYPES
 
 FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
 
 
+MAY_BE_ZERO = ("depth", "init_std", "rotary_width")
+
+
 def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a component's numbers: all are positive, but ids, depths and ``init_std`` may be 0."""
+    """What is wrong with a component's numbers: all are positive, but ids and the arguments of ``MAY_BE_ZERO`` may be
+    0."""
     found = {}
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            may_be_zero = key.endswith("_id") or key in ("depth", "init_std")
+            may_be_zero = key.endswith("_id") or key in MAY_BE_ZERO
             if value < 0 or (value == 0 and not may_be_zero):
                 found[key] = f"got {value}, must be {'0 or more' if may_be_zero else 'positive'}"
     return found
@@ -56,7 +61,7 @@ else:
         "NewPreBuffer",
         PreBuffer,
         omit=["hidden_size", *_SHARED],
-        # Where nothing is said, the blocks are shaped like the post-LLM's.
+        # Where nothing is said, the blocks have the sizes of the post-LLM's.
         replace={
             "num_heads": (int | None, None),
             "num_kv_heads": (int | None, None),
@@ -115,6 +120,7 @@ class Rope:
 Attention = Annotated[str, Names("attention", MASK_RULES)]
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
 Bridge = Annotated[str, Names("bridge", BRIDGES)]
+Dtype = Annotated[str, Names("dtype", DTYPES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +135,7 @@ class Compose:
         attention: registered name of the mask rule; ``None``: mixed, or that of the asset.
         backend: how attention is computed.
         bridge: how an asset is attached.
+        dtype: of all weights in memory.
 
     ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
     """
@@ -140,6 +147,7 @@ class Compose:
     attention: Attention | None = None
     backend: Backend = "auto"
     bridge: Bridge = "auto"
+    dtype: Dtype = "float32"
 
     from_pretrained: ClassVar[None] = None
 
@@ -151,10 +159,12 @@ class Checkpoint:
     Args:
         from_pretrained: folder or hub id, own or released layout.
         backend: how attention is computed.
+        dtype: of all weights in memory.
     """
 
     from_pretrained: str
     backend: Backend = "auto"
+    dtype: Dtype = "float32"
 
 
 ModelRecipe = Compose | Checkpoint

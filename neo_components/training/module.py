@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from neo_components.model import NEO
 from neo_components.training.groups import train_only
+from neo_components.training.optimizers import build_optimizer
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
 
@@ -78,13 +79,9 @@ class NEOTraining(lightning.LightningModule):
         self.log("perf/fill", used.float().mean())
 
     def configure_optimizers(self) -> Any:
-        """AdamW, weight decay on matrices only; linear warm-up, then a cosine down to the floor."""
-        stage = self.stage
-        decayed = [p for p in self.trainable if p.ndim > 1]
-        kept = [p for p in self.trainable if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, stage))
+        """The stage's optimizer; linear warm-up, then a cosine down to the floor."""
+        optimizer = build_optimizer(self.model, self.stage)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.stage))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

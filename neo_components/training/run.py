@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 import neo_components
 from neo_components.chat import Chat
@@ -77,6 +78,8 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     history, predictions = History(), _predictions(recipe, chat)
     trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
     checkpoint = _checkpoint(output, resume, module)
+    if recipe.stage.whiten_patches and checkpoint is None:
+        _whiten(recipe, chat)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -92,7 +95,22 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
 def _start(recipe: Recipe) -> Chat:
     """The model that the stage starts from, with tokenizer and image limits."""
     data = recipe.data
-    return Chat(build(recipe.model), load_tokenizer(data["tokenizer"]), data["min_pixels"], data["max_pixels"])
+    tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
+    return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
+
+
+def _whiten(recipe: Recipe, chat: Chat) -> None:
+    """Whitens the patch embedding by the first training images; the same ones on every rank."""
+    data = NEODataModule(**(recipe.data | {"workers": 0}))
+    data.input_spec = chat.model.input_spec
+    data.setup()
+    patches: list[Tensor] = []
+    for batch in data.train_dataloader():
+        patches.append(batch.patches)
+        if sum(map(len, patches)) >= recipe.stage.whiten_patches:
+            break
+    embedding = chat.model.patch_embedding
+    embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
 
 
 def _callbacks(recipe: Recipe) -> list[Callback]:

@@ -21,6 +21,8 @@ Group = Literal[
 LIMITS: dict[str, tuple[float, float]] = {
     "steps": (1, float("inf")),
     "lr": (0, float("inf")),
+    "muon_lr": (0, float("inf")),
+    "whiten_patches": (0, float("inf")),
     "min_lr_ratio": (0, 1),
     "warmup_steps": (0, float("inf")),
     "eps": (0, float("inf")),
@@ -41,15 +43,20 @@ class StageConfig:
         name: what the stage is called in logs and reports.
         train: groups of parameters that learn; all others stay as they are.
         steps: optimizer steps.
+        optimizer: ``adamw``, or ``muon``: Muon (Jordan et al. 2024; ``torch.optim.Muon``) for the weights of linear
+            layers and AdamW for all else.
         lr: peak learning rate of AdamW.
-        min_lr_ratio: where the cosine ends, as a fraction of ``lr``.
-        warmup_steps: steps of linear rise to ``lr`` before the cosine.
+        muon_lr: peak learning rate of Muon, where it is used.
+        min_lr_ratio: where the cosine ends, as a fraction of the peak.
+        warmup_steps: steps of linear rise to the peak before the cosine.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's term against division by zero.
         weight_decay: AdamW's, on matrices only.
         validate_every: steps between validations, 0: never.
         checkpoint_every: steps between checkpoints, 0: none.
         log_every: steps between entries in the log.
+        whiten_patches: patches of training images from which a new patch embedding is whitened before the first step
+            (``PatchEmbedding.whiten``), 0: none. For a first stage; it forgets what the patch embedding has learnt.
         predictions: validation questions that are answered at each validation, and logged with their pictures.
 
     Raises:
@@ -59,7 +66,9 @@ class StageConfig:
     name: str = "stage"
     train: tuple[Group, ...]
     steps: int = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 8e-4
+    muon_lr: float = 0.02
     min_lr_ratio: float = 0.05
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -68,6 +77,7 @@ class StageConfig:
     validate_every: int = 200
     checkpoint_every: int = 500
     log_every: int = 10
+    whiten_patches: int = 0
     predictions: int = 4
 
     def __post_init__(self) -> None:

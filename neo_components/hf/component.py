@@ -1,0 +1,32 @@
+"""The base of all components in an export, where there is no Lightning: stands in for ``components/component.py``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+class Arguments(dict[str, Any]):
+    """Keyword arguments, as attributes and as a mapping."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class Component(nn.Module):
+    """A module that remembers its keyword arguments in ``hparams``."""
+
+    hparams: Arguments
+
+    def save_hyperparameters(self) -> None:
+        """Keeps the arguments of the ``__init__`` that calls it, with the values that they have then."""
+        frame = inspect.currentframe()
+        assert frame is not None and frame.f_back is not None
+        values = frame.f_back.f_locals
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        self.hparams = Arguments({name: values[name] for name in names if name in values})

@@ -1,0 +1,28 @@
+"""Llama 3.x and what has its shape: Llama 2, SmolLM2, TinyLlama, the Llama distillations of DeepSeek-R1."""
+
+from __future__ import annotations
+
+from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, require, rope_sizes
+
+DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+
+
+def sizes(config: Config) -> Sizes:
+    """Keyword arguments of ``PostLLM`` for a Llama config."""
+    config = DEFAULTS | config
+    require(config, {"hidden_act": ("silu",)})
+    found = block_sizes(config)
+    return found | biases(config) | {"qk_norm": "none"} | rope_sizes(config, found)
+
+
+def biases(config: Config) -> Sizes:
+    """``attention_bias`` is one of all four projections of the attention, ``mlp_bias`` of the feed-forward's three."""
+    attention = bool(config.get("attention_bias", False))
+    return {
+        "qkv_bias": attention,
+        "output_bias": attention,
+        "feed_forward_bias": bool(config.get("mlp_bias", False)),
+    }
+
+
+LLAMA = Family("llama", sizes, in_model)

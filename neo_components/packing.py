@@ -187,6 +187,16 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
     return patches, patch_places(sides, spec.fold)
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """Brings pixels of 0 to 255 to ImageNet's mean and standard deviation, in place.
+
+    Args:
+        pixels: [..., 3, n] float32.
+    """
+    mean, std = (torch.tensor(values)[:, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
 def cut_patches(image: Tensor, patch_size: int, fold: int) -> Tensor:
     """[C, H, W] -> [P, C * patch_size**2], in the order of :func:`patchify`."""
     c, rows, columns = image.shape[0], image.shape[1] // patch_size, image.shape[2] // patch_size

@@ -1,4 +1,4 @@
-"""One run of ``tests/test_data_kill.py``: ``python killed_run.py WORLD FOLDER DELAY``."""
+"""One run of ``tests/test_data_kill.py``: ``python killed_run.py WORLD FOLDER DELAY [STEPS]``."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Record(lightning.Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def run(world: Path, folder: Path, delay: float) -> None:
+def run(world: Path, folder: Path, delay: float, steps: int = STEPS) -> None:
     """Trains from the newest checkpoint of the folder, or from the beginning, to the last step."""
     torch.manual_seed(0)
-    stage = StageConfig(train=("all",), steps=STEPS, warmup_steps=2)
+    stage = StageConfig(train=("all",), steps=steps, warmup_steps=2)
     module = NEOTraining(native_model(world / "llm"), stage)
     options: dict[str, Any] = {"row_length": 256, "min_pixels": 1024, "max_pixels": 4096, "shuffle": 30}
     sources = [Source(str(world / "pictures"), 0.7), Source(str(world / "text"), 0.3)]
@@ -53,7 +53,7 @@ def run(world: Path, folder: Path, delay: float) -> None:
         accelerator="cpu",
         devices=RANKS,
         strategy="ddp_fork",
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=[saving, Slow(folder)],
         logger=False,
         enable_progress_bar=False,
@@ -66,4 +66,4 @@ def run(world: Path, folder: Path, delay: float) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    run(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), *map(int, sys.argv[4:]))

@@ -14,6 +14,7 @@ import torch
 from shard_builders import SPEC, TOKENIZER, keys, mixed_samples, module, take, write
 
 from neo_components.data import NEODataModule, Source
+from neo_components.data.augment import Augment
 from neo_components.types import Batch
 
 OPTIONS: dict[str, Any] = {"row_length": 128, "rows": 2, "shuffle": 30}
@@ -109,6 +110,28 @@ def test_a_ratio_of_text_and_a_temperature(folders: tuple[Path, Path]) -> None:
         module(folders[1], text_share=0.5).train_dataloader()
 
 
+def test_augmentation_changes_training_alone_and_resumes(folders: tuple[Path, Path]) -> None:
+    def fresh(**options: Any) -> NEODataModule:
+        return module(*sources(folders), validation=[folders[0]], **OPTIONS, **options)
+
+    change = Augment(color=0.5, jpeg_quality=(20, 80))
+    plain, changed = take(fresh(), 6), take(fresh(augment=change), 6)
+    assert keys(plain) == keys(changed)
+    assert all(torch.equal(a.token_ids, b.token_ids) for a, b in zip(plain, changed, strict=True))
+    assert not any(torch.equal(a.patches, b.patches) for a, b in zip(plain, changed, strict=True))
+    assert all(
+        torch.equal(a.patches, b.patches)
+        for a, b in zip(take(fresh(augment=change, workers=2), 6), changed, strict=True)
+    )
+    first = fresh(augment=change)
+    take(first, 3)
+    second = fresh(augment=change)
+    second.load_state_dict(saved(first.state_dict()))
+    assert all(torch.equal(a.patches, b.patches) for a, b in zip(take(second, 3), changed[3:], strict=True))
+    loaders = fresh().val_dataloader(), fresh(augment=change).val_dataloader()
+    assert all(torch.equal(a.patches, b.patches) for a, b in zip(*loaders, strict=True))
+
+
 def test_shares_may_count_tokens(folders: tuple[Path, Path]) -> None:
     batches = take(module(*sources(folders), share_of="tokens", **OPTIONS), 60)
     tokens = Counter[str]()
@@ -131,12 +154,12 @@ def test_validation_is_the_same_each_time(folders: tuple[Path, Path]) -> None:
 
 
 class OfRank(NEODataModule):
-    """One of two ranks, without processes."""
+    """One of some ranks, without processes."""
 
-    number = 0
+    number, ranks = 0, 2
 
     def _rank(self) -> tuple[int, int]:
-        return self.number, 2
+        return self.number, self.ranks
 
 
 def test_ranks_share_the_samples(tmp_path: Path) -> None:
@@ -165,7 +188,7 @@ def test_every_rank_validates_the_same_number_of_steps(tmp_path: Path) -> None:
         batches.append(list(data.val_dataloader()))
     assert [keys(one) for one in batches] == [[[["s0000"]]], [[[]]]]
     (empty,) = batches[1]
-    assert (empty.document_ids == -1).all() and (empty.labels == -100).all()
+    assert (empty.document_ids[0, 1:] == -1).all() and (empty.labels == -100).all()
     assert empty.loss_weights.sum() == 0 and empty.token_ids.shape == (1, 128)
 
 
@@ -267,18 +290,9 @@ def test_the_stream_goes_on_over_lightnings_epochs(folders: tuple[Path, Path], t
     assert recorder.trained == keys(take(module(*sources(folders), **OPTIONS), 9))
 
 
-class Rank(NEODataModule):
-    """A rank of some, without processes."""
-
-    number, ranks = 0, 1
-
-    def _rank(self) -> tuple[int, int]:
-        return self.number, self.ranks
-
-
-def rank_of(number: int, ranks: int, rows: int, folders: tuple[Path, Path], workers: int) -> Rank:
+def rank_of(number: int, ranks: int, rows: int, folders: tuple[Path, Path], workers: int) -> OfRank:
     options = {"row_length": 128, "min_pixels": 4096, "max_pixels": 16384, "shuffle": 30}
-    data = Rank(TOKENIZER, sources(folders), rows=rows, workers=workers, **options)
+    data = OfRank(TOKENIZER, sources(folders), rows=rows, workers=workers, **options)
     data.number, data.ranks, data.input_spec = number, ranks, SPEC
     return data
 

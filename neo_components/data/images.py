@@ -237,6 +237,27 @@ def resize(pixels: np.ndarray, size: tuple[int, int], exact: bool = True) -> Ten
     return torch.nn.functional.interpolate(planes[None], size, mode="bicubic", antialias=True)[0]
 
 
+def to_pixels(
+    image: Image.Image, size: tuple[int, int], transparency: Transparency = "drop", name: str = "image"
+) -> Tensor:
+    """Decodes, resizes and normalises an opened image.
+
+    Args:
+        image: from :func:`open_image`.
+        size: height and width in pixels.
+        transparency: see :func:`load_image`.
+        name: name for messages.
+
+    Returns:
+        [3, H, W] float32.
+
+    Raises:
+        ImageError: if the pixels cannot be decoded.
+    """
+    raw = resize(decode(image, transparency, name), size)
+    return normalise(raw.flatten(1).float()).view(3, *size)
+
+
 def load_image(
     source: ImageSource,
     factor: int = 32,
@@ -272,7 +293,7 @@ def load_image(
     image = open_image(source, name, max_decoded_pixels)
     name = name or (str(source) if isinstance(source, str | PathLike) else "image")
     size = image_size(image.height, image.width, factor, min_pixels, max_pixels, name)
-    return normalise(resize(decode(image, transparency, name), size).flatten(1).float()).view(3, *size)
+    return to_pixels(image, size, transparency, name)
 
 
 def _on_contrasting_background(image: Image.Image) -> Image.Image:

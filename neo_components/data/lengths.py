@@ -125,7 +125,7 @@ def _read(file: Path, samples: int) -> np.ndarray | None:
     """The table of a file; ``None`` if it is damaged."""
     try:
         table: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError):
+    except (ValueError, OSError, EOFError):
         table = np.zeros(0)
     if table.shape == (3, samples) and table.dtype == np.int32:
         return table

@@ -97,7 +97,6 @@ class NEODataModule(lightning.LightningDataModule):
         shuffle: int = 10000,
         max_skipped: float = 0.01,
         loss_reduction: Literal["token", "sample", "square"] = "square",
-        chat_template: str = "auto",
         temperature: float | None = None,
         text_share: float | None = None,
         share_of: Literal["samples", "tokens"] = "samples",
@@ -106,6 +105,7 @@ class NEODataModule(lightning.LightningDataModule):
         allow_pipe: bool = False,
         exact_pixels: bool = True,
         augment: Augment | None = None,
+        chat_template: str = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -179,6 +180,7 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is no such folder or no shard in it.
+        PermissionError: if the folder cannot be read.
         ValueError: if it is an address instead of a folder: ``pipe:`` would run a command.
     """
     if str(folder).startswith("pipe:") or "://" in str(folder):
@@ -186,6 +188,8 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
             f"shards are read from a local folder here, got {str(folder)!r}; addresses and pipe: are refused, "
             "open_folder reads them"
         )
+    if Path(folder).is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be read; change its permissions")
     files = sorted(Path(folder).glob("*.tar"))
     if not files:
         raise FileNotFoundError(f"no shards (*.tar) in {folder}; write them with `neo data` or write_shards")

@@ -30,6 +30,7 @@ from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions
+from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
 from neo_components.weights import read_json, write_text
 
@@ -127,7 +128,8 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         save_last=True,
         enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
     )
-    return [saving, RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)]
+    bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
+    return [saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
 
 
 def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
@@ -163,22 +165,21 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
         "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,
     }
-    return options | recipe.trainer
+    # Strategies that divide the weights write folders of their own and take no writer of files.
+    divided = any(name in str(recipe.trainer.get("strategy", "")) for name in ("fsdp", "deepspeed", "model_parallel"))
+    return options | ({} if divided else {"plugins": [WholeFiles()]}) | recipe.trainer
 
 
 def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> Path | None:
     """The checkpoint to resume from; one that does not fit is refused before anything is written."""
     if resume is None:
         return None
-    path = output / "checkpoints" / "last.ckpt" if str(resume) == "last" else Path(resume)
+    path = newest_checkpoint(output / "checkpoints") if str(resume) == "last" else Path(resume)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
-        done = int(saved["global_step"])
-    except Exception as error:  # torch.load raises anything from KeyError to UnpicklingError on what it did not write
-        raise ValueError(f"{path} is no checkpoint of a training run; it is damaged or something else") from error
+    saved = read_checkpoint(path)
+    stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
+    done = int(saved["global_step"])
     if done >= module.stage.steps:
         raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}

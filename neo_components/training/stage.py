@@ -31,6 +31,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint_every": (0, float("inf")),
     "log_every": (1, float("inf")),
     "predictions": (0, float("inf")),
+    "max_skipped_steps": (1, float("inf")),
 }
 """Least and greatest value of each number of a stage."""
 
@@ -58,6 +59,7 @@ class StageConfig:
         whiten_patches: patches of training images from which a new patch embedding is whitened before the first step
             (``PatchEmbedding.whiten``), 0: none. For a first stage; it forgets what the patch embedding has learnt.
         predictions: validation questions that are answered at each validation, and logged with their pictures.
+        max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.
 
     Raises:
         ValueError: listing every number that is out of its range.
@@ -79,6 +81,7 @@ class StageConfig:
     log_every: int = 10
     whiten_patches: int = 0
     predictions: int = 4
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         problems = self.problems(vars(self))

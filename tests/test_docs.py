@@ -69,7 +69,14 @@ COMMANDS = everywhere(r"neo \w")
 
 def test_there_are_commands_on_the_pages_that_tell_of_them() -> None:
     pages = {page for page, _ in COMMANDS}
-    assert {"README.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/recipes.md", "docs/data.md"} <= pages
+    assert {
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/quickstart.md",
+        "docs/recipes.md",
+        "docs/data.md",
+        "docs/training.md",
+    } <= pages
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[" ".join(place) for place in COMMANDS])
@@ -150,6 +157,22 @@ def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(example, "docs/recipes.md", "exec"), names)
     assert len(names["model"].pre_buffer.layers) == 4
+
+
+def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
+    """All stages one after the other, the accumulated run and the resumed one, cut short by further overrides."""
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
+    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/training.md")]
+    assert [words[1] for words in lines] == [f"quickstart/{name}" for name in ("pretrain", "midtrain", "sft")] + [
+        "quickstart/pretrain"
+    ] * 2
+    for words in lines:
+        resumed = "--resume" in words
+        good(*words, *(["stage.steps=3", *short[1:]] if resumed else short))
+        left = Path("outputs/quickstart") / words[1].split("/")[1]
+        assert torch.load(left / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2 + resumed
+        assert NEO.from_pretrained(left / "neo").post_llm.hparams.depth >= 1
 
 
 def test_python_of_the_readme() -> None:

@@ -24,7 +24,8 @@ def rows(spec: InputSpec, count: int, documents: int = 2) -> list[Batch]:
     made = []
     for row in range(count):
         samples = [
-            random_sample(spec, 10 * row + n, images=n, text=(2 + 5 * row, 4 + 9 * row)) for n in range(documents)
+            random_sample(spec, 100 * (row + 1) + n, images=n, text=(2 + 5 * row, 4 + 9 * row))
+            for n in range(documents)
         ]
         made.append(pack(samples, spec, row_length=160))
     return made
@@ -101,7 +102,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(OSError, match="could not be written .* ones before are untouched: make room"):
+        with pytest.raises(OSError, match=r"could not be written .* ones before are untouched: make room"):
             WholeFiles().save_checkpoint({"global_step": 2, "state_dict": {"a": torch.ones(2**16)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

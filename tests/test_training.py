@@ -174,7 +174,9 @@ class Signal(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_before_zero_grad(self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: Any) -> None:
+    def on_before_zero_grad(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: Any
+    ) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -224,7 +226,7 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, caplog: pytest.LogCaptu
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     for file in folder.iterdir():
         file.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="checkpoints in .* are damaged; start without --resume"):
+    with pytest.raises(ValueError, match=r"checkpoints in .* are damaged; start without --resume"):
         train(recipe, resume="last")
 
 

@@ -109,4 +109,6 @@ class SaveOnSigterm(Callback):
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if trainer.received_sigterm and whole_step and trainer.world_size == 1:
             trainer.save_checkpoint(self.folder / LAST)
-            log.warning("SIGTERM: saved %s at step %d; go on with --resume last", self.folder / LAST, trainer.global_step)
+            log.warning(
+                "SIGTERM: saved %s at step %d; go on with --resume last", self.folder / LAST, trainer.global_step
+            )

@@ -25,8 +25,9 @@ class NEOTraining(lightning.LightningModule):
     """Trains one stage.
 
     Logs, per step: ``train/loss``, ``train/grad_norm``, ``train/lr``, ``train/skipped_steps``, ``perf/tokens_per_s``,
-    ``perf/images_per_s``, ``perf/fill`` (share of the row that is no padding); per validation ``val/loss``, the mean
-    over all learnt tokens.
+    ``perf/images_per_s``, ``perf/fill`` (share of the row that is no padding), and ``grad_norm/GROUP`` of each group
+    that learns; that of ``post_llm.hw`` starts high, as the first gradient of the zero keys passes their norm. Per
+    validation ``val/loss``, the mean over all learnt tokens.
 
     The loss of a step is the weighted mean over all learnt tokens of its batches, on all processes together: however a
     step's rows are divided into accumulated batches and processes, the gradient is the same.
@@ -44,6 +45,12 @@ class NEOTraining(lightning.LightningModule):
         self.model = model
         self.stage = stage
         self.trainable = train_only(model, stage.train)
+        learning = {id(parameter) for parameter in self.trainable}
+        self.groups = {
+            name: parameters
+            for name, parameters in model.groups().items()
+            if any(id(parameter) in learning for parameter in parameters)
+        }
         self.val_loss = MeanMetric()
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
@@ -73,9 +80,12 @@ class NEOTraining(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the step's gradient, drops it if it is not finite, and logs loss and norm before clipping."""
         loss = self._complete()
-        norm = grad_norm(self.trainable)
+        norms = {id(p): p.grad.norm() for p in self.trainable if p.grad is not None}
+        norm = joined(list(norms.values()))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
+        for name, parameters in self.groups.items():
+            self.log(f"grad_norm/{name}", joined([norms[id(p)] for p in parameters if id(p) in norms]))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
             self._skipped_in_a_row = 0
@@ -154,9 +164,8 @@ def loss_weight(batch: Batch) -> Tensor:
     return weight[batch.labels[:, 1:] != IGNORED].sum().clamp(min=1e-5)
 
 
-def grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Euclidean norm of all their gradients; 0 if there are none."""
-    norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
+def joined(norms: list[Tensor]) -> Tensor:
+    """Norm of all the vectors that have these norms; 0 if there are none."""
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 

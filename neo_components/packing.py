@@ -212,13 +212,3 @@ def patch_places(sides: Sequence[tuple[int, int]], fold: int) -> Tensor:
         folded = grid.reshape(rows // fold, fold, columns // fold, fold, 2).permute(0, 2, 1, 3, 4)
         places.append(folded.reshape(rows * columns, 2))
     return torch.cat(places)
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Brings pixels of 0 to 255 to ImageNet's mean and standard deviation, in place.
-
-    Args:
-        pixels: [..., 3, n] float32.
-    """
-    mean, std = (torch.tensor(values)[:, None] for values in (IMAGE_MEAN, IMAGE_STD))
-    return pixels.div_(255).sub_(mean).div_(std)

@@ -70,7 +70,14 @@ COMMANDS = everywhere(r"neo \w")
 
 def test_there_are_commands_on_the_pages_that_tell_of_them() -> None:
     pages = {page for page, _ in COMMANDS}
-    assert {"README.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/recipes.md", "docs/data.md"} <= pages
+    assert {
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/quickstart.md",
+        "docs/recipes.md",
+        "docs/data.md",
+        "docs/training.md",
+    } <= pages
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[" ".join(place) for place in COMMANDS])
@@ -175,6 +182,22 @@ def test_the_commands_of_the_data_page_in_their_order(
     assert outputs[4].startswith("usable 2 of 2, ")
     assert all("model: outputs/mine/neo" in output for output in outputs[5:])
     assert len(outputs) == 7
+
+
+def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
+    """All stages one after the other, the accumulated run and the resumed one, cut short by further overrides."""
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
+    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/training.md")]
+    assert [words[1] for words in lines] == [f"quickstart/{name}" for name in ("pretrain", "midtrain", "sft")] + [
+        "quickstart/pretrain"
+    ] * 2
+    for words in lines:
+        resumed = "--resume" in words
+        good(*words, *(["stage.steps=3", *short[1:]] if resumed else short))
+        left = Path("outputs/quickstart") / words[1].split("/")[1]
+        assert torch.load(left / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2 + resumed
+        assert NEO.from_pretrained(left / "neo").post_llm.hparams.depth >= 1
 
 
 def test_python_of_the_readme() -> None:

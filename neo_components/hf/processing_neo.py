@@ -14,8 +14,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
 from neo_components.data.conversation import IMAGE_TAG
-from neo_components.data.images import load_image as to_pixels
-from neo_components.data.images import max_pixels_per_image, open_image
+from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
 from neo_components.data.token_ids import IMAGE_TOKENS
 from neo_components.packing import cut_patches
 
@@ -80,7 +79,9 @@ class NEOImageProcessor(ImageProcessingMixin):
         for prompt in _by_prompt(images):
             limit = max_pixels_per_image(len(prompt), lowest, highest)
             for picture in prompt:
-                pixels = to_pixels(_open(picture), self.patch_size * self.fold, lowest, limit)
+                opened = _open(picture)
+                factor = self.patch_size * self.fold
+                pixels = to_pixels(opened, image_size(opened.height, opened.width, factor, lowest, limit))
                 patches.append(cut_patches(pixels, self.patch_size, self.fold))
                 grids.append([pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size])
         return BatchFeature({"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor(grids)})

@@ -158,6 +158,8 @@ def export(
         from neo_components.weights import read_json
 
         provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+        for stage in provenance.get("stages", []):
+            stage["data"] = [Path(name).name for name in stage.get("data", [])]  # not where it lay
         info = AssetInfo(chat.image_config(), provenance, license)
         typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
     elif to is Export.hf:
@@ -187,7 +189,8 @@ def attach(
     pre_buffer: Annotated[str, typer.Argument(help="Asset folder or hub id.")],
     llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
     output: Out,
-    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares or random.")] = "auto",
+    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares, orthogonal or random.")] = "auto",
+    text: Annotated[str, typer.Option(help="Words: shared, through the pre-Buffer, or bypass, around it.")] = "shared",
     imports: Imports = None,
 ) -> None:
     """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
@@ -199,7 +202,7 @@ def attach(
     _register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
     limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
-    chat = Chat(join(part, llm, bridge), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
+    chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
     typer.echo(chat.save_pretrained(output))
 
 

@@ -17,7 +17,7 @@ PACKAGE = "neo_components"
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
     {"packing", "weights", "hub"},
-    {"llms"},
+    {"llms", "asset_files"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},

@@ -222,7 +222,8 @@ class KVCache:
         """Drops all documents but those of index [s] int64."""
         self.lengths = self.lengths[documents]
         for layer in self.layers:
-            layer.k, layer.v = layer.k[documents], layer.v[documents]
+            if layer.filled:
+                layer.k, layer.v = layer.k[documents], layer.v[documents]
 
 
 class _CachedLayer:

@@ -94,7 +94,7 @@ def check_sizes(config: Mapping[str, Any], files: TensorFiles) -> None:
     for part in ("pre_buffer", "patch_embedding"):
         section = config.get(part)
         if not isinstance(section, dict):
-            raise ValueError(f"{files.folder}/config.json does not describe a pre-Buffer: {part} is {section!r:.80}")
+            raise ValueError(f"{files.folder}/config.json does not describe a pre-Buffer: {part!r} is {section!r:.80}")
         for name, value in section.items():
             if isinstance(value, int) and value > LARGEST:
                 raise ValueError(f"{files.folder}/config.json: {part}.{name} is {value}, more than {LARGEST}")

@@ -7,6 +7,7 @@ are fitted on the tokens that the two vocabularies share. Where text goes around
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.hub import resolve
 from neo_components.model import NEO, TEXT
+from neo_components.packing import pack
+from neo_components.types import InputSpec, Sample
 
 BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
 MIN_SHARED = 16
@@ -179,3 +182,36 @@ def token_strings(source: str | Path) -> dict[str, int]:
     for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)
     return strings
+
+
+@torch.no_grad()
+def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
+    """A pre-Buffer as a vision tower: what it makes of pictures, each alone between its boundary vectors.
+
+    Args:
+        pre_buffer: with its patch embedding, as an asset has it.
+        images: [C, H, W] each, normalised (``data.load_image``), sides multiples of patch_size * fold.
+        pooled: give the mean over all visual tokens.
+
+    Returns:
+        For each picture [h, w, D], one vector for each visual token; [D] if pooled.
+
+    Raises:
+        ValueError: if there is no patch embedding, or a picture's shape does not fit.
+    """
+    embedding = pre_buffer.patch_embedding
+    if embedding is None:
+        raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
+    h = embedding.hparams
+    rule = pre_buffer.rotary.index_rule
+    spec = InputSpec(0, 1, 2, vocab_size=3, patch_size=h.patch_size, fold=h.fold, channels=h.channels, index_rule=rule)
+    found = []
+    for image in images:
+        rows, columns = image.shape[-2] // spec.factor, image.shape[-1] // spec.factor
+        sample = Sample(torch.tensor([1, *[0] * (rows * columns), 2]), None, [image.cpu()])
+        batch = pack([sample], spec).to(pre_buffer.boundary.device)
+        tokens = embedding(batch.patches, batch.patch_positions)
+        x = torch.cat([pre_buffer.boundary[:1], tokens, pre_buffer.boundary[1:]])[None]
+        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids)[0, 1:-1]
+        found.append(x.mean(0) if pooled else x.unflatten(0, (rows, columns)))
+    return found

@@ -45,6 +45,7 @@ class Export(StrEnum):
     pre_buffer = "pre-buffer"
     hf = "hf"
     hf_llm = "hf-llm"
+    program = "program"
 
 
 @app.command()
@@ -146,6 +147,8 @@ def export(
     --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
 
     --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+
+    --to program: what lies before its language model, as programs that torch loads alone.
     """
     from neo_components.chat import Chat
 
@@ -167,6 +170,10 @@ def export(
 
         limits = chat.min_pixels, chat.max_pixels
         typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
+    elif to is Export.program:
+        from neo_components.program import write_programs
+
+        typer.echo(write_programs(chat.model, output, chat.image_config()))
     else:
         from neo_components.hf.language_model import what_is_lost, write_language_model
 
@@ -258,6 +265,21 @@ def llava(
     counts = llava_to_shards(conversations, images, output)
     skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(counts.skipped.items()))
     typer.echo(f"read {counts.read}, written {counts.kept}{skipped}: {output}")
+
+
+@data_app.command()
+def synth(
+    output: Out,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
+    kind: Annotated[list[str] | None, typer.Option(help="place, relation, nearest or count; repeat; all if none.")] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Descriptions instead of questions.")] = False,
+) -> None:
+    """Draw scenes of small shapes, with questions on place, relation, nearest and count, as shards."""
+    from neo_components.data.synth import KINDS, write_scenes
+
+    index = write_scenes(output, count, seed, kind or KINDS, captions)
+    typer.echo(f"written {len(index['samples'])}: {output}")
 
 
 @recipes_app.callback()

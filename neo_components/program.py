@@ -91,8 +91,8 @@ class ImageProgram(nn.Module):
         self.pre = pre
 
     def forward(self, image: Tensor) -> Tensor:
-        """[C, H, W] normalised pixels, H and W multiples of fold * patch_size -> [h, w, D], one vector for each visual
-        token; its mean is one vector for the picture."""
+        """[C, H, W] normalised pixels, H and W multiples of fold * patch_size, at least two of it -> [h, w, D], one
+        vector for each visual token; its mean is one vector for the picture."""
         embedding = self.pre.patch_embedding
         assert embedding is not None
         patch, fold = embedding.hparams.patch_size, embedding.hparams.fold
@@ -139,7 +139,7 @@ class InputProgram(nn.Module):
         Args:
             token_ids: [1, L]; a run of the image token for each picture.
             word_embeds: [1, L, D] of the language model's own embedding; anything at the places of pictures.
-            patches: [P, C * patch_size**2] of all pictures.
+            patches: [P, C * patch_size**2] of all pictures, two visual tokens or more.
             patch_positions: [P, 2] rows and columns.
 
         Returns:
@@ -188,7 +188,7 @@ def _image_program(pre: PreBuffer) -> Any:
     assert pre.patch_embedding is not None
     h = pre.patch_embedding.hparams
     side = h.patch_size * h.fold
-    rows, columns = torch.export.Dim("rows", min=1, max=4096), torch.export.Dim("columns", min=1, max=4096)
+    rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
     example = torch.zeros(h.channels, 3 * side, 5 * side, dtype=pre.boundary.dtype)
     return _export(ImageProgram(pre), (example,), ({1: side * rows, 2: side * columns},))
 
@@ -196,7 +196,7 @@ def _image_program(pre: PreBuffer) -> Any:
 def _input_program(model: NEO) -> Any:
     h, width = model.patch_embedding.hparams, model.post_llm.hparams.hidden_size
     group = h.fold**2
-    length, tokens = torch.export.Dim("length", min=2, max=2**20), torch.export.Dim("tokens", min=1, max=2**20)
+    length, tokens = torch.export.Dim("length", min=3, max=2**20), torch.export.Dim("tokens", min=2, max=2**20)
     ids = torch.full((1, 11), model.post_llm.hparams.image_token_id)
     ids[0, :2], ids[0, 9:] = 1, 2
     dtype = model.pre_buffer.boundary.dtype

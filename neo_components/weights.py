@@ -78,7 +78,7 @@ class TensorFiles:
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map, which says in which file each tensor lies")
             names = set(weight_map.values())
-            if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            if strange := [name for name in names if not isinstance(name, str) or not name or Path(name).name != name]:
                 raise ValueError(f"{index} names {strange[0]!r}, which is no file of its own folder")
             files = [folder / name for name in sorted(names)]
         else:

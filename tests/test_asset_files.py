@@ -137,7 +137,7 @@ def test_an_index_leads_nowhere_else(asset: Path, name: Any) -> None:
         (lambda c: c["pre_buffer"].update(attention="../../x"), "is unknown; registered"),
         (lambda c: c["pre_buffer"].update(__class__="x"), "does not describe a pre-Buffer"),
         (lambda c: c["patch_embedding"].update(width="$(id)"), "does not describe a pre-Buffer"),
-        (lambda c: c["patch_embedding"].update(patch_size=-4), "does not describe a pre-Buffer"),
+        (lambda c: c["patch_embedding"].update(patch_size=-4), "misshapen: patch_embedding.patch_proj.weight"),
         (lambda c: c.update(patch_embedding="/etc/passwd"), "does not describe a pre-Buffer"),
         (lambda c: c.update(pre_buffer=[]), "does not describe a pre-Buffer"),
     ],

@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"components"},
     {"generation", "checkpoint"},
     {"model"},
-    {"data", "assets", "training.stage"},
+    {"data", "assets", "program", "training.stage"},
     {"evaluation", "viewers"},
     {"chat", "recipe", "hf"},
     {"training"},

@@ -31,8 +31,10 @@ from neo_components.training.run import train
 
 FRESH = ["model.pre_buffer.reset=true", "stage.whiten_patches=20000"]
 NONE = [
-    "model.pre_buffer={depth: 0, from_pretrained: null}", "model.patch_embedding.width=256", "stage.whiten_patches=20000"
-]  # fmt: skip
+    "model.pre_buffer={depth: 0, from_pretrained: null}",
+    "model.patch_embedding.width=256",
+    "stage.whiten_patches=20000",
+]
 ARMS: dict[str, list[str]] = {
     "random": FRESH,
     "tuned": [],

@@ -132,7 +132,8 @@ def _origin(config: Mapping[str, Any]) -> str:
     stages = provenance.pop("stages", [])
     text = ""
     if stages:
-        text += "\n## Training\n\n| stage | steps | trained | data | seed | measured at its end |\n|---|---|---|---|---|---|\n"
+        text += "\n## Training\n\n| stage | steps | trained | data | seed | measured at its end |\n"
+        text += "|---|---|---|---|---|---|\n"
         for stage in stages:
             scores = ", ".join(f"{name} {value}" for name, value in stage.get("metrics", {}).items()) or "nothing"
             cells = [stage.get("stage", ""), stage.get("steps", ""), *(_list(stage, n) for n in ("trained", "data"))]

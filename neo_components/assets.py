@@ -1,7 +1,8 @@
 """The pre-Buffer asset: take it out of a trained model, attach it to another language model.
 
 Between two language models stand two bridges, one for word embeddings coming in and one for the output going on. Both
-are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is only the second.
+are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is only the
+second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
 """
 
 from __future__ import annotations

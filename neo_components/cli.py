@@ -272,7 +272,9 @@ def synth(
     output: Out,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
-    kind: Annotated[list[str] | None, typer.Option(help="place, relation, nearest or count; repeat; all if none.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="place, relation, nearest or count; repeat; all if none.")
+    ] = None,
     captions: Annotated[bool, typer.Option("--captions", help="Descriptions instead of questions.")] = False,
 ) -> None:
     """Draw scenes of small shapes, with questions on place, relation, nearest and count, as shards."""

@@ -57,11 +57,15 @@ def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None 
 
 def _check(pre: PreBuffer) -> None:
     if pre.rotary.index_rule not in (native_positions, sequential_positions):
-        raise ValueError(f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d")
+        raise ValueError(
+            f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
+        )
     if any(rotary.looks_at_length for rotary in pre.rotaries):  # type: ignore[union-attr]
         raise ValueError("a pre-Buffer whose frequencies depend on a text's length cannot be put into a program")
     if pre.hparams.num_experts is not None:
-        raise ValueError("a pre-Buffer with sparse experts routes by its input, which a program cannot; use a dense one")
+        raise ValueError(
+            "a pre-Buffer with sparse experts routes by its input, which a program cannot; use a dense one"
+        )
 
 
 class _Dense:
@@ -241,6 +245,6 @@ def _card(told: dict[str, Any]) -> str:
     return (
         "---\nlibrary_name: pytorch\n---\n# Programs of a native vision-language model's pre-Buffer\n\n"
         f"Load them by `torch.export.load(NAME).module()`. `{IMAGES}`: [{told['channels']}, H, W] normalised pixels, "
-        f"multiples of {side}, to [H / {side}, W / {side}, {told['image_width']}]. `{INPUTS}`: token ids, word embeddings, "
-        "patches and their places to inputs_embeds, position_ids and attention_mask of a causal language model.\n"
+        f"multiples of {side}, to [H / {side}, W / {side}, {told['image_width']}]. `{INPUTS}`: token ids, word "
+        "embeddings, patches and their places to inputs_embeds, position_ids and attention_mask of a causal language model.\n"
     )

@@ -20,12 +20,12 @@ from neo_components.components.pre_buffer import AssetInfo
 from neo_components.weights import save_tensors
 
 FROZEN = Path(__file__).parent / "data" / "asset_1"
+STAGE = {"stage": "one", "steps": 3, "trained": ["all"], "data": ["a"], "metrics": {"val/loss": 0.5}, "seed": 7}
 INFO = AssetInfo(
     {"min_pixels": 64, "max_pixels": 4096, "image_mean": [0.5], "image_std": [0.25]},
-    {"stages": [{"stage": "one", "steps": 3, "trained": ["all"], "data": ["a"], "metrics": {"val/loss": 0.5}, "seed": 7}],
-     "neo_components": "0.1.0"},
+    {"stages": [STAGE], "neo_components": "0.1.0"},
     "mit",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_frozen_asset_opens_and_computes_the_same() -> None:
 def test_a_newer_format_is_refused_with_advice(asset: Path) -> None:
     for version in (2, 0, "1", None):
         edit_config(asset, lambda config, v=version: config.update(format_version=v))  # type: ignore[misc]
-        with pytest.raises(ValueError, match="format_version .* reads up to 1; upgrade neo-components to open it"):
+        with pytest.raises(ValueError, match=r"format_version .* reads up to 1; upgrade neo-components to open it"):
             PreBuffer.from_pretrained(asset)
 
 

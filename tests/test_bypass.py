@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import SIZES, randomize, random_batch, same_outputs, same_tensors, tiny_model
+from builders import SIZES, random_batch, randomize, same_outputs, same_tensors, tiny_model
 from llm_builders import native_model, text_llm
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, attach, build, load_recipe, pack
@@ -161,7 +161,9 @@ def test_recipes_say_where_text_goes(folders: dict[str, Path], tmp_path: Path) -
     path.write_text(json.dumps({"model": parts}))
     model = build(load_recipe(path).model)
     assert model.text == "bypass" and model.bridge_out is not None and model.bridge_out.unexplained is not None
-    with pytest.raises(ValueError, match=r"model\.text: unknown text 'around'; nearest: shared \(registered: bypass, shared\)"):
+    with pytest.raises(
+        ValueError, match=r"model\.text: unknown text 'around'; nearest: shared \(registered: bypass, shared\)"
+    ):
         load_recipe(path, ["model.text=around"])
 
 

@@ -65,9 +65,7 @@ def test_answers_follow_and_blind_readers_are_at_chance() -> None:
         assert answer(question, sample["scene"]) == told
         wording = re.sub(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", "THING", question)
         heard[sample["kind"]][wording][told] += 1
-    blind = {
-        kind: sum(max(counts.values()) for counts in wordings.values()) / 1000 for kind, wordings in heard.items()
-    }
+    blind = {kind: sum(max(counts.values()) for counts in wordings.values()) / 1000 for kind, wordings in heard.items()}
     assert set(blind) == {"place", "relation", "nearest", "count"}
     for kind, chance in {"place": 1 / 9, "relation": 1 / 2, "nearest": 1 / 6, "count": 1 / 4}.items():
         assert chance * 0.8 <= blind[kind] <= chance + 0.09, (kind, blind[kind])

@@ -168,8 +168,8 @@ class PreBuffer(PrimitiveStack):
         self.patch_embedding = patch_embedding
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the asset: config.json, model.safetensors, preprocessor_config.json, README.md, and anchors.safetensors
-        if there are anchors. The same content gives the same bytes.
+        """Writes the asset: config.json, model.safetensors, preprocessor_config.json, README.md, and
+        anchors.safetensors if there are anchors. The same content gives the same bytes.
 
         Raises:
             ValueError: if no patch embedding was joined.

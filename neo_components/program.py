@@ -246,5 +246,6 @@ def _card(told: dict[str, Any]) -> str:
         "---\nlibrary_name: pytorch\n---\n# Programs of a native vision-language model's pre-Buffer\n\n"
         f"Load them by `torch.export.load(NAME).module()`. `{IMAGES}`: [{told['channels']}, H, W] normalised pixels, "
         f"multiples of {side}, to [H / {side}, W / {side}, {told['image_width']}]. `{INPUTS}`: token ids, word "
-        "embeddings, patches and their places to inputs_embeds, position_ids and attention_mask of a causal language model.\n"
+        "embeddings, patches and their places to inputs_embeds, position_ids and attention_mask of a causal language "
+        "model.\n"
     )

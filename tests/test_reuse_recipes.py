@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from builders import same_tensors
 from commands import SIDE, good
 
 from neo_components import NEO, PreBuffer
-from neo_components.recipe import list_recipes
+from neo_components.recipe import list_recipes, validate_recipe
 from neo_components.weights import read_json
 
 SHORT = [
@@ -53,3 +55,20 @@ def test_what_each_recipe_trains(root: Path) -> None:
     assert any(t.any() for n, t in one.post_llm.state_dict().items() if "k_proj_hw" in n)
     stages = read_json(root / "reuse_stage2" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["bridges and H/W", "all, after the bridges"]
+
+
+def test_every_arm_of_the_benchmark_is_a_recipe_and_its_table_counts_right() -> None:
+    spec = spec_from_file_location("reuse", Path(__file__).parent.parent / "benchmarks" / "reuse.py")
+    assert spec is not None and spec.loader is not None
+    reuse = sys.modules["reuse"] = module_from_spec(spec)
+    spec.loader.exec_module(reuse)
+    for arm, overrides in reuse.ARMS.items():
+        assert validate_recipe("quickstart/attach", overrides) == [], arm
+    random = reuse.Run("random", 0, [(10, 2.0), (20, 1.5), (40, 1.0)], 0.25)
+    tuned = reuse.Run("tuned", 0, [(10, 1.0), (20, 0.9), (40, 0.5)], 0.75)
+    never = reuse.Run("frozen", 0, [(10, 2.0), (40, 1.2)], 0.5)
+    assert reuse.table([random, tuned, never], 40).splitlines()[2:] == [
+        "| random | 1 | 1.000 | 0.250 | 40 | 1.00 |",
+        "| tuned | 1 | 0.500 | 0.750 | 10 | 0.25 |",
+        "| frozen | 1 | 1.200 | 0.500 | not reached |  |",
+    ]

@@ -112,8 +112,10 @@ def attach(
         ours, theirs = shared_embeddings(pre, llm, tokenizer)
         _fit(bridge_in, bridge_out, ours, theirs, bridge == "orthogonal")
     # Fitted in full precision, then of the type of what they join.
-    bridges = [None if part is None else part.to(llm.head_weight.dtype) for part in (bridge_in, bridge_out)]
-    return NEO(pre.patch_embedding, pre, llm, *bridges, text=text)
+    for part in (bridge_in, bridge_out):
+        if part is not None:
+            part.to(llm.head_weight.dtype)
+    return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
 
 
 def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Tensor, orthogonal: bool) -> None:

@@ -60,7 +60,7 @@ def _check(pre: PreBuffer) -> None:
         raise ValueError(
             f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
         )
-    if any(rotary.looks_at_length for rotary in pre.rotaries):  # type: ignore[union-attr]
+    if any(rotary.looks_at_length for rotary in pre.rotaries):
         raise ValueError("a pre-Buffer whose frequencies depend on a text's length cannot be put into a program")
     if pre.hparams.num_experts is not None:
         raise ValueError(

@@ -176,7 +176,7 @@ class PreBuffer(PrimitiveStack):
         """
         if self.patch_embedding is None:
             raise ValueError("a pre-Buffer is saved with its patch embedding; join one by NEO(...) or adopt(...)")
-        config = {
+        config: dict[str, Any] = {
             "library": "neo_components",
             "kind": "pre_buffer",
             "format_version": FORMAT_VERSION,

@@ -47,6 +47,7 @@ class Export(StrEnum):
     pre_buffer = "pre-buffer"
     hf = "hf"
     hf_llm = "hf-llm"
+    program = "program"
 
 
 @app.command()
@@ -151,6 +152,8 @@ def export(
     --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
 
     --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+
+    --to program: what lies before its language model, as programs that torch loads alone.
     """
     from neo_components.chat import Chat
     from neo_components.weights import TensorFiles
@@ -164,6 +167,8 @@ def export(
         from neo_components.weights import read_json
 
         provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+        for stage in provenance.get("stages", []):
+            stage["data"] = [Path(name).name for name in stage.get("data", [])]  # not where it lay
         info = AssetInfo(chat.image_config(), provenance, license)
         typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
     elif to is Export.hf:
@@ -171,6 +176,10 @@ def export(
 
         limits = chat.min_pixels, chat.max_pixels
         typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
+    elif to is Export.program:
+        from neo_components.program import write_programs
+
+        typer.echo(write_programs(chat.model, output, chat.image_config()))
     else:
         from neo_components.hf.language_model import what_is_lost, write_language_model
 
@@ -193,7 +202,8 @@ def attach(
     pre_buffer: Annotated[str, typer.Argument(help="Asset folder or hub id.")],
     llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
     output: Out,
-    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares or random.")] = "auto",
+    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares, orthogonal or random.")] = "auto",
+    text: Annotated[str, typer.Option(help="Words: shared, through the pre-Buffer, or bypass, around it.")] = "shared",
     imports: Imports = None,
 ) -> None:
     """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
@@ -205,7 +215,7 @@ def attach(
     _register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
     limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
-    chat = Chat(join(part, llm, bridge), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
+    chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
     typer.echo(chat.save_pretrained(output))
 
 

@@ -169,6 +169,23 @@ def inspect(
         typer.echo(draw_histograms(found.lengths, found.visual, found.sizes, output / "histograms.png", shards))
 
 
+@data_app.command()
+def synth(
+    output: Out,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="place, relation, nearest or count; repeat; all if none.")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Descriptions instead of questions.")] = False,
+) -> None:
+    """Draw scenes of small shapes, with questions on place, relation, nearest and count, as shards."""
+    from neo_components.data.synth import KINDS, write_scenes
+
+    index = write_scenes(output, count, seed, kind or KINDS, captions)
+    typer.echo(f"written {len(index['samples'])}: {output}")
+
+
 def _workers(given: int | None) -> int:
     return (os.cpu_count() or 1) if given is None else given
 

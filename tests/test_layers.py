@@ -17,11 +17,11 @@ PACKAGE = "neo_components"
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
     {"packing", "weights", "hub"},
-    {"llms"},
+    {"llms", "asset_files"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},
-    {"data", "assets", "training.stage"},
+    {"data", "assets", "program", "training.stage"},
     {"evaluation", "viewers"},
     {"chat", "recipe", "hf"},
     {"training"},

@@ -139,7 +139,7 @@ class SpanAttention:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         out = v.new_zeros(rows * length, q.shape[1], v.shape[-1])
         for bucket, (place, valid) in zip(self.buckets, self.places, strict=True):
-            part = sdpa(*(bucket.gather(x) for x in (q, k, v)), bucket.mask, scale)
+            part = sdpa(bucket.gather(q), bucket.gather(k), bucket.gather(v), bucket.mask, scale)
             out = out.index_copy(0, place, part[valid].to(out.dtype))
         return out.unflatten(0, (rows, length))
 
@@ -227,7 +227,8 @@ class KVCache:
         """Drops all documents but those of index [s] int64."""
         self.lengths = self.lengths[documents]
         for layer in self.layers:
-            layer.k, layer.v = layer.k[documents], layer.v[documents]
+            if layer.filled:
+                layer.k, layer.v = layer.k[documents], layer.v[documents]
 
 
 class _CachedLayer:

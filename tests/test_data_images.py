@@ -17,7 +17,8 @@ from shard_builders import gigantic_png, png, truncated_png
 
 from neo_components.data import load_image, max_pixels_per_image, smart_resize
 from neo_components.data.augment import Augment
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, decode, open_image, resize
+from neo_components.data.decoding import decode
+from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
 from neo_components.packing import patchify
 from neo_components.types import InputSpec
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Literal, get_args
@@ -172,8 +170,6 @@ def decode(image: Image.Image, transparency: Transparency = "drop", name: str = 
     Raises:
         ImageError: if the pixels cannot be decoded, for example because the file is truncated.
     """
-    if (pixels := _decode_jpeg(image)) is not None:
-        return pixels
     try:
         image.load()
     except Exception as error:  # see _open_header
@@ -182,37 +178,6 @@ def decode(image: Image.Image, transparency: Transparency = "drop", name: str = 
     if transparency == "contrast":
         image = _on_contrasting_background(image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """The pixels of a JPEG file by torchvision, which is faster and gives the same; ``None`` leaves it to Pillow.
-
-    Pillow also tells what is wrong with a file that cannot be decoded.
-    """
-    file = getattr(image, "fp", None)
-    if image.format != "JPEG" or image.mode != "RGB" or not isinstance(file, io.BytesIO):
-        return None
-    decoder = _jpeg_decoder()
-    try:
-        return decoder(file) if decoder is not None else None
-    except RuntimeError:
-        return None
-
-
-@lru_cache
-def _jpeg_decoder() -> Callable[[io.BytesIO], np.ndarray] | None:
-    """torchvision's decoder, as long as it has one: its successor, torchcodec, is not needed for anything else here."""
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
-        return None
-
-    def decoded(file: io.BytesIO) -> np.ndarray:
-        data = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
-        pixels: np.ndarray = decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        return pixels
-
-    return decoded
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], exact: bool = True) -> Tensor:

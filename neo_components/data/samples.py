@@ -16,7 +16,8 @@ from torch import Tensor
 
 from neo_components.data.augment import Augment
 from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
-from neo_components.data.images import decode, image_size, max_pixels_per_image, open_image, resize
+from neo_components.data.decoding import decode
+from neo_components.data.images import image_size, max_pixels_per_image, open_image, resize
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError
 from neo_components.types import IGNORED, InputSpec, Sample

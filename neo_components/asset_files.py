@@ -110,7 +110,7 @@ def check_sizes(config: Mapping[str, Any], files: TensorFiles) -> None:
             raise ValueError(f"{files.folder}/config.json claims {heads[0]} heads of width {heads[1]}, stored: {rows}")
 
 
-def card(config: Mapping[str, Any]) -> str:
+def model_card(config: Mapping[str, Any]) -> str:
     """The model card that a config.json tells: what it is, how it is attached, where it comes from, its scores."""
     h, patch = config["pre_buffer"], config["patch_embedding"]
     side = patch["patch_size"] * patch["fold"]

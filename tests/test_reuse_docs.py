@@ -72,7 +72,8 @@ def test_the_page_on_reuse_in_its_order(folder: Path, monkeypatch: pytest.Monkey
 
 def test_the_page_on_programs_where_the_library_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    export, example = commands("programs.md")
+    export, export_llm, example = commands("programs.md")
+    assert good(*export_llm[1:]) == "outputs/neo-llm\n"
     assert good(*export[1:]) == "outputs/program\n" and example[:2] == ["python", "docs/examples/probe.py"]
     printed = []
     for program in blocks("programs.md", "python")[:2]:
@@ -80,7 +81,7 @@ def test_the_page_on_programs_where_the_library_is_not(folder: Path, monkeypatch
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-    assert len(printed[0].splitlines()) >= 1
+    assert printed[0].endswith("\n")
     assert [line.split(":")[0] for line in printed[1].splitlines()] == ["shape", "color"]
     assert printed[1].count("of 40 test pictures") == 2
 

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neo_components.asset_files import ANCHORS, card, check_sizes, read_anchors, write_anchors, write_preprocessor
+from neo_components.asset_files import (
+    ANCHORS,
+    check_sizes,
+    model_card,
+    read_anchors,
+    write_anchors,
+    write_preprocessor,
+)
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.primitive import PrimitiveStack
@@ -186,7 +193,7 @@ class PreBuffer(PrimitiveStack):
             "provenance": self.info.provenance,
             "license": self.info.license,
         }
-        folder = save_folder(folder, self.state_dict(), config, self.info.card or card(config))
+        folder = save_folder(folder, self.state_dict(), config, self.info.card or model_card(config))
         write_preprocessor(folder, self.info.image, config["patch_embedding"])
         (folder / f"{ANCHORS}.safetensors").unlink(missing_ok=True)  # of an earlier save
         if self.anchors is not None:

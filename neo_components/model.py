@@ -32,7 +32,7 @@ from neo_components.packing import pack
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
 from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle, unfilled
 
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at the same time on the training path."""
 
 

@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
         if self.offset:
             gain = gain + self.offset
         if x.is_cpu:
-            return _NormOnCPU.apply(x, gain, self.eps)  # type: ignore[no-untyped-call]
+            return _NormOnCPU.apply(x, gain, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
 
 

@@ -37,6 +37,7 @@ COMPANIONS = (
 """Files beside the weights that are the same in every layout."""
 
 Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights in memory: float32, bfloat16 or float16.")]
 
 
 class Export(StrEnum):
@@ -85,6 +86,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
     """Answer every question of a folder and score by exact match."""
@@ -99,7 +101,7 @@ def evaluate(
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    chat = Chat.from_pretrained(model)
+    chat = Chat.from_pretrained(model, dtype=dtype)
     report = run(
         chat.model,
         chat.tokenizer,
@@ -120,13 +122,14 @@ def chat(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
     """Ask a model a question about pictures."""
     from neo_components.chat import Chat
 
     _register(imports)
-    typer.echo(Chat.from_pretrained(model).ask(question, image or [], max_new_tokens))
+    typer.echo(Chat.from_pretrained(model, dtype=dtype).ask(question, image or [], max_new_tokens))
 
 
 @app.command()
@@ -137,6 +140,7 @@ def export(
     license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "",
     anchors: Annotated[int, typer.Option(help="pre-buffer: most word embeddings to keep for bridges.")] = 4096,
     max_new_tokens: Annotated[int, typer.Option(help="hf: longest answer where its user does not say.")] = 256,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = None,
     imports: Imports = None,
 ) -> None:
     """Take a trained model, or a part of it, elsewhere.
@@ -148,10 +152,11 @@ def export(
     --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
     """
     from neo_components.chat import Chat
+    from neo_components.weights import TensorFiles
 
     _register(imports)
     folder = _model_folder(model)
-    chat = Chat.from_pretrained(folder)
+    chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
     if to is Export.pre_buffer:
         from neo_components.assets import export_pre_buffer
         from neo_components.components.pre_buffer import AssetInfo

@@ -14,7 +14,7 @@ from neo_components.progress import SECONDS_BETWEEN_LINES
 
 log = logging.getLogger(__name__)
 
-SMALL = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 """Patterns of what describes a model: config, tokenizer, chat template, card. No pickles, no code."""
 
 SINGLE = "model.safetensors"

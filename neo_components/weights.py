@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ BLOCK = 2**26
 """Bytes of a large tensor that are read from its file at a time."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that a model can be loaded in, by the names that recipes use."""
+KINDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types of safetensors that weights are kept in."""
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -104,6 +108,15 @@ class TensorFiles:
         """The shape of the tensor of that name; its values are not read."""
         with _open(self.files[name]) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
+
+    def dtype(self) -> str:
+        """The type that most of the tensors have, of those that weights are kept in; their values are not read."""
+        found: Counter[str] = Counter()
+        for path in sorted(set(self.files.values())):
+            with _open(path) as tensors:
+                found.update(KINDS.get(tensors.get_slice(name).get_dtype(), "") for name in tensors.keys())  # noqa: SIM118
+        del found[""]
+        return max(found, key=found.__getitem__, default="float32")
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU. It is a view of the file, whose pages count as memory while it lives."""

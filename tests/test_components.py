@@ -353,6 +353,21 @@ def test_primitive_alone_equals_itself_in_a_stack() -> None:
     assert torch.equal(stack(x, *where), stack(x, *where, prepare_attention(*where[1:])))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": 3, "window_layers": [0, 2]}, "window_layers names block 2, but a depth of 2 has 0 to 1"),
+        ({"unturned_layers": [-1]}, "unturned_layers names block -1"),
+        ({"window_base_t": 1e4}, "window_base_t says nothing without window, which is not given"),
+        ({"expert_layers": [1]}, "expert_layers says nothing without num_experts"),
+    ],
+)
+def test_blocks_that_are_not_there(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        PostLLM(VOCAB, 2, **SIZES, **wrong)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", NORMS)
 def test_norm_equals_that_of_torch(dtype: torch.dtype, form: str) -> None:

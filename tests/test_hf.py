@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from builders import randomize, tiny_model
+from commands import good
 from llm_builders import native_model, text_llm, word_tokenizer
 from llm_references import CASES, reference
 from PIL import Image
@@ -225,3 +226,19 @@ def test_code_that_cannot_be_taken_along_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="3 channels, this model reads 1"):
         write_hf(tiny_model(patch={"channels": 1}), None, tmp_path / "out", 64, 64)
+
+
+def test_weights_keep_the_type_that_they_are_stored_in(world: Path, tmp_path: Path) -> None:
+    chat = Chat.from_pretrained(world / "neo")
+    chat.model.bfloat16()
+    chat.save_pretrained(tmp_path / "half")
+    good("export", tmp_path / "half", "--to", "hf", "-o", tmp_path / "out", "--max-new-tokens", "7", "--license", "mit")
+    files = load_file(tmp_path / "out" / "model.safetensors")
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {name.removeprefix("model.") for name in files} == set(stored)
+    assert all(torch.equal(tensor, stored[name.removeprefix("model.")]) for name, tensor in files.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    good("export", tmp_path / "half", "--to", "hf", "-o", tmp_path / "whole", "--dtype", "float32")
+    assert {t.dtype for t in load_file(tmp_path / "whole" / "model.safetensors").values()} == {torch.float32}

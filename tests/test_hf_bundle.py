@@ -196,6 +196,7 @@ def test_the_library_itself() -> None:
 def test_relative_imports_name_what_is_there() -> None:
     defined = {
         name: {n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        | {alias.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) for alias in n.names}
         | {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         for name, text in FILES.items()
     }

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_model
+from chat_templates import STYLES, tokenizer_of
 from llm_builders import word_tokenizer
 from PIL import Image
 
 from neo_components.checkpoint import own_config
-from neo_components.data import encode_prompt
+from neo_components.data import encode_prompt, load_tokenizer
 from neo_components.hf.configuration_neo import NEOConfig
 from neo_components.hf.modeling_neo import NEOForConditionalGeneration
 from neo_components.hf.processing_neo import NEOImageProcessor, NEOProcessor
@@ -57,6 +58,7 @@ def test_it_runs(model: Any) -> None:
         ({"image_grid_hw": GRID * 2, "patches": 32}, "but its 1 images give 8 visual tokens"),
         ({"patches": 7}, "image_grid_hw speaks of 8 patches, pixel_values holds 7"),
         ({"ids": torch.tensor([[57, 1, 57]])}, "each image needs one unbroken run"),
+        ({"ids": torch.tensor([[1, 60, 58, 57, 57, 59]])}, "token id 60 is out of range; the vocabulary has 60 tokens"),
         ({"attention_mask": torch.ones(1, 9)}, r"attention_mask must be \[1, 7\].*got \[1, 9\]"),
         ({"attention_mask": torch.ones(1, 1, 7, 7)}, r"got \[1, 1, 7, 7\]"),
         ({"output_attentions": True}, "NEO.attention_maps"),
@@ -161,36 +163,38 @@ def test_ids_of_the_model(processor: Any) -> None:
         other(text="w5 <image>", images=picture())
 
 
-THINKING = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
+@pytest.mark.parametrize("name", STYLES)
+def test_prompts_of_every_template_are_those_of_the_library(name: str, tmp_path: Path) -> None:
+    """With and without a picture, in the first turn and later; also where the library writes more before an answer."""
+    tokenizer_of(STYLES[name]).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    processor = NEOProcessor(
+        NEOImageProcessor(4, 2, 64, 256), tokenizer, chat_template=chat_template(tokenizer, pictures=True)
+    )
+    tokenizer.chat_template, own = chat_template(tokenizer, pictures=False), tokenizer.chat_template
+    talks = [[("What is it?", 0)], [("What is it?", 1)], [("Why is that?", 0), ("A word.", 0), ("<image> or what?", 1)]]
+    for talk in talks:
+        turns, messages, count = [], [], sum(images for _, images in talk)
+        for number, (text, images) in enumerate(talk):
+            tagged = f"<image>\n{text}" if images and "<image>" not in text else text
+            turns.append({"from": ("human", "gpt")[number % 2], "value": tagged})
+            content = [{"type": "image", "image": picture()}] * images + [{"type": "text", "text": text}]
+            plain = "<image>" in text
+            messages.append({"role": ("user", "assistant")[number % 2], "content": text if plain else content})
+        written = processor.apply_chat_template(messages, add_generation_prompt=True)
+        found = processor(text=written, images=[picture()] * count or None)["input_ids"][0]
+        tokenizer.chat_template = own
+        assert found == encode_prompt(turns, tokenizer, [2] * count).tolist(), written
 
 
-def test_the_template_of_a_prompt_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library writes more before an answer than the template does, the written template does so too."""
+def test_a_template_that_leads_to_other_tokens_is_refused(tmp_path: Path) -> None:
+    """Its prompts go on where the library lets the model begin."""
     tokenizer = word_tokenizer()
     assert chat_template(tokenizer, pictures=True) == PICTURES + CHATML
-    asked = [{"role": "user", "content": "w3 w4"}]
-    for written in (THINKING, CHATML):
-        tokenizer.chat_template = written
-        wanted = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + "w7 w8"
-        monkeypatch.setattr(
-            "neo_components.hf.text.encode_prompt",
-            lambda turns, t: torch.tensor(
-                t(
-                    t.apply_chat_template(
-                        [{"role": "user", "content": turns[0]["value"]}], tokenize=False, add_generation_prompt=True
-                    )
-                    + "w7 w8"
-                ).input_ids
-            ),
-        )
-        tokenizer.chat_template = chat_template(tokenizer, pictures=False)
-        assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == wanted
-        assert "w7" not in tokenizer.apply_chat_template(asked, tokenize=False)
-    monkeypatch.setattr("neo_components.hf.text.encode_prompt", lambda turns, t: torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="but the model is asked in other tokens, 'w1 w2 w3'"):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w7 w8{% endif %}"
+    )
+    with pytest.raises(ValueError, match="but the model is asked in other tokens, 'w0 "):
         chat_template(tokenizer, pictures=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import randomize, tiny_model
+from builders import randomize, tiny_model, weights_of
 from commands import good, neo
 from llm_builders import word_tokenizer
 from llm_references import CASES, LENGTH, reference
@@ -220,6 +220,10 @@ def test_command(world: Path, tmp_path: Path) -> None:
     chat = Chat.from_pretrained(world / "neo")
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, chat.model.post_llm.text_logits(ids), atol=1e-5)
+    good("export", world / "neo", "--to", "hf-llm", "-o", tmp_path / "half", "--dtype", "bfloat16")
+    half = weights_of(tmp_path / "half")
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     tiny_model().save_pretrained(tmp_path / "own")
     chat.tokenizer.save_pretrained(tmp_path / "own")
     refused = neo("export", tmp_path / "own", "--to", "hf-llm", "-o", tmp_path / "none")

@@ -17,19 +17,29 @@ import pytest
 from builders import llm_folder, tiny_model
 from hub_stub import Hub, serving
 from shard_builders import TOKENIZER
-from test_llms import qwen3
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 402
 """In the test tokenizer."""
 
 
+def sharded_llm(folder: Path) -> None:
+    """A tiny language model as transformers saves it, in several files."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=90, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+
+
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded language model with much that is not needed, a whole model, an asset, and one with pickles only."""
     root = tmp_path_factory.mktemp("repositories")
-    qwen3(root / "some" / "llm", 1, max_shard_size="20KB")
     llm = root / "some" / "llm"
+    sharded_llm(llm)
     for path in Path(TOKENIZER).iterdir():
         shutil.copy(path, llm)
     (llm / "onnx").mkdir()

@@ -18,6 +18,7 @@ from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.components.backends import SpanAttention
 from neo_components.llms import FAMILIES
 from neo_components.llms.layout import to_stored
+from neo_components.types import NO_IMAGE
 from neo_components.weights import TensorFiles
 
 ALL = [pytest.param(family, case, id=f"{family}-{case}") for family, cases in CASES.items() for case in cases]
@@ -135,7 +136,13 @@ def test_images_start_without_effect_on_text(
         return attend(self, q, k, v, scale)
 
     monkeypatch.setattr(SpanAttention, "__call__", spy)
-    logits = model(pack([pictured(model, before, after)], model.input_spec)).logits[0]
+    batch = pack([pictured(model, before, after)], model.input_spec)
+    out = model(batch, output_hidden_states=True)
+    logits = out.logits[0]
+    assert out.hidden_states is not None
+    visual = out.hidden_states["embed"][batch.image_ids != NO_IMAGE]
+    # No factor of the word embeddings is one of visual tokens.
+    assert torch.equal(visual, model.patch_embedding(batch.patches, batch.patch_positions))
     assert torch.allclose(logits[:6], theirs(before[None]).logits[0], atol=1e-4, rtol=0)
     assert len(seen) == ours.hparams.depth
     for q, k in seen:

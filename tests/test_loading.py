@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from builders import SIZES, llm_folder, random_batch, random_sample, same_tensors, tiny_model, weights_of
+from commands import good
+from llm_builders import text_llm
 from safetensors.torch import save_file
 from torch import nn
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, build, load_recipe
+from neo_components.chat import Chat
 from neo_components.components.rotary import Rotary
 from neo_components.weights import TensorFiles, as_dtype, load_strict, settle, unfilled
 
@@ -179,6 +183,52 @@ def test_nothing_is_read_when_something_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"missing: count\n  misshapen: kernel is \(5, 2, 9\), needs to fill kernel"):
         load_strict(module, TensorFiles(tmp_path))
     assert not any(tensor.any() for tensor in module.state_dict().values())
+
+
+def test_a_real_model_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script for real weights, on a small model; a language model that is another one is told."""
+    script = benchmark("real_llm")
+    folder = text_llm(tmp_path / "llm", steps=30)
+    script.ROW = 64
+    assert script.compare(folder, "what color is it? red, or blue. " * 20)
+    assert "greedy tokens equal, from the first on: 64 of 64" in capsys.readouterr().out
+    right = PostLLM.text_logits
+    try:
+        PostLLM.text_logits = lambda self, ids: right(self, ids) * 1.01  # type: ignore[method-assign]
+        assert not script.compare(folder, "what color is it? red, or blue. " * 20)
+    finally:
+        PostLLM.text_logits = right  # type: ignore[method-assign]
+
+
+def test_python_of_the_page(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "quickstart").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/loading.md", "exec"), names)
+    assert (names["model"].dtype, names["llm"].dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_commands_take_a_type(world: Path) -> None:
+    ask = ("chat", str(world / "neo"), "what is it?", "--max-new-tokens", "2", "--dtype")
+    assert good(*ask, "bfloat16").endswith("\n")
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'bf16'"):
+        Chat.from_pretrained(world / "neo", dtype="bf16")
+
+
+def test_a_run_in_bfloat16_with_a_template_of_its_own(world: Path, tmp_path: Path) -> None:
+    """The recipe's two keys reach the model and the folder that the run leaves, which is asked in the same form."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}")
+    keys = ["model.dtype=bfloat16", "trainer.precision=bf16-true", f"data.chat_template={template}"]
+    good("train", world / "run.yaml", f"output={tmp_path}/run", *keys)
+    folder = tmp_path / "run" / "neo"
+    assert {tensor.dtype for tensor in weights_of(folder).values()} == {torch.bfloat16}
+    chat = Chat.from_pretrained(folder, dtype="bfloat16")
+    prompt = chat.tokenizer.decode(chat.prompt("why?").token_ids.tolist())
+    assert prompt == f"user: why?{chat.tokenizer.eos_token}assistant:"
+    assert isinstance(chat.ask("why?", max_new_tokens=3), str)
 
 
 def benchmark(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -264,6 +265,21 @@ def test_replicating_ropes_agree_on_text(m_rope: str) -> None:
     with torch.no_grad():
         one, other = (model.post_llm.text_logits(texts) for model in models)
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rope", ["native", "1d"])
+def test_scaling_and_rest_concern_the_t_channels(rope: str) -> None:
+    """Of 8 T pairs 6 turn, stretched and louder; 2 rest; those of H and W stay as they are."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5}
+    where = torch.tensor([[[7, 3, 5]]])
+    one = [part.flatten() for part in Rotary(rope, 16, 1e4, 1e4, 1e3)(where)]
+    cosines, sines = (part.flatten() for part in Rotary(rope, 16, 1e4, 1e4, 1e3, yarn, 12)(where))
+    assert torch.allclose(cosines[:6].square() + sines[:6].square(), torch.full((6,), 1.5**2))
+    assert cosines[6:8].tolist() == [1, 1] and sines[6:8].tolist() == [0, 0]
+    assert torch.allclose(cosines[8:].square() + sines[8:].square(), torch.ones(8))
+    if rope == "native":
+        assert torch.equal(cosines[8:], one[0][8:]) and torch.equal(sines[8:], one[1][8:])
+    assert cosines[0] == pytest.approx(1.5 * math.cos(7)) and sines[5] < 1.5 * math.sin(7 * 1e4 ** (-10 / 12))
 
 
 def test_unknown_rope_is_named() -> None:

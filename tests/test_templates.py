@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -288,3 +289,15 @@ def test_a_released_model_is_asked_in_chatml(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         assert template_of(load_tokenizer(str(tmp_path))).plain
     assert not caplog.records
+
+
+def test_python_of_the_page(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "quickstart").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "conversations.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/conversations.md", "exec"), {})
+    assert capsys.readouterr().out == "red<|im_end|>\n\n"

@@ -122,6 +122,22 @@ class PostLLM(PrimitiveStack):
             self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
             nn.init.normal_(self.lm_head.weight, 0.0, init_std)
 
+    def build(self) -> None:
+        """Makes the blocks.
+
+        Raises:
+            ValueError: if a list names blocks that are not there, or an argument refines one that is not given.
+        """
+        h = self.hparams
+        for name in ("window_layers", "unturned_layers", "expert_layers"):
+            if wrong := [number for number in h[name] or () if not 0 <= number < h.depth]:
+                raise ValueError(f"{name} names block {wrong[0]}, but a depth of {h.depth} has 0 to {h.depth - 1}")
+        refined = {"window": ("window_layers", "window_base_t"), "num_experts": ("expert_layers", "expert_size")}
+        for name, finer in refined.items():
+            if lost := [finer_name for finer_name in finer if h[finer_name] is not None and h[name] is None]:
+                raise ValueError(f"{lost[0]} says nothing without {name}, which is not given")
+        super().build()
+
     def block_changes(self, number: int) -> dict[str, Any]:
         """What block ``number`` has other than the arguments for all blocks say."""
         h = self.hparams

@@ -117,7 +117,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         rows = self._rows(input_ids, attention_mask, image_grid_hw, past_key_values)
         length = input_ids.shape[1]
-        backend = BACKENDS.get(self.config._attn_implementation or "sdpa", "sdpa")
+        backend = BACKENDS[self.config._attn_implementation or "sdpa"]
         attend = cached_attention(rows, length, self.model.layer_rules, past_key_values, backend)
         states: dict[str, Tensor] | None = {} if output_hidden_states else None
         hidden = self.model.hidden(self._batch(input_ids, rows, pixel_values, image_grid_hw), attend, states)

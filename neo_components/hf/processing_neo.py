@@ -13,8 +13,9 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from neo_components.data.conversation import IMAGE_TAG, IMAGE_TOKENS
+from neo_components.data.conversation import IMAGE_TAG
 from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
+from neo_components.data.token_ids import IMAGE_TOKENS
 from neo_components.packing import cut_patches
 
 

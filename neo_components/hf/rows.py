@@ -62,7 +62,7 @@ class Rows:
             sizes: (rows, columns) of visual tokens of the new images, row by row.
 
         Raises:
-            ValueError: if mask or images do not fit the tokens.
+            ValueError: if mask or images do not fit the tokens, or an id is out of range.
         """
         count, length = token_ids.shape
         known = self.image_ids.shape[1]
@@ -97,6 +97,7 @@ class Rows:
     ) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         """Image ids of the new tokens, and all grids with those of the new images."""
         ids, real = token_ids.cpu(), document_ids.cpu() != PADDING
+        self._check_ids(ids[real])
         image_ids, grids, left = torch.full_like(ids, NO_IMAGE), [], list(sizes)
         for row, before in enumerate(self.grids):
             wanted = int((ids[row][real[row]] == self.spec.image_token_id).sum())
@@ -110,6 +111,14 @@ class Rows:
             image_ids[row, real[row]] = torch.where(numbers == NO_IMAGE, NO_IMAGE, numbers + len(before))
             grids.append([*before, *own])
         return image_ids.to(token_ids.device), grids
+
+    def _check_ids(self, ids: Tensor) -> None:
+        known = (ids >= 0) & (ids < self.spec.vocab_size) | torch.isin(ids, torch.tensor(self.spec.image_ids))
+        if not known.all():
+            raise ValueError(
+                f"token id {int(ids[~known][0])} is out of range; the vocabulary has {self.spec.vocab_size} tokens and "
+                f"the image tokens are {self.spec.image_ids}"
+            )
 
     def positions(self, count: int) -> Tensor:
         """[B, count, 3]: T, H and W of the last ``count`` tokens; 0 for padding."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from neo_components.data.conversation import IMAGE_TAG, encode_prompt
+from neo_components.data.templates import CHATML, TODAY
 from neo_components.evaluation import stop_token_ids
 from neo_components.weights import write_text
 
@@ -37,19 +39,6 @@ PICTURES = (
 """Turns lists of content into text: pictures before all text are a line each, as ``Chat`` puts them, others stand where
 they are. The template of the language model follows."""
 
-CHATML = """\
-{%- for message in messages -%}
-  {%- if message.content or message.role != 'system' -%}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-"""As ``data.encode_prompt`` writes it."""
-
-
 QUESTION = "What is it?"
 
 
@@ -65,6 +54,8 @@ def chat_template(tokenizer: Any, pictures: bool) -> str:
     """
     wanted = encode_prompt([{"from": "human", "value": QUESTION}], tokenizer).tolist()
     for base in filter(None, (tokenizer.chat_template, CHATML)):
+        # The day that the library writes where a template asks for today's.
+        base = re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda found: repr(TODAY.strftime(found[2])), base)
         template = (PICTURES if pictures else "") + base
         text = _prompt(tokenizer, template)
         begun = tokenizer(text, add_special_tokens=False).input_ids

@@ -105,8 +105,9 @@ def write_easy_vqa(
 
     ``train_all``: every training question; a sample is one picture and some questions about it, so a picture is in
     several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
-    captions. ``train_text``: every training question once, without pictures. ``validation``: pictures held out of the training split, one question a sample. ``test``: the
-    whole test split, one question a sample. Training samples are in random order, the others ordered by picture.
+    captions. ``train_text``: every training question once, without pictures. ``validation``: pictures held out of the
+    training split, one question a sample. ``test``: the whole test split, one question a sample. Training samples are
+    in random order, the others ordered by picture.
 
     Each sample's ``kind`` lists the kind of each of its questions.
 

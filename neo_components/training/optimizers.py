@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neo_components.model import NEO
 from neo_components.training.stage import StageConfig
@@ -32,7 +32,7 @@ def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
     return Joined(torch.optim.Muon(matrices, lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
 
 
-def hidden_matrices(model: NEO) -> list[nn.Parameter]:
+def hidden_matrices(model: NEO) -> list[Tensor]:
     """Weights of all linear layers but the head."""
     linear = (part for part in model.modules() if isinstance(part, nn.Linear) and part is not model.post_llm.lm_head)
     return [part.weight for part in linear]
@@ -57,7 +57,7 @@ class Joined(torch.optim.Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each part."""
         loss = None
         if closure is not None:

@@ -100,7 +100,7 @@ def run_side(side: str, stage: int, length: int, options: argparse.Namespace, pi
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((float(loss), clock() - began, peak()[0] - before))
+        pipe.send((loss.item(), clock() - began, peak()[0] - before))
 
 
 def compare(stage: int, length: int, sides: list[str], options: argparse.Namespace) -> dict[str, tuple[float, float]]:

@@ -34,7 +34,7 @@ from neo_components.weights import TensorFiles, as_dtype, load_strict, read_conf
 
 TEXT = ("shared", "bypass")
 """Where text goes: through the pre-Buffer like the images (NEO), or around it."""
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at the same time on the training path."""
 
 

@@ -45,6 +45,8 @@ class NEOTraining(lightning.LightningModule):
         self.model = model
         self.stage = stage
         self.trainable = train_only(model, stage.train)
+        for stack in (model.pre_buffer, model.post_llm):
+            stack.recomputed = round(stage.recompute * len(stack.layers))
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters

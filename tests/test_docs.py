@@ -316,7 +316,8 @@ def _owned(key: str) -> bool:
 
 def test_files_exist() -> None:
     """Paths in code; words in capitals stand for a user's own."""
-    places = [ROOT, ROOT / "neo_components", ROOT / "neo_components" / "components", ROOT / "neo_components" / "llms"]
+    package = ROOT / "neo_components"
+    places = [ROOT, package, *(package / name for name in ("components", "llms", "hf"))]
     found = 0
     for page in PAGES:
         for code in inline(page):

@@ -268,7 +268,8 @@ def _owned(key: str) -> bool:
 
 def test_files_exist() -> None:
     """Paths in code; words in capitals stand for a user's own."""
-    places = [ROOT, ROOT / "neo_components", ROOT / "neo_components" / "components", ROOT / "neo_components" / "llms"]
+    parts = [ROOT / "neo_components" / name for name in ("", "components", "llms", "hf")]
+    places = [ROOT, *parts]
     found = 0
     for page in PAGES:
         for code in inline(page):

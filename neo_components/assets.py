@@ -1,12 +1,14 @@
 """The pre-Buffer asset: take it out of a trained model, attach it to another language model.
 
 Between two language models stand two bridges, one for word embeddings coming in and one for the output going on. Both
-are fitted by least squares on the tokens that the two vocabularies share.
+are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is only the
+second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.hub import resolve
-from neo_components.model import NEO
+from neo_components.model import NEO, TEXT
+from neo_components.packing import pack
+from neo_components.types import InputSpec, Sample
 
-BRIDGES = ("auto", "identity", "least_squares", "random")
+BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
 MIN_SHARED = 16
 """Fewest shared tokens that a bridge is fitted from."""
 
@@ -51,10 +55,12 @@ def export_pre_buffer(
         )
     strings = token_strings(tokenizer)
     rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
-    vectors = model.post_llm.embed(model.post_llm.word_ids([row for _, row in rows])).detach()
-    if model.bridge_in is not None:
-        vectors = model.bridge_in(vectors).detach()
-    model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
+    if model.text == "shared" or model.bridge_out is None:
+        vectors = model.post_llm.embed(model.post_llm.word_ids([row for _, row in rows])).detach()
+        if model.bridge_in is not None:
+            vectors = model.bridge_in(vectors).detach()
+        model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
+    # Else no word of this language model has a vector on the pre-Buffer's side: the asset's own anchors stay.
     model.pre_buffer.info = info or AssetInfo()
     return model.pre_buffer.save_pretrained(folder)
 
@@ -65,26 +71,30 @@ def attach(
     bridge: str = "auto",
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | str = "float32",
+    text: str = "shared",
 ) -> NEO:
     """Joins a pre-Buffer to a language model.
 
     Args:
         pre_buffer: an asset, or its folder or hub id. The module becomes part of the returned model.
         llm: folder or hub id of a language model, or a ``PostLLM``.
-        bridge: ``identity`` (no bridges, equal widths), ``least_squares`` (fitted on shared tokens), ``random``, or
-            ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained with, else
-            least squares.
+        bridge: ``identity`` (no bridges, equal widths), ``least_squares`` or ``orthogonal`` (fitted on shared tokens),
+            ``random``, or ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained
+            with, else least squares.
         tokenizer: folder or hub id of the language model's tokenizer; by default where the model came from.
         dtype: of the weights that are read from a folder or hub id; a module stays as it is.
+        text: ``shared``: words pass the pre-Buffer too, as in the paper; ``bypass``: they reach the language model
+            untouched, and only images pass it.
 
     Returns:
-        A model ready for tuning.
+        A model ready for tuning. What each fitted bridge leaves unexplained is logged, and kept as its ``unexplained``.
 
     Raises:
         ValueError: if the two cannot be joined that way; the message says why and what to do.
     """
-    if bridge not in BRIDGES:
-        raise ValueError(f"bridge must be one of {', '.join(BRIDGES)}, got {bridge!r}")
+    for name, given, allowed in (("bridge", bridge, BRIDGES), ("text", text, TEXT)):
+        if given not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
     pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer, dtype=dtype)
     if pre.patch_embedding is None:
         raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
@@ -95,17 +105,27 @@ def attach(
         )
     same_width = h.hidden_size == llm.hparams.hidden_size
     if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
-        return NEO(pre.patch_embedding, pre, llm)
-    bridge_in = Bridge(llm.hparams.hidden_size, h.hidden_size)
+        return NEO(pre.patch_embedding, pre, llm, text=text)
+    bridge_in = Bridge(llm.hparams.hidden_size, h.hidden_size) if text == "shared" else None
     bridge_out = Bridge(h.hidden_size, llm.hparams.hidden_size)
     if bridge != "random":
         ours, theirs = shared_embeddings(pre, llm, tokenizer)
-        unexplained = bridge_in.fit(theirs, ours), bridge_out.fit(ours, theirs)
-        log.info(
-            "bridges fitted on %d shared tokens; variance left unexplained: in %.3f, out %.3f", len(ours), *unexplained
-        )
+        _fit(bridge_in, bridge_out, ours, theirs, bridge == "orthogonal")
     # Fitted in full precision, then of the type of what they join.
-    return NEO(pre.patch_embedding, pre, llm, bridge_in.to(llm.head_weight.dtype), bridge_out.to(llm.head_weight.dtype))
+    for part in (bridge_in, bridge_out):
+        if part is not None:
+            part.to(llm.head_weight.dtype)
+    return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
+
+
+def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Tensor, orthogonal: bool) -> None:
+    """Fits the bridges and tells how well it went."""
+    told = []
+    for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
+        if bridge is not None:
+            left = bridge.fit_orthogonal(source, target) if orthogonal else bridge.fit(source, target)
+            told.append(f"{name} {left:.3f}")
+    log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(told))
 
 
 def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:
@@ -165,3 +185,36 @@ def token_strings(source: str | Path) -> dict[str, int]:
     for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)
     return strings
+
+
+@torch.no_grad()
+def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
+    """A pre-Buffer as a vision tower: what it makes of pictures, each alone between its boundary vectors.
+
+    Args:
+        pre_buffer: with its patch embedding, as an asset has it.
+        images: [C, H, W] each, normalised (``data.load_image``), sides multiples of patch_size * fold.
+        pooled: give the mean over all visual tokens.
+
+    Returns:
+        For each picture [h, w, D], one vector for each visual token; [D] if pooled.
+
+    Raises:
+        ValueError: if there is no patch embedding, or a picture's shape does not fit.
+    """
+    embedding = pre_buffer.patch_embedding
+    if embedding is None:
+        raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
+    h = embedding.hparams
+    rule = pre_buffer.rotary.index_rule
+    spec = InputSpec(0, 1, 2, vocab_size=3, patch_size=h.patch_size, fold=h.fold, channels=h.channels, index_rule=rule)
+    found = []
+    for image in images:
+        rows, columns = image.shape[-2] // spec.factor, image.shape[-1] // spec.factor
+        sample = Sample(torch.tensor([1, *[0] * (rows * columns), 2]), None, [image.cpu()])
+        batch = pack([sample], spec).to(pre_buffer.boundary.device)
+        tokens = embedding(batch.patches, batch.patch_positions)
+        x = torch.cat([pre_buffer.boundary[:1], tokens, pre_buffer.boundary[1:]])[None]
+        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids)[0, 1:-1]
+        found.append(x.mean(0) if pooled else x.unflatten(0, (rows, columns)))
+    return found

@@ -64,6 +64,7 @@ def own_config(model: Any) -> dict[str, Any]:
         "pre_buffer": dict(model.pre_buffer.hparams) | {"backend": "auto"},
         "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
         **{name: dict(bridge.hparams) if bridge is not None else None for name, bridge in bridges.items()},
+        "text": model.text,
         "language_model": model.post_llm.hf_config,
     }
 
@@ -83,6 +84,7 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
         }
         for name in ("bridge_in", "bridge_out"):
             parts[name] = Bridge(**config[name]) if config.get(name) else None
+        parts["text"] = config.get("text", "shared")
         parts["post_llm"].hf_config = config.get("language_model")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json does not describe a NEO model: {error}") from error
@@ -284,6 +286,7 @@ def _check_expressible(model: Any) -> None:
     faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
     faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
+    faults += ["text 'bypass' (only 'shared')"] if model.text == "bypass" else []
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
     if post.base_h != post.base_w:

@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 
+from neo_components.cli_data import data_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Compose, train, evaluate and reuse native vision-language models.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make training data.")
 recipes_app = typer.Typer(help="List, copy and check recipes.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
@@ -46,6 +47,7 @@ class Export(StrEnum):
     pre_buffer = "pre-buffer"
     hf = "hf"
     hf_llm = "hf-llm"
+    program = "program"
 
 
 @app.command()
@@ -150,6 +152,8 @@ def export(
     --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
 
     --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+
+    --to program: what lies before its language model, as programs that torch loads alone.
     """
     from neo_components.chat import Chat
     from neo_components.weights import TensorFiles
@@ -163,6 +167,8 @@ def export(
         from neo_components.weights import read_json
 
         provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
+        for stage in provenance.get("stages", []):
+            stage["data"] = [Path(name).name for name in stage.get("data", [])]  # not where it lay
         info = AssetInfo(chat.image_config(), provenance, license)
         typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
     elif to is Export.hf:
@@ -170,6 +176,10 @@ def export(
 
         limits = chat.min_pixels, chat.max_pixels
         typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
+    elif to is Export.program:
+        from neo_components.program import write_programs
+
+        typer.echo(write_programs(chat.model, output, chat.image_config()))
     else:
         from neo_components.hf.language_model import what_is_lost, write_language_model
 
@@ -192,7 +202,8 @@ def attach(
     pre_buffer: Annotated[str, typer.Argument(help="Asset folder or hub id.")],
     llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
     output: Out,
-    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares or random.")] = "auto",
+    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares, orthogonal or random.")] = "auto",
+    text: Annotated[str, typer.Option(help="Words: shared, through the pre-Buffer, or bypass, around it.")] = "shared",
     imports: Imports = None,
 ) -> None:
     """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
@@ -204,7 +215,7 @@ def attach(
     _register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
     limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
-    chat = Chat(join(part, llm, bridge), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
+    chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
     typer.echo(chat.save_pretrained(output))
 
 
@@ -246,20 +257,6 @@ def inspect(
     for name, group in model.groups().items():
         typer.echo(f"{name:24s} {sum(p.numel() for p in group):>14,d}")
     typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {sum(p.numel() for p in model.parameters()):,d}")
-
-
-@data_app.command()
-def llava(
-    conversations: Annotated[Path, typer.Argument(help="LLaVA-style JSON or JSONL file.")],
-    output: Out,
-    images: Annotated[Path | None, typer.Option(help="Folder that the image names are relative to.")] = None,
-) -> None:
-    """Turn LLaVA-style conversations into shards."""
-    from neo_components.data import llava_to_shards
-
-    counts = llava_to_shards(conversations, images, output)
-    skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(counts.skipped.items()))
-    typer.echo(f"read {counts.read}, written {counts.kept}{skipped}: {output}")
 
 
 @recipes_app.callback()

@@ -32,7 +32,9 @@ from neo_components.packing import pack
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
 from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle, unfilled
 
-LOSS_CHUNK = 1024
+TEXT = ("shared", "bypass")
+"""Where text goes: through the pre-Buffer like the images (NEO), or around it."""
+LOSS_CHUNK = 256
 """Labelled tokens whose logits exist at the same time on the training path."""
 
 
@@ -45,10 +47,12 @@ class NEO(Component):
         post_llm: the widened language model.
         bridge_in: maps the language model's word embeddings to the pre-Buffer's width; ``None`` if they are the same.
         bridge_out: maps the pre-Buffer's output to the language model's width.
+        text: ``shared``, words and images pass the pre-Buffer together (NEO paper), or ``bypass``: each image passes it
+            alone with its two boundary tokens, and words reach the language model untouched.
 
     Raises:
-        ValueError: if the widths do not meet, the parts' types differ, or pre-Buffer and post-LLM count positions by
-            different rules.
+        ValueError: if the widths do not meet, the parts' types differ, pre-Buffer and post-LLM count positions by
+            different rules, or ``text`` is unknown.
     """
 
     def __init__(
@@ -58,8 +62,12 @@ class NEO(Component):
         post_llm: PostLLM,
         bridge_in: Bridge | None = None,
         bridge_out: Bridge | None = None,
+        text: str = "shared",
     ) -> None:
         super().__init__()
+        if text not in TEXT:
+            raise ValueError(f"text must be one of {', '.join(TEXT)}, got {text!r}")
+        self.text = text
         pre_buffer.adopt(patch_embedding)
         self.pre_buffer = pre_buffer
         self.post_llm = post_llm
@@ -70,6 +78,10 @@ class NEO(Component):
     def _check(self) -> None:
         inner, outer = self.pre_buffer.hparams.hidden_size, self.post_llm.hparams.hidden_size
         seams = [("bridge_in", self.bridge_in, outer, inner), ("bridge_out", self.bridge_out, inner, outer)]
+        if self.text == "bypass":
+            if self.bridge_in is not None:
+                raise ValueError("text='bypass' leads no word into the pre-Buffer, so bridge_in must be None")
+            seams = seams[1:]
         for name, bridge, come, go in seams:
             widths = (bridge.hparams.in_width, bridge.hparams.out_width) if bridge is not None else (come, come)
             if widths != (come, go):
@@ -140,20 +152,53 @@ class NEO(Component):
 
     def embed(self, batch: Batch) -> Tensor:
         """[B, L, D of the pre-Buffer]: word embeddings, boundary vectors and visual tokens at their places."""
-        pre, llm = self.pre_buffer, self.post_llm.hparams
         x = self.post_llm.embed(batch.token_ids)
         if self.bridge_in is not None:
             x = self.bridge_in(x)
-        for vector, token_id in zip(pre.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
-            x = torch.where((batch.token_ids == token_id)[..., None], vector.to(x.dtype), x)
-        visual = (batch.image_ids != NO_IMAGE).flatten().nonzero()[:, 0]
+        return self._place_images(x, batch.token_ids, batch.image_ids, batch)
+
+    def _place_images(self, x: Tensor, token_ids: Tensor, image_ids: Tensor, batch: Batch) -> Tensor:
+        """x [B, L, D of the pre-Buffer] with boundary vectors and visual tokens where the ids say so."""
+        llm = self.post_llm.hparams
+        for vector, token_id in zip(self.pre_buffer.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
+            x = torch.where((token_ids == token_id)[..., None], vector.to(x.dtype), x)
+        visual = (image_ids != NO_IMAGE).flatten().nonzero()[:, 0]
         if len(visual):
             tokens = self.patch_embedding(batch.patches, batch.patch_positions).to(x.dtype)
             return x.flatten(0, 1).index_copy(0, visual, tokens).view_as(x)
-        if self.training:
-            # Without an image the layer's gradients are zero instead of absent: every rank must have them all.
-            x = x + torch.stack([p.sum() for p in self.patch_embedding.parameters()]).sum().to(x.dtype) * 0.0
-        return x
+        return _untouched(x, self.patch_embedding) if self.training else x
+
+    def _images_alone(self, batch: Batch, hidden_states: dict[str, Tensor] | None) -> Tensor:
+        """[B, L, D of the post-LLM]: words as the language model embeds them, and images as the pre-Buffer sees each
+        one alone, between its boundary vectors."""
+        words = self.post_llm.embed(batch.token_ids)
+        own = self._own_images(batch)
+        places = (own >= 0).flatten().nonzero()[:, 0]
+        if not len(places):
+            parts = [part for part in (self.pre_buffer, self.bridge_out) if part is not None]
+            return _untouched(words, *parts) if self.training else words
+        ids, image_ids, own, positions = (
+            column.flatten(0, 1)[places][None] for column in (batch.token_ids, batch.image_ids, own, batch.positions)
+        )
+        image_ids = torch.where(image_ids == NO_IMAGE, image_ids, own)
+        x = words.new_zeros(*ids.shape, self.pre_buffer.hparams.hidden_size)
+        x = self._place_images(x, ids, image_ids, batch)
+        x = self.pre_buffer.run(x, positions, own, image_ids, hidden_states=hidden_states)
+        x = x if self.bridge_out is None else self.bridge_out(x)
+        return words.flatten(0, 1).index_copy(0, places, x[0].to(words.dtype)).view_as(words)
+
+    def _own_images(self, batch: Batch) -> Tensor:
+        """[B, L]: a number for the image that a visual or boundary token belongs to, other in every row; ``-1`` for
+        words. A boundary token without an image has a number of its own."""
+        llm, length = self.post_llm.hparams, batch.token_ids.shape[1]
+        none = batch.image_ids.new_full((len(batch.image_ids), 1), NO_IMAGE)
+        starts, ends = batch.token_ids == llm.image_start_id, batch.token_ids == llm.image_end_id
+        own = torch.where(starts, torch.cat([batch.image_ids[:, 1:], none], dim=1), batch.image_ids)
+        own = torch.where(ends, torch.cat([none, batch.image_ids[:, :-1]], dim=1), own)
+        place = torch.arange(length, device=own.device).expand_as(own)
+        own = torch.where((starts | ends) & (own == NO_IMAGE), length + place, own)
+        row = torch.arange(len(own), device=own.device)[:, None]
+        return torch.where(own == NO_IMAGE, own, own + 2 * length * row)
 
     def hidden(
         self,
@@ -165,8 +210,10 @@ class NEO(Component):
 
         Args:
             batch: packed rows.
-            attend: attention for all blocks, prepared by the caller: one backend or one per block (a cache).
-            hidden_states: filled with ``embed``, ``layer_<i>`` and ``final_norm``.
+            attend: attention for all blocks, prepared by the caller: one backend or one per block (a cache). Under
+                ``text="bypass"`` only the post-LLM's are used: the pre-Buffer sees each image alone.
+            hidden_states: filled with ``embed``, ``layer_<i>`` and ``final_norm``. Under ``text="bypass"`` the
+                pre-Buffer's layers hold [1, tokens of images, D], and ``embed`` is what enters the post-LLM.
 
         Returns:
             [B, L, D of the post-LLM].
@@ -181,12 +228,12 @@ class NEO(Component):
             ]
         first, then = (attend[:depth], attend[depth:]) if isinstance(attend, Sequence) else (attend, attend)
         where = (batch.positions, batch.document_ids, batch.image_ids)
-        x = self.embed(batch)
+        x = self._images_alone(batch, hidden_states) if self.text == "bypass" else self.embed(batch)
         if hidden_states is not None:
             hidden_states["embed"] = x
-        x = pre.run(x, *where, first, hidden_states)
-        if self.bridge_out is not None:
-            x = self.bridge_out(x)
+        if self.text == "shared":
+            x = pre.run(x, *where, first, hidden_states)
+            x = x if self.bridge_out is None else self.bridge_out(x)
         x = post(x, *where, then, hidden_states, depth)
         if hidden_states is not None:
             hidden_states["final_norm"] = x
@@ -264,10 +311,11 @@ class NEO(Component):
 
     @torch.no_grad()
     def attention_maps(self, batch: Batch) -> list[Tensor]:
-        """Attention weights of every block, pre-Buffer first: [B, N, L, L] each."""
+        """Attention weights of every block, pre-Buffer first: [B, N, L, L] each. Under ``text="bypass"`` those of the
+        post-LLM alone: no row of the batch passes the pre-Buffer as a whole."""
         attend = [EagerAttention(batch.document_ids, batch.image_ids, *rule) for rule in self.layer_rules]
         self.hidden(batch, attend)
-        return [backend.weights[0] for backend in attend]
+        return [backend.weights[0] for backend in attend if backend.weights]
 
     def save_pretrained(self, folder: str | Path, layout: str = "neo_components") -> Path:
         """Writes the model.
@@ -322,3 +370,9 @@ class NEO(Component):
             load_strict(model, TensorFiles(folder), dtype=dtype)
             settle(model, dtype)
         return model
+
+
+def _untouched(x: Tensor, *parts: nn.Module) -> Tensor:
+    """x, with gradients of zero for parts that nothing passed in this batch: every rank must have them all."""
+    weights = [p.sum() for part in parts for p in part.parameters()]
+    return x + torch.stack(weights).sum().to(x.dtype) * 0.0

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, InputSpec, Sample
 
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, in units of 255."""
+
 REDUCTIONS = {"token": 0.0, "sample": 1.0, "square": 0.5}
 """Exponent p of the weight ``1 / n**p`` of each of a document's n learnt tokens."""
 
@@ -156,6 +160,8 @@ def _grid(image: Tensor, spec: InputSpec, name: str) -> tuple[int, int]:
             f"{name}: image of shape {tuple(image.shape)}; it must be [{spec.channels}, H, W] with H and W multiples "
             f"of {factor} (load_image resizes so)"
         )
+    if image.dtype == torch.uint8 and spec.channels != len(IMAGE_MEAN):
+        raise ValueError(f"{name}: raw pixels (uint8) need 3 channels to be normalised, the model has {spec.channels}")
     return image.shape[1] // factor, image.shape[2] // factor
 
 
@@ -163,7 +169,7 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
     """Cuts images into patches in the order that ``PatchEmbedding`` wants.
 
     Args:
-        images: [C, H, W] each.
+        images: [C, H, W] each, float or raw (uint8, see ``Sample``).
         spec: sizes.
 
     Returns:
@@ -171,9 +177,24 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
         ``fold**2`` patches of each next to each other, row by row too.
     """
     sides = [(image.shape[1] // spec.patch_size, image.shape[2] // spec.patch_size) for image in images]
-    patches = [torch.zeros(0, spec.channels * spec.patch_size**2)]
-    patches += [cut_patches(image, spec.patch_size, spec.fold) for image in images]
-    return torch.cat(patches), patch_places(sides, spec.fold)
+    counts = [rows * columns for rows, columns in sides]
+    patches = torch.empty(sum(counts), spec.channels * spec.patch_size**2)
+    for image, mine in zip(images, patches.split(counts) if counts else (), strict=True):
+        # Raw pixels are cut while they are small, and normalised where they have to lie.
+        mine.copy_(cut_patches(image, spec.patch_size, spec.fold))
+        if image.dtype == torch.uint8:
+            normalise(mine.view(len(mine), spec.channels, spec.patch_size**2))
+    return patches, patch_places(sides, spec.fold)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Brings pixels of 0 to 255 to ImageNet's mean and standard deviation, in place.
+
+    Args:
+        pixels: [..., 3, n] float32.
+    """
+    mean, std = (torch.tensor(values)[:, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 def cut_patches(image: Tensor, patch_size: int, fold: int) -> Tensor:

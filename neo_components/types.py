@@ -74,6 +74,7 @@ class Sample:
         token_ids: [L] int64; each image is a run of ``image_token_id``, one per visual token.
         labels: [L] int64, unshifted, ``-100`` where nothing is learnt; ``None`` for inference.
         images: tensors [C, H, W] float, normalised, sides a multiple of ``InputSpec.factor``; in order of appearance.
+            Raw pixels, uint8 of 0 to 255, are normalised as ``load_image`` does when they are packed.
         key: name of the sample in its source, used in messages.
     """
 
@@ -129,6 +130,8 @@ class Batch:
         Raises:
             ValueError: if the row lengths differ.
         """
+        if len(rows) == 1:  # nothing to copy: patches are large
+            return rows[0]
         lengths = {row.token_ids.shape[1] for row in rows}
         if len(lengths) != 1:
             raise ValueError(f"rows of one batch must be equally long, got lengths {sorted(lengths)}; set row_length")

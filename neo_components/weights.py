@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -81,7 +81,10 @@ class TensorFiles:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map, which says in which file each tensor lies")
-            files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+            names = set(weight_map.values())
+            if strange := [name for name in names if not isinstance(name, str) or not name or Path(name).name != name]:
+                raise ValueError(f"{index} names {strange[0]!r}, which is no file of its own folder")
+            files = [folder / name for name in sorted(names)]
         else:
             self._refuse(stem)
         self.files: dict[str, Path] = {}

@@ -57,7 +57,7 @@ def test_an_asset_stands_alone(folders: dict[str, Path], tmp_path: Path) -> None
     info = AssetInfo({"min_pixels": 64, "max_pixels": 4096}, {"stages": [{"stage": "one", "steps": 3}]}, "mit")
     folder = export_pre_buffer(model, tmp_path / "asset", folders["llm"], info=info)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "anchors.safetensors", "README.md"
+        "config.json", "model.safetensors", "anchors.safetensors", "preprocessor_config.json", "README.md"
     }  # fmt: skip
     loaded = PreBuffer.from_pretrained(folder)
     assert same_tensors(loaded.state_dict(), model.pre_buffer.state_dict())
@@ -185,12 +185,33 @@ def test_a_language_model_takes_rope_and_mask_of_the_asset(folders: dict[str, Pa
     assert (post.rope, post.attention, post.base_h, post.base_w) == ("1d", "causal", 50.0, 1e4)
 
 
+def test_orthogonal_bridges_find_a_known_rotation(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Embeddings of the other language model are ours turned into more room, twice as long, and moved."""
+    ours, other = text_llm(tmp_path / "ours"), text_llm(tmp_path / "theirs", **OTHER)
+    turn = torch.linalg.qr(torch.randn(OTHER_WIDTH, WIDTH))[0]
+    relate_embeddings(ours, other, 2 * turn, torch.randn(OTHER_WIDTH))
+    asset = export_pre_buffer(native_model(ours), tmp_path / "asset", ours)
+    model = attach(asset, other, bridge="orthogonal")
+    assert model.bridge_in is not None and model.bridge_out is not None
+    assert max(model.bridge_in.unexplained or 1.0, model.bridge_out.unexplained or 1.0) < 1e-4
+    assert torch.allclose(model.bridge_out.proj.weight, 2 * turn, atol=0.01)
+    assert torch.allclose(model.bridge_in.proj.weight, turn.T / 2, atol=0.01)
+    unrelated = attach(folders["asset"], folders["other"], bridge="orthogonal").bridge_out
+    assert unrelated is not None
+    weight = unrelated.proj.weight
+    scale = weight.square().sum(0).mean()
+    assert torch.allclose(weight.T @ weight, scale * torch.eye(WIDTH), atol=1e-4)
+    assert 0.5 < (unrelated.unexplained or 0.0) <= 1.0
+
+
 # --- faults
 
 
 def test_faults_are_told_with_a_way_out(folders: dict[str, Path], pre_buffer: PreBuffer, tmp_path: Path) -> None:
     llm, other = folders["llm"], folders["other"]
-    with pytest.raises(ValueError, match=r"bridge must be one of auto, identity, least_squares, random, got 'linear'"):
+    with pytest.raises(
+        ValueError, match=r"bridge must be one of auto, identity, least_squares, orthogonal, random, got 'linear'"
+    ):
         attach(pre_buffer, llm, bridge="linear")
     with pytest.raises(ValueError, match=r"has no patch embedding; load an asset, or adopt\(PatchEmbedding"):
         attach(PreBuffer(**pre_buffer.hparams), llm)

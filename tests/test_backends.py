@@ -90,7 +90,7 @@ def check_backends(model: NEO, seed: int) -> None:
 
 
 def test_long_documents_agree() -> None:
-    """Beyond 512 tokens, where SDPA gets padded values, and over several length classes."""
+    """From 256 tokens on, where SDPA gets padded values, and over several length classes."""
     model = tiny_model()
     samples = [random_sample(model.input_spec, n, images=2, text=(20 * 3**n, 30 * 3**n)) for n in range(4)]
     batch = pack(samples, model.input_spec)

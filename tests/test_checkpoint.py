@@ -379,7 +379,7 @@ def test_pre_buffer_round_trip(tmp_path: Path) -> None:
     assert "license: apache-2.0" in again.info.card
     again.save_pretrained(tmp_path / "two")
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["README.md", "anchors.safetensors", "config.json", "model.safetensors"]
+    assert names == ["README.md", "anchors.safetensors", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

@@ -40,7 +40,8 @@ def test_the_commands_are_those_promised() -> None:
     promised = {"quickstart", "train", "evaluate", "chat", "export", "attach", "convert", "data", "inspect", "recipes"}
     assert {path[0] for path, _ in COMMANDS if path} == promised
     assert {" ".join(path) for path, _ in COMMANDS if len(path) > 1} == {
-        "data llava", "recipes copy", "recipes validate"
+        "data llava", "data captions", "data vlmeval", "data webdataset", "data text", "data index", "data inspect",
+        "data synth", "recipes copy", "recipes validate",
     }  # fmt: skip
 
 

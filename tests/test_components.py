@@ -27,6 +27,7 @@ from neo_components import (
 )
 from neo_components.components.backends import prepare_attention
 from neo_components.components.experts import SparseFeedForward
+from neo_components.components.layers import NORMS, RMSNorm
 from neo_components.components.rotary import native_positions
 from neo_components.packing import patchify
 
@@ -365,3 +366,26 @@ def test_blocks_that_are_not_there(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         PostLLM(VOCAB, 2, **SIZES, **wrong)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", NORMS)
+def test_norm_equals_that_of_torch(dtype: torch.dtype, form: str) -> None:
+    """The output bit for bit; gradients of x and gain against torch's own autograd."""
+    torch.manual_seed(0)
+    norm = RMSNorm(24, 1e-5, form)
+    torch.nn.init.normal_(norm.weight)
+    x, grad = torch.randn(3, 5, 24).to(dtype).requires_grad_(), torch.randn(3, 5, 24).to(dtype)
+    y, weight = x.detach().clone().requires_grad_(), norm.weight.detach().clone().requires_grad_()
+    expected = torch.nn.functional.rms_norm(y.float(), (24,), weight + norm.offset, 1e-5).to(dtype)
+    ours = norm(x)
+    assert torch.equal(ours, expected)
+    ours.backward(grad)
+    expected.backward(grad)
+    assert torch.allclose(x.grad, y.grad, atol=2e-6 if dtype == torch.float32 else 2e-2)
+    assert torch.allclose(norm.weight.grad, weight.grad, atol=1e-5)
+    norm.requires_grad_(False)
+    x.grad = norm.weight.grad = None
+    norm(x).backward(grad)
+    assert torch.allclose(x.grad, y.grad, atol=2e-6 if dtype == torch.float32 else 2e-2)
+    assert norm.weight.grad is None

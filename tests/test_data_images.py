@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from shard_builders import gigantic_png, png, truncated_png
 
 from neo_components.data import load_image, max_pixels_per_image, smart_resize
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image
+from neo_components.data.augment import Augment
+from neo_components.data.decoding import decode
+from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
 from neo_components.packing import patchify
 from neo_components.types import InputSpec
 
@@ -169,3 +172,64 @@ def test_gray_and_palette_images() -> None:
     expected = load_image(gray.convert("RGB"), **LIMITS)
     assert torch.equal(load_image(gray, **LIMITS), expected)
     assert torch.equal(load_image(buffer.getvalue(), **LIMITS), expected)
+
+
+def jpeg(size: tuple[int, int] = (90, 70), **options: Any) -> bytes:
+    data = io.BytesIO()
+    noise = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    Image.fromarray(noise.numpy()).resize(size).save(data, "JPEG", **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}])
+def test_jpegs_are_decoded_as_pillow_does(options: dict[str, Any]) -> None:
+    data = jpeg(**options)
+    assert (decode(open_image(data)) == np.asarray(Image.open(io.BytesIO(data)))).all()
+    for cut in (data[:-2], data[: len(data) // 2]):
+        with pytest.raises(ImageError, match="truncated") as found:
+            decode(open_image(cut))
+        assert found.value.reason == "truncated"
+    gray = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("L").save(gray, "JPEG")
+    assert decode(open_image(gray.getvalue())).shape == (70, 90, 3)
+
+
+def test_raw_pixels_are_normalised_when_packed() -> None:
+    """Bit by bit as load_image does."""
+    spec = InputSpec(9, 7, 8, 7, 16, 2, 3, lambda ids, grids: torch.zeros(len(ids), 3))
+    data = jpeg((192, 128))
+    raw = resize(decode(open_image(data)), (64, 96))
+    normalised = load_image(data, 32, 64 * 96, 64 * 96)
+    assert raw.dtype == torch.uint8 and normalised.shape == raw.shape
+    picture = np.asarray(Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    assert (((picture.astype(np.float32) / np.float32(255)) - mean) / std == normalised.numpy()).all()
+    for images in ([raw], [raw, raw.flip(1)]):
+        floats = [normalised, normalised.flip(1)][: len(images)]
+        assert torch.equal(patchify(images, spec)[0], patchify(floats, spec)[0])
+
+
+def test_fast_resize_is_nearly_exact() -> None:
+    pixels = decode(open_image(jpeg((300, 200), quality=90)))
+    for size in ((96, 160), (320, 416)):
+        difference = (resize(pixels, size).int() - resize(pixels, size, exact=False).int()).abs()
+        assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02
+    assert torch.equal(resize(pixels, (200, 300)), resize(pixels, (200, 300), exact=False))
+
+
+def test_augmentation_is_random_by_its_seed_alone() -> None:
+    pixels = decode(open_image(jpeg()))
+    assert Augment()(pixels, (1,)) is pixels
+    change = Augment(flip=0.5, color=0.3, jpeg_quality=(30, 90))
+    state = torch.random.get_rng_state()
+    assert (change(pixels, (1, 2)) == change(pixels, (1, 2))).all()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    versions = {change(pixels, (1, n)).tobytes() for n in range(10)}
+    assert len(versions) == 10 and pixels.tobytes() not in versions
+    flips = [Augment(flip=0.5)(pixels, (n,)) for n in range(40)]
+    mirrored = sum(bool((one == pixels[:, ::-1]).all()) for one in flips)
+    assert 8 < mirrored < 32 and all((one == pixels).all() or (one == pixels[:, ::-1]).all() for one in flips)
+    with pytest.raises(
+        ValueError, match=r"augment\.flip must be from 0 to 1, got 2; augment\.jpeg_quality must be two"
+    ):
+        Augment(flip=2, jpeg_quality=(90, 30))

@@ -14,7 +14,7 @@ from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
 from neo_components.data import llava_to_shards, read_shards, write_shards
-from neo_components.data.shard_folder import ShardFolder
+from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.tally import SampleError
 
 
@@ -137,8 +137,10 @@ def test_paths_out_of_the_shard_are_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["pipe:touch exploded", "http://example.org/shards", "s3://bucket/shards"])
 def test_addresses_are_refused(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for read in (lambda: list(read_shards(address)), lambda: ShardFolder(address)):
-        with pytest.raises(ValueError, match="pipe: are refused"):
+    with pytest.raises(ValueError, match="pipe: are refused, open_folder reads them"):
+        ShardFolder(address)
+    for read in (lambda: list(read_shards("pipe:touch exploded")), lambda: open_folder("pipe:touch exploded")):
+        with pytest.raises(ValueError, match=r"pipe:.* refused"):
             read()
     assert list(tmp_path.iterdir()) == []
 
@@ -151,6 +153,15 @@ def test_missing_and_damaged_shards(tmp_path: Path) -> None:
     for read in (lambda: list(read_shards(tmp_path)), lambda: ShardFolder(tmp_path)):
         with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged"):
             read()
+
+
+@pytest.mark.parametrize("left", [512 * 3 + 100, 512 * 2 + 200])
+def test_a_shard_that_ends_in_a_header_or_in_a_file(left: int, tmp_path: Path) -> None:
+    """To a reader of tars a header that is cut looks like the end."""
+    path = tar(tmp_path / "shard-000000.tar", {"a.json": content(), "b.json": content(), "b.png": png()})
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
+        ShardFolder(tmp_path)
 
 
 @pytest.mark.parametrize(

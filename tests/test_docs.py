@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -19,7 +20,7 @@ import typer.main
 from builders import edit_config, weights_of
 from commands import good
 from llm_references import plain
-from shard_builders import png
+from shard_builders import png, turns
 
 import neo_components
 from neo_components import PostLLM
@@ -69,7 +70,14 @@ COMMANDS = everywhere(r"neo \w")
 
 def test_there_are_commands_on_the_pages_that_tell_of_them() -> None:
     pages = {page for page, _ in COMMANDS}
-    assert {"README.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/recipes.md", "docs/data.md"} <= pages
+    assert {
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/quickstart.md",
+        "docs/recipes.md",
+        "docs/data.md",
+        "docs/training.md",
+    } <= pages
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[" ".join(place) for place in COMMANDS])
@@ -150,6 +158,46 @@ def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(example, "docs/recipes.md", "exec"), names)
     assert len(names["model"].pre_buffer.layers) == 4
+
+
+def test_the_commands_of_the_data_page_in_their_order(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data, recipe and commands of the page: converted, looked at, trained on, gone on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llm").symlink_to(world / "llm")
+    (tmp_path / "pictures").mkdir()
+    for name, color in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(png(64, 96, color))
+    (tmp_path / "captions.csv").write_text("file_name,caption\nred.png,A red square.\nblue.png,A blue square.\n")
+    records = [{"image": f"{n}.png", "conversations": turns("<image>What is it?")} for n in ("red", "blue", "gone")]
+    (tmp_path / "talk.json").write_text(json.dumps(records))
+    (tmp_path / "texts.jsonl").write_text('{"text": "Red is a color."}\n')
+    [recipe] = blocks("docs/own_data.md", "yaml")
+    (tmp_path / "my_run.yaml").write_text(recipe)
+    outputs = [good(*shlex.split(line)[1:]) for line in bash_lines("docs/own_data.md")]
+    assert outputs[1] == "read 3, written 2, skipped (missing_image) 1: shards/talk\n"
+    assert "read 3, written 2, skipped (missing_image) 1: shards/talk" in inline("docs/own_data.md")
+    assert (tmp_path / "inspection" / "samples.png").is_file()
+    assert outputs[4].startswith("usable 2 of 2, ")
+    assert all("model: outputs/mine/neo" in output for output in outputs[5:])
+    assert len(outputs) == 7
+
+
+def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
+    """All stages one after the other, the accumulated run and the resumed one, cut short by further overrides."""
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
+    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/training.md")]
+    assert [words[1] for words in lines] == [f"quickstart/{name}" for name in ("pretrain", "midtrain", "sft")] + [
+        "quickstart/pretrain"
+    ] * 2
+    for words in lines:
+        resumed = "--resume" in words
+        good(*words, *(["stage.steps=3", *short[1:]] if resumed else short))
+        left = Path("outputs/quickstart") / words[1].split("/")[1]
+        assert torch.load(left / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2 + resumed
+        assert NEO.from_pretrained(left / "neo").post_llm.hparams.depth >= 1
 
 
 def test_python_of_the_readme() -> None:

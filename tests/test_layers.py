@@ -17,16 +17,17 @@ PACKAGE = "neo_components"
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
     {"packing", "weights", "hub"},
-    {"llms"},
+    {"llms", "asset_files"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},
-    {"data", "assets", "training.stage"},
+    {"data", "assets", "program", "training.stage"},
     {"evaluation", "viewers"},
     {"chat", "recipe", "hf"},
     {"training"},
     {"__init__"},
     {"quickstart"},
+    {"cli_data"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
@@ -51,7 +52,7 @@ PARTS: dict[str, set[str]] = {
 }
 
 OUTSIDE = {"tests", "benchmarks", "recipes", "conftest"}
-HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib"}
+HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib", "pyarrow", "av"}
 # What transformers itself loads, from an exported folder; nothing of the library does.
 FOR_TRANSFORMERS = {f"{PACKAGE}.hf.{name}_neo" for name in ("configuration", "modeling", "processing")}
 

@@ -202,3 +202,25 @@ def test_half_precision() -> None:
     assert loss.item() == pytest.approx(expected, rel=0.03)
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in half.parameters())
     assert len(half.generate([random_sample(model.input_spec, 1, learn=False)], max_new_tokens=2)[0]) == 2
+
+
+def test_recomputed_blocks_give_the_same_gradients_from_less() -> None:
+    """Bit for bit, and what is kept for the backward pass shrinks with the blocks."""
+    batch, _ = random_batch(tiny_model().input_spec, seed=3)
+    losses, gradients, kept = [], [], []
+    for share in (0, 1, 2):
+        model = tiny_model()
+        for stack in (model.pre_buffer, model.post_llm):
+            stack.recomputed = share
+        sizes: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x)
+        with hooks:
+            loss = model.loss(batch)
+        kept.append(sum(sizes))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.parameters()])
+    assert kept[0] > 1.4 * kept[1] > 1.4 * 1.4 * kept[2]
+    for other in (1, 2):
+        assert torch.equal(losses[0], losses[other])
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[other], strict=True))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import signal
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from PIL import Image, ImageDraw
 
 from neo_components import NEO, load_recipe
@@ -18,6 +22,7 @@ from neo_components.chat import Chat
 from neo_components.data import load_image, write_shards
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import build
+from neo_components.training import run
 from neo_components.training.groups import train_only
 from neo_components.training.module import lr_factor
 from neo_components.training.optimizers import Joined, build_optimizer
@@ -161,6 +166,74 @@ def test_what_a_run_leaves(root: Path) -> None:
     assert [event.step for event in events.Images("val/answers")] == [3, 6]
     assert [step for step, _, _ in result.scores] == [3, 6]
     assert len(events.Scalars("train/loss")) == 6
+
+
+class Signal(Callback):
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: Any
+    ) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def states(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are equal, tensors bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer, schedule and the place in the data, after a stop at a step without a regular checkpoint."""
+    whole = train(load_recipe(pretraining(root, "unstopped")))
+    recipe = load_recipe(pretraining(root, "stopped"))
+    with monkeypatch.context() as patch:
+        usual = run._callbacks
+        patch.setattr(run, "_callbacks", lambda recipe: [*usual(recipe), Signal(4)])
+        with pytest.raises(SystemExit) as stop:
+            train(recipe)
+    assert stop.value.code == 143
+    assert states(root / "stopped")["global_step"] == 5
+    resumed = train(recipe, resume="last")
+    assert [loss for step, _, loss in whole.losses if step > 5] == [loss for _, _, loss in resumed.losses]
+    a, b = states(root / "unstopped"), states(root / "stopped")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "NEODataModule"):
+        assert same(a[part], b[part]), part
+
+
+def test_a_damaged_checkpoint_is_passed_over(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe(pretraining(root, "damaged"))
+    whole = train(recipe)
+    folder = root / "damaged" / "checkpoints"
+    for name, change in (("last.ckpt", lambda data: data[: len(data) // 2]), ("step-000006.ckpt", flipped)):
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+    resumed = train(recipe, resume="last")
+    assert "last.ckpt is no checkpoint" in caplog.text and "step-000006.ckpt is no checkpoint" in caplog.text
+    assert [step for step, _, _ in resumed.losses] == [4, 5, 6]
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    for file in folder.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"checkpoints in .* are damaged; start without --resume"):
+        train(recipe, resume="last")
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle of a tensor turned."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 def test_resume_without_a_checkpoint_says_so(root: Path) -> None:

@@ -20,6 +20,9 @@ from neo_components.types import NO_IMAGE
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
 
+FUSED = 256
+"""Length of documents from which SDPA's fused kernel is used on CPU."""
+
 
 class Attend(Protocol):
     """What a layer calls: q [B, L, N, 2E], k [B, L, K, 2E], v [B, L, K, E], scale -> [B, L, N, E]."""
@@ -73,6 +76,10 @@ class Bucket:
     def valid(self) -> Tensor:
         """[n, m] bool: not filling."""
         return torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B * L, ...] -> [n, m, ...]. Selecting has a faster gradient than indexing by a matrix."""
+        return x.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
 
 def make_buckets(
@@ -135,7 +142,7 @@ class SpanAttention:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         out = v.new_zeros(rows * length, q.shape[1], v.shape[-1])
         for bucket, (place, valid) in zip(self.buckets, self.places, strict=True):
-            part = sdpa(q[bucket.index], k[bucket.index], v[bucket.index], bucket.mask, scale)
+            part = sdpa(bucket.gather(q), bucket.gather(k), bucket.gather(v), bucket.mask, scale)
             out = out.index_copy(0, place, part[valid].to(out.dtype))
         return out.unflatten(0, (rows, length))
 
@@ -144,8 +151,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     """Torch's SDPA on [n, m, heads, channels]; ``mask`` ``None`` means causal. Returns [n, m, N, E]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     width = v.shape[-1]
-    # The fused kernels want values as wide as keys; the unfused path would form every score of a long document.
-    if q.shape[-2] >= 512 and not q.is_cuda:
+    # The fused kernels want values as wide as keys; the unfused path forms every score, and keeps them for the backward
+    # pass. Below 256 tokens it is the faster one all the same.
+    if q.shape[-2] >= FUSED and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
@@ -222,7 +230,8 @@ class KVCache:
         """Drops all documents but those of index [s] int64."""
         self.lengths = self.lengths[documents]
         for layer in self.layers:
-            layer.k, layer.v = layer.k[documents], layer.v[documents]
+            if layer.filled:
+                layer.k, layer.v = layer.k[documents], layer.v[documents]
 
 
 class _CachedLayer:
@@ -240,7 +249,7 @@ class _CachedLayer:
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         bucket, valid = self.bucket, self.bucket.valid
-        q_grid, k_grid, v_grid = (x.flatten(0, 1)[bucket.index] for x in (q, k, v))
+        q_grid, k_grid, v_grid = (bucket.gather(x.flatten(0, 1)) for x in (q, k, v))
         out = sdpa(q_grid, k_grid, v_grid, bucket.mask, scale)
         self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, self.cache.room)) for x in (k_grid, v_grid))
         self.filled = True

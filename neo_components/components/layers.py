@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 NORMS = ("weight", "one_plus_weight")
 """How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""
@@ -55,7 +57,38 @@ class RMSNorm(nn.Module):
         gain = self.weight.float()
         if self.offset:
             gain = gain + self.offset
+        if x.is_cpu:
+            return _NormOnCPU.apply(x, gain, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
+
+
+class _NormOnCPU(torch.autograd.Function):
+    """``F.rms_norm`` on float32 copies, bit for bit, with a gradient of its own.
+
+    Torch has no fused kernel for it on CPU. Its autograd keeps three float32 tensors of x's size for the backward pass
+    and goes over them in many steps; this keeps x alone and one number per vector.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, gain, scale)
+        return (wide * scale).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, gain, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        for_x = for_gain = None
+        if ctx.needs_input_grad[1]:
+            for_gain = (grad * normed).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            grad = grad * gain
+            along = (grad * normed).mean(-1, keepdim=True)  # what only changes the length of x has no effect
+            for_x = torch.addcmul(grad, normed, along, value=-1.0).mul_(scale).to(x.dtype)
+        return for_x, for_gain, None
 
 
 class GatedFeedForward(nn.Module):

@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neo_components.asset_files import (
+    ANCHORS,
+    check_sizes,
+    model_card,
+    read_anchors,
+    write_anchors,
+    write_preprocessor,
+)
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.primitive import PrimitiveStack
@@ -24,13 +32,11 @@ from neo_components.weights import (
     load_strict,
     read_config,
     save_folder,
-    save_tensors,
     settle,
     unfilled,
 )
 
 FORMAT_VERSION = 1
-ANCHORS = "anchors"
 
 
 @dataclass
@@ -169,14 +175,15 @@ class PreBuffer(PrimitiveStack):
         self.patch_embedding = patch_embedding
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the asset: config.json, model.safetensors, README.md, and anchors.safetensors if there are anchors.
+        """Writes the asset: config.json, model.safetensors, preprocessor_config.json, README.md, and
+        anchors.safetensors if there are anchors. The same content gives the same bytes.
 
         Raises:
             ValueError: if no patch embedding was joined.
         """
         if self.patch_embedding is None:
             raise ValueError("a pre-Buffer is saved with its patch embedding; join one by NEO(...) or adopt(...)")
-        config = {
+        config: dict[str, Any] = {
             "library": "neo_components",
             "kind": "pre_buffer",
             "format_version": FORMAT_VERSION,
@@ -186,13 +193,11 @@ class PreBuffer(PrimitiveStack):
             "provenance": self.info.provenance,
             "license": self.info.license,
         }
-        folder = save_folder(folder, self.state_dict(), config, self.info.card or self._card())
+        folder = save_folder(folder, self.state_dict(), config, self.info.card or model_card(config))
+        write_preprocessor(folder, self.info.image, config["patch_embedding"])
         (folder / f"{ANCHORS}.safetensors").unlink(missing_ok=True)  # of an earlier save
         if self.anchors is not None:
-            table = self.anchors.vectors.half()
-            strings = "\0".join(self.anchors.tokens).encode()
-            tokens = torch.frombuffer(bytearray(strings), dtype=torch.uint8)
-            save_tensors(folder / f"{ANCHORS}.safetensors", {"vectors": table, "tokens": tokens})
+            write_anchors(folder, self.anchors.tokens, self.anchors.vectors)
         return folder
 
     @classmethod
@@ -213,21 +218,21 @@ class PreBuffer(PrimitiveStack):
         if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
             raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
         check_format(config, folder)
+        files = TensorFiles(folder)
+        check_sizes(config, files)
         try:
             with unfilled():
                 module = cls(**config["pre_buffer"])
                 module.adopt(PatchEmbedding(**config["patch_embedding"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a pre-Buffer: {error}") from error
-        load_strict(module, TensorFiles(folder), dtype=dtype)
+        load_strict(module, files, dtype=dtype)
         settle(module, dtype)
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
         )
-        if (folder / f"{ANCHORS}.safetensors").is_file():
-            files = TensorFiles(folder, ANCHORS)
-            strings = bytes(files.get("tokens").tolist()).decode()
-            module.anchors = Anchors(strings.split("\0"), files.get("vectors").float())
+        if (table := read_anchors(folder, module.hparams.hidden_size)) is not None:
+            module.anchors = Anchors(*table)
         return module
 
     def push_to_hub(self, repo: str, **options: Any) -> None:
@@ -247,21 +252,6 @@ class PreBuffer(PrimitiveStack):
             api.create_repo(repo, exist_ok=True, **options)
             api.upload_folder(repo_id=repo, folder_path=folder)
 
-    def _card(self) -> str:
-        h = self.hparams
-        assert self.patch_embedding is not None
-        scores = "".join(f"- {name}: {value}\n" for name, value in self.info.provenance.items())
-        return (
-            f"---\nlibrary_name: neo-components\nlicense: {self.info.license or 'unknown'}\n---\n"
-            "# Pre-Buffer of a native vision-language model\n\n"
-            f"{h.depth} native primitives of width {h.hidden_size} ({h.num_heads} query heads, {h.num_kv_heads} "
-            f"key/value heads of width {h.head_width}, RoPE `{h.rope}`, attention `{h.attention}`) behind a patch "
-            f"embedding for {self.patch_embedding.hparams.patch_size}-pixel patches.\n\n"
-            "```python\nfrom neo_components import PreBuffer, attach\n"
-            'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n'
-            + (f"\n## Provenance\n\n{scores}" if scores else "")
-        )
-
 
 def check_format(config: dict[str, Any], folder: Path) -> None:
     """Refuses what a later version of the library wrote.
@@ -270,7 +260,7 @@ def check_format(config: dict[str, Any], folder: Path) -> None:
         ValueError: if ``format_version`` is missing or newer than this library's.
     """
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format_version {version!r}, this library reads up to {FORMAT_VERSION}; "
             "upgrade neo-components to open it"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from neo_components.components.attention import NativeAttention
 from neo_components.components.backends import Attend, prepare_attention
@@ -179,6 +180,8 @@ class PrimitiveStack(Component):
     """
 
     layers: nn.ModuleList
+    recomputed: int = 0
+    """How many blocks, from the first on, keep only their input for the backward pass and compute the rest again."""
 
     def build(self) -> None:
         """Makes the blocks from ``hparams``: arguments of :class:`NativePrimitive`, ``depth``, ``backend`` and
@@ -259,7 +262,11 @@ class PrimitiveStack(Component):
         turns = {number: self.rotaries[number](positions, document_ids) for number in sorted(set(self._tables))}
         for number, layer in enumerate(self.layers):
             see = attend[number] if isinstance(attend, Sequence) else attend
-            x = layer(x, turns[self._tables[number]], see)
+            turn = turns[self._tables[number]]
+            if number < self.recomputed and torch.is_grad_enabled():
+                x = recompute(layer, x, turn, see, use_reentrant=False)
+            else:
+                x = layer(x, turn, see)
             if hidden_states is not None:
                 hidden_states[f"layer_{first + number}"] = x
         return x

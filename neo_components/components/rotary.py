@@ -281,7 +281,7 @@ def rotate(parts: Sequence[Tensor], cosines: Tensor, sines: Tensor) -> Tensor:
         [B, L, heads, 2E], the first halves of all sections before the second halves. Queries and keys are ordered
         alike, so their products are those of the order T, H, W.
     """
-    first = torch.cat([part[..., : part.shape[-1] // 2] for part in parts], dim=-1)
-    second = torch.cat([part[..., part.shape[-1] // 2 :] for part in parts], dim=-1)
+    halves = [part.chunk(2, dim=-1) for part in parts]
+    first, second = (torch.cat(half, dim=-1) for half in zip(*halves, strict=True))
     turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
     return turned.to(parts[0].dtype)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from neo_components.data.images import max_pixels_per_image as max_pixels_per_image
     from neo_components.data.images import smart_resize as smart_resize
     from neo_components.data.llava import llava_to_shards as llava_to_shards
+    from neo_components.data.mixture import Source as Source
     from neo_components.data.module import NEODataModule as NEODataModule
-    from neo_components.data.module import Source as Source
     from neo_components.data.shards import read_shards as read_shards
     from neo_components.data.shards import write_shards as write_shards
     from neo_components.packing import pack as pack
@@ -33,7 +33,7 @@ _HOMES = {
     "smart_resize": "neo_components.data.images",
     "llava_to_shards": "neo_components.data.llava",
     "NEODataModule": "neo_components.data.module",
-    "Source": "neo_components.data.module",
+    "Source": "neo_components.data.mixture",
     "read_shards": "neo_components.data.shards",
     "write_shards": "neo_components.data.shards",
     "pack": "neo_components.packing",

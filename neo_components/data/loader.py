@@ -1,8 +1,8 @@
 """Batches of packed rows from worker processes, and the exact place of the run among them.
 
-Each worker sends, with each batch, the place of its own row stream behind that batch (some numbers). The loader keeps
-the place of the last batch that the trainer took from each worker, so a resumed run goes on with the very next batch,
-at no cost, whatever workers had read ahead.
+The plan of a run is the same in every worker (see ``data/step_plan.py``); worker ``n`` of ``W`` makes every ``W``-th
+batch of its rank. With each batch comes the place of the plan behind it. The loader keeps the place of the last batch
+that the trainer took, so a resumed run goes on with the very next batch, whatever workers had read ahead.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from neo_components.data.rows import RowStream
+from neo_components.data.rows import RowMaker
+from neo_components.data.step_plan import StepPlan
 from neo_components.data.tally import Tally
 from neo_components.types import Batch
 
-Delivery = tuple[Batch | None, int, dict[str, Any]]
-"""A batch (``None`` behind the last one), the number of its stream, and that stream's place behind it."""
+Place = dict[str, Any]
+"""See ``StepPlan.state``."""
+
+Delivery = tuple[Batch, dict[str, Any], Place]
+"""A batch, the tally of its samples, and the place of the plan behind it."""
 
 
 @dataclass
@@ -29,58 +33,60 @@ class Progress:
 
     Args:
         batches: number of batches taken.
-        places: place of each stream behind its last batch taken.
-        handed: (stream, place) of batches that left the loader and were not taken yet, in order.
-        latest: place of each stream behind the last batch that left the loader.
+        place: of the plan behind the last batch taken; ``None`` is the beginning.
+        tally: samples read and skipped up to the last batch taken.
+        known: samples that are left out because they were known to be unusable; set when the loader is made.
+        handed: (place, tally) behind batches that left the loader and were not taken yet, in order.
     """
 
     batches: int = 0
-    places: dict[int, dict[str, Any]] = field(default_factory=dict)
-    handed: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque)
-    latest: dict[int, dict[str, Any]] = field(default_factory=dict)
+    place: Place | None = None
+    tally: Tally = field(default_factory=Tally)
+    known: Tally = field(default_factory=Tally)
+    handed: deque[tuple[Place, Tally]] = field(default_factory=deque)
 
     def take(self) -> None:
         """Notes that the trainer took the oldest batch handed out."""
-        stream, self.places[stream] = self.handed.popleft()
+        self.place, self.tally = self.handed.popleft()
         self.batches += 1
 
-    def tally(self) -> Tally:
+    @property
+    def latest(self) -> Tally:
         """Samples read and skipped up to the last batch that left the loader."""
-        return sum((Tally.from_state(place["tally"]) for place in self.latest.values()), Tally())
+        return self.handed[-1][1] if self.handed else self.tally
 
 
 class RowDataset(IterableDataset[Delivery]):
-    """Batches of the row streams of one rank.
+    """Batches of one rank.
 
     Args:
-        make_stream: ``make_stream(number, place)`` gives the row stream of this number, at its place (``None`` is the
-            beginning). A rank has as many streams as workers, at least one.
-        rows: rows in one batch, B.
+        make_plan: ``make_plan(place)`` gives the plan of the run at its place (``None`` is the beginning).
+        make_rows: makes batches.
+        rank: number of this process among those that train together.
     """
 
-    def __init__(self, make_stream: Callable[[int, Mapping[str, Any] | None], RowStream], rows: int) -> None:
+    def __init__(
+        self, make_plan: Callable[[Mapping[str, Any] | None], StepPlan], make_rows: RowMaker, rank: int
+    ) -> None:
         super().__init__()
-        self._make_stream, self._rows = make_stream, rows
-        self._batches = 0
-        self._places: dict[int, dict[str, Any]] = {}
+        self._make_plan, self._make_rows, self._rank = make_plan, make_rows, rank
+        self._place: Place | None = None
 
-    def resume(self, progress: Progress) -> None:
-        """Lets the next iteration begin behind the batches that were taken."""
-        self._batches, self._places = progress.batches, dict(progress.places)
+    def resume(self, place: Place | None) -> None:
+        """Lets the next iteration begin behind this place."""
+        self._place = place
 
     def __iter__(self) -> Iterator[Delivery]:
         worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # The loader asks worker 0 first, so worker 0 serves the stream whose turn it is.
-        number = (number + self._batches) % workers
-        stream = self._make_stream(number, self._places.get(number))
-        while True:
-            rows: list[Batch] = []
-            while len(rows) < self._rows and (row := stream.next_row()) is not None:
-                rows.append(row)
-            yield (Batch.stack(rows) if rows else None), number, stream.state()
-            if len(rows) < self._rows:
-                return
+        mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        plan = self._make_plan(self._place)
+        number = 0
+        while (step := plan.next_step()) is not None:
+            # The loader asks worker 0 for the first batch, worker 1 for the second, ...
+            if number % workers == mine:
+                batch, tally = self._make_rows.batch(step[self._rank])
+                yield batch, tally.state(), plan.state()
+            number += 1
 
 
 def _as_it_is(delivery: Any) -> Any:
@@ -95,9 +101,12 @@ class RowLoader(DataLoader[Delivery]):
         workers: worker processes; 0 reads in the process itself.
         progress: where the run is; each iteration begins behind the batches taken.
         keep: if True, a batch counts as taken when it leaves the loader; otherwise when ``progress.take`` is called.
+        max_skipped: largest share of samples that may be skipped, see :meth:`Tally.check`.
     """
 
-    def __init__(self, dataset: RowDataset, workers: int, progress: Progress, keep: bool) -> None:
+    def __init__(
+        self, dataset: RowDataset, workers: int, progress: Progress, keep: bool, max_skipped: float = 1.0
+    ) -> None:
         super().__init__(
             dataset,
             batch_size=None,
@@ -105,17 +114,18 @@ class RowLoader(DataLoader[Delivery]):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
         )
-        self._rows, self._progress, self._keep = dataset, progress, keep
+        self._rows, self._progress, self._keep, self._max_skipped = dataset, progress, keep, max_skipped
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         progress = self._progress
         progress.handed.clear()
-        self._rows.resume(progress)
-        for batch, stream, place in super().__iter__():
-            progress.latest[stream] = place
-            if batch is None:
-                continue
-            progress.handed.append((stream, place))
+        self._rows.resume(progress.place)
+        tally = progress.tally
+        for batch, counts, place in super().__iter__():
+            tally = tally + Tally.from_state(counts)
+            tally.check(self._max_skipped)
+            progress.handed.append((place, tally))
             if self._keep:
                 progress.take()
             yield batch
+        tally.check(self._max_skipped, complete=True)

@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import torch
 
+from neo_components.data.augment import Augment
 from neo_components.data.conversation import load_tokenizer
+from neo_components.data.lengths import Lengths, folder_lengths
 from neo_components.data.loader import Progress, RowDataset, RowLoader
-from neo_components.data.rows import RowStream
+from neo_components.data.mixture import Source, mixture
+from neo_components.data.row_plan import RowPlan, Supply, check_usable
+from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.data.stream import SampleStream, check_divisible
+from neo_components.data.shard_folder import ShardFolder, open_folder
+from neo_components.data.step_plan import StepPlan
+from neo_components.data.tally import Tally
 from neo_components.packing import REDUCTIONS
 from neo_components.types import Batch, InputSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass
-class Source:
-    """A folder of shards and its part in the mixture.
+class _Plan:
+    """What the plan of a loader is made from; a worker process gets a copy."""
 
-    Args:
-        shards: a local folder of shards.
-        share: of the samples, relative to the other sources; any positive number.
-    """
-
-    shards: str
-    share: float = 1.0
-
-
-@dataclass
-class _Streams:
-    """What the row streams of one loader have in common; a worker process gets a copy."""
-
-    folders: list[ShardFolder]
+    supplies: list[Supply]
     shares: list[float]
-    maker: SampleMaker
-    order: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)
-    rank: int = 0
-    ranks: int = 1
-    workers: int = 0
+    options: dict[str, Any]
+    ranks: int
+    rows: int
 
-    def stream(self, number: int, place: Mapping[str, Any] | None) -> RowStream:
-        streams = max(self.workers, 1)
-        consumer, consumers = self.rank * streams + number, self.ranks * streams
-        samples = SampleStream(self.folders, self.shares, consumer=consumer, consumers=consumers, **self.order)
-        return RowStream(self.folders, samples, self.maker, state=place, **self.rows)
+    def __call__(self, place: Mapping[str, Any] | None) -> StepPlan:
+        return StepPlan(RowPlan(self.supplies, self.shares, **self.options), self.ranks, self.rows, place)
 
 
 class NEODataModule(lightning.LightningDataModule):
     """Reads folders of shards, packs their samples into rows, and goes on exactly where a run stopped.
 
-    The training stream is endless: bound the run by ``max_steps``. It is the same for the same arguments, number of
-    workers and number of ranks. Validation gives each sample once, in the same order each time.
+    The training stream is endless: bound the run by ``max_steps``. It is the same for the same arguments and number of
+    ranks, whatever the number of workers. Validation gives each sample once, in the same order each time.
+
+    Rows are planned from the length of each sample in tokens. Lengths are counted when a run begins, kept beside the
+    shards, and read from there afterwards (``neo data index`` counts them ahead).
 
     Set ``input_spec = model.input_spec`` before a loader is asked for.
 
@@ -75,12 +63,21 @@ class NEODataModule(lightning.LightningDataModule):
         rows: rows of a step on each device, B.
         min_pixels: smallest area of an image after resizing, in pixels; a smaller image is scaled up.
         max_pixels: largest area of a sample's single image, in pixels; each of n images may have ``2 / n`` of it.
-        max_length: a longer sample is cut to this many tokens; ``None`` cuts none.
+        max_length: a longer sample is cut to this many tokens, inside an answer or behind one; ``None`` cuts none.
         workers: worker processes for each loader; 0 reads in the training process.
-        shuffle: samples among which the order is mixed, as with a shuffle buffer of that many; 0 keeps the order.
+        shuffle: samples among which the order is mixed; 0 keeps the order.
         max_skipped: largest share of samples that may be skipped because they are unusable.
         loss_reduction: weight of a learnt token: ``token``, ``sample`` or ``square`` (see ``pack``).
-        seed: of shuffling.
+        temperature: T multiplies the share of each source by ``size ** (1 / T)``; ``None`` leaves the shares.
+        text_share: share of all sources without images together, 0.3 is 3:7 of text to multimodal; ``None`` leaves it.
+        share_of: what shares count, ``samples`` or ``tokens``.
+        cache: folder of local copies of remote shards; ``None`` is ``NEO_COMPONENTS_CACHE``, or
+            ``~/.cache/neo_components``.
+        cache_gb: gigabytes of copies of each source to keep at most; ``None`` keeps all.
+        allow_pipe: run the command of a source ``pipe:COMMAND``, which writes a tar.
+        exact_pixels: resize images as the released model's code does, bit by bit; otherwise faster, and nearly so.
+        augment: random changes to the images of training; ``None`` makes none.
+        seed: of shuffling and augmentation.
 
     Raises:
         ValueError: if an argument is out of its range; all such faults together.
@@ -100,6 +97,14 @@ class NEODataModule(lightning.LightningDataModule):
         shuffle: int = 10000,
         max_skipped: float = 0.01,
         loss_reduction: Literal["token", "sample", "square"] = "square",
+        temperature: float | None = None,
+        text_share: float | None = None,
+        share_of: Literal["samples", "tokens"] = "samples",
+        cache: str | None = None,
+        cache_gb: float | None = None,
+        allow_pipe: bool = False,
+        exact_pixels: bool = True,
+        augment: Augment | None = None,
         chat_template: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -110,14 +115,20 @@ class NEODataModule(lightning.LightningDataModule):
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
         self.shuffle, self.seed = shuffle, seed
         self.max_skipped, self.loss_reduction = max_skipped, loss_reduction
+        self.temperature, self.text_share, self.share_of = temperature, text_share, share_of
+        self.exact_pixels, self.augment = exact_pixels, augment
+        self.cache, self.cache_gb, self.allow_pipe = cache, cache_gb, allow_pipe
         self._check()
         self.input_spec: InputSpec | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._folders: dict[str, ShardFolder] = {}
+        self._lengths: dict[str, Lengths] = {}
         self._progress = {"train": Progress(), "validation": Progress()}
         self._restored: Mapping[str, Any] | None = None
+        self._now: dict[str, Any] = {}  # settings of the training loader
 
     def _check(self) -> None:
+        text, heat = self.text_share, self.temperature
         wrong = [
             f"{name} must be {rule}, got {getattr(self, name)!r}"
             for name, rule, right in (
@@ -129,6 +140,10 @@ class NEODataModule(lightning.LightningDataModule):
                 ("shuffle", "at least 0", self.shuffle >= 0),
                 ("max_skipped", "from 0 to 1", 0 <= self.max_skipped <= 1),
                 ("loss_reduction", f"one of {', '.join(REDUCTIONS)}", self.loss_reduction in REDUCTIONS),
+                ("temperature", "over 0 or None", heat is None or heat > 0),
+                ("text_share", "between 0 and 1 or None", text is None or 0 < text < 1),
+                ("cache_gb", "over 0 or None", self.cache_gb is None or self.cache_gb > 0),
+                ("share_of", "one of samples, tokens", self.share_of in ("samples", "tokens")),
             )
             if not right
         ]
@@ -144,6 +159,11 @@ class NEODataModule(lightning.LightningDataModule):
             self._tokenizer = load_tokenizer(self.tokenizer_name, self.chat_template)
         return self._tokenizer
 
+    def prepare_data(self) -> None:
+        """Counts the lengths that are not kept yet. Lightning calls it in one process of each node."""
+        for source in [*self.train_sources, *self.validation_sources]:
+            self._length_of(source)
+
     def setup(self, stage: str | None = None) -> None:
         """Opens every source, so that a missing one is told before a run begins."""
         for source in [*self.train_sources, *self.validation_sources]:
@@ -153,12 +173,14 @@ class NEODataModule(lightning.LightningDataModule):
         """Endless; begins behind the batches that were taken before.
 
         Raises:
-            ValueError: if there is no source or no ``input_spec``, or a resumed run was started with other settings.
+            ValueError: if there is no source or no ``input_spec``, a source has no usable sample or all have too few,
+                or a resumed run was started with other settings.
         """
         if not self.train_sources:
             raise ValueError("there is nothing to train on: data.train lists no source")
+        self._now = self._settings()
         if self._restored is not None:
-            self._apply(self._restored)
+            self._apply(self._restored, self._now)
         # Under a trainer a batch counts when the trainer takes it, because Lightning fetches one batch ahead.
         return self._loader("train", self.train_sources, endless=True, keep=self.trainer is None)
 
@@ -177,50 +199,67 @@ class NEODataModule(lightning.LightningDataModule):
     def describe(self) -> dict[str, dict[str, Any]]:
         """Samples read, and skipped by reason, of this rank's ``train`` and (last or current) ``validation`` stream.
 
-        Up to the last batch that left the loader; samples that wait for their row are among those read.
+        Samples that were known to be unusable are counted once, by rank 0; those that turned out to be so each time.
         """
-        return {name: progress.tally().state() for name, progress in self._progress.items()}
+        return {name: (progress.known + progress.latest).state() for name, progress in self._progress.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of the training stream behind the last batch that the trainer took: all ranks, plain values."""
+        """The place of the training stream behind the last batch that the trainer took: all ranks, plain values.
+
+        Raises:
+            RuntimeError: if the ranks took different numbers of batches.
+        """
         progress = self._progress["train"]
-        places = [progress.places]
+        mine = (progress.batches, progress.tally.state())
+        ranks = [mine]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            places = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(places, progress.places)
+            ranks = [mine] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, mine)
+        if len({batches for batches, _ in ranks}) != 1:
+            raise RuntimeError(f"the ranks took different numbers of batches: {[batches for batches, _ in ranks]}")
         return {
             "state_version": STATE_VERSION,
             "batches": progress.batches,
-            "rows": progress.batches * self.rows,
-            "settings": self._settings(),
-            "places": [{str(stream): place for stream, place in rank.items()} for rank in places],
+            "settings": self._now,
+            "place": progress.place,
+            "tallies": [tally for _, tally in ranks],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on behind the batches of :meth:`state_dict`, from the next ``train_dataloader()`` on."""
+        """Goes on behind the batches of :meth:`state_dict`, from the next ``train_dataloader()`` on.
+
+        The numbers of workers, ranks and rows may differ from those of the run before: what it had not taken yet is
+        dealt anew, and every sample still comes once in each epoch.
+        """
         self._restored = state_dict
 
-    def _apply(self, state: Mapping[str, Any]) -> None:
+    def _apply(self, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if state["state_version"] != STATE_VERSION:
             raise ValueError(
                 f"the checkpoint's data state has version {state['state_version']}, known is {STATE_VERSION}"
             )
-        then, now = state["settings"], self._settings()
-        if then != now:
+        then = state["settings"]
+        if state["place"] is not None and then != now:
             changed = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k])
             raise ValueError(f"the run cannot go on exactly where it stopped, because its data differs ({changed})")
-        places = state["places"][self._rank()[0]]
-        self._progress["train"] = Progress(state["batches"], {int(stream): place for stream, place in places.items()})
+        rank, ranks = self._rank()
+        tallies = [Tally.from_state(tally) for tally in state["tallies"]]
+        if len(tallies) != ranks:  # nobody goes on with the counts of one rank, so the first one keeps them all
+            tallies = [sum(tallies, Tally()), *([Tally()] * (ranks - 1))]
+        self._progress["train"] = Progress(state["batches"], state["place"], tallies[rank])
         self._restored = None
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a place to mean the same samples."""
+        lengths = [self._length_of(source) for source in self.train_sources]
         return {
-            "workers": max(self.workers, 1),
-            "ranks": self._rank()[1],
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "samples": [len(self._folder(source)) for source in self.train_sources],
+            "row_length": self.row_length,
+            "shares": [round(share, 12) for share in self._shares(lengths)],
+            "share_of": self.share_of,
+            "samples": [one.table.shape[1] for one in lengths],
+            "tokens": [int(one.table[0].sum(dtype="int64")) for one in lengths],
         }
 
     def _rank(self) -> tuple[int, int]:
@@ -228,30 +267,51 @@ class NEODataModule(lightning.LightningDataModule):
 
     def _folder(self, source: Source) -> ShardFolder:
         if source.shards not in self._folders:
-            self._folders[source.shards] = ShardFolder(source.shards)
+            limit = int(self.cache_gb * 1e9) if self.cache_gb is not None else None
+            self._folders[source.shards] = open_folder(source.shards, self.cache, limit, self.allow_pipe)
         return self._folders[source.shards]
 
-    def _loader(self, name: str, sources: Sequence[Source], endless: bool, keep: bool) -> RowLoader:
+    def _length_of(self, source: Source) -> Lengths:
+        if source.shards not in self._lengths:
+            self._lengths[source.shards] = folder_lengths(self._folder(source), self._maker(), self.workers)
+        return self._lengths[source.shards]
+
+    def _maker(self) -> SampleMaker:
         if self.input_spec is None:
             raise ValueError("set input_spec = model.input_spec before asking for a loader")
-        rank, ranks = self._rank()
-        folders = [self._folder(source) for source in sources]
-        if endless:  # told here, before any worker is started
-            check_divisible(folders, ranks * max(self.workers, 1))
-        streams = _Streams(
-            folders,
-            [source.share for source in sources],
-            SampleMaker(self.tokenizer, self.input_spec, self.min_pixels, self.max_pixels, self.max_length),
-            order={"shuffle": self.shuffle, "seed": self.seed, "endless": endless},
-            rows={
-                "row_length": self.row_length,
-                "loss_reduction": self.loss_reduction,
-                "max_skipped": self.max_skipped,
-            },
-            rank=rank,
-            ranks=ranks,
-            workers=self.workers,
+        return SampleMaker(
+            self.tokenizer, self.input_spec, self.min_pixels, self.max_pixels, self.max_length, self.exact_pixels
         )
+
+    def _shares(self, lengths: Sequence[Lengths]) -> list[float]:
+        sources = self.train_sources
+        sizes = [one.tally(self.row_length).kept for one in lengths]
+        has_images = [self._folder(source).has_images for source in sources]
+        return mixture(sources, sizes, has_images, self.temperature, self.text_share)
+
+    def _loader(self, name: str, sources: Sequence[Source], endless: bool, keep: bool) -> RowLoader:
+        maker = self._maker()
+        rank, ranks = self._rank()
+        lengths = [self._length_of(source) for source in sources]
+        supplies = [one.supply for one in lengths]
+        known = sum((one.tally(self.row_length) for one in lengths), Tally())
+        if endless:  # told here, before any worker is started
+            check_usable(supplies, self.row_length)
+        known.check(self.max_skipped, complete=True)
+        options = {
+            "row_length": self.row_length,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "count": self.share_of,
+            "endless": endless,
+        }
+        shares = self._shares(lengths) if endless else [1.0] * len(sources)
+        plan = _Plan(supplies, shares, options, ranks, self.rows)
+        if endless:
+            maker.augment = self.augment
+        folders = [self._folder(source) for source in sources]
+        rows = RowMaker(folders, maker, self.row_length, self.loss_reduction, self.seed)
         progress = self._progress[name] if endless else Progress()
+        progress.known = Tally(known.skipped.total(), known.skipped) if rank == 0 else Tally()
         self._progress[name] = progress
-        return RowLoader(RowDataset(partial(_Streams.stream, streams), self.rows), self.workers, progress, keep)
+        return RowLoader(RowDataset(plan, rows, rank), self.workers, progress, keep, self.max_skipped)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
 
+from neo_components.data.remote import PIPE, RemoteFolder, is_address, run_pipe
 from neo_components.data.shards import (
     FORMAT_VERSION,
     INDEX_NAME,
     RawSample,
+    check_end,
     image_order,
+    member_end,
     parse_sample,
     shard_files,
     split_member,
@@ -29,6 +33,10 @@ _Row = tuple[str, int, Sequence[Sequence[int]]]
 """key, number of the shard, [offset, size] of the JSON and of each image"""
 
 
+class ShardGoneError(FileNotFoundError):
+    """A shard that was there when the run began cannot be opened any more: the run stops."""
+
+
 class ShardFolder:
     """Reads any sample of a folder by its number; no image is decoded.
 
@@ -37,19 +45,28 @@ class ShardFolder:
 
     Args:
         folder: a local folder of shards.
+        remote: where the folder is a copy of, see :func:`open_folder`.
 
     Raises:
         FileNotFoundError: if there are no shards.
         ValueError: if the index is of another version or does not fit the shards, or a shard must not be read.
     """
 
-    def __init__(self, folder: str | PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self._paths = shard_files(folder)
-        if (self.folder / INDEX_NAME).is_file():
-            self._paths, rows = _read_index(self.folder)
+    def __init__(self, folder: str | PathLike[str], remote: RemoteFolder | None = None) -> None:
+        self.folder, self._remote = Path(folder), remote
+        if remote is None:
+            self._paths = shard_files(folder)
+        self.indexed = (self.folder / INDEX_NAME).is_file()
+        if self.indexed:
+            self._sizes, rows = _read_index(self.folder)
+            self._paths = [self.folder / name for name in self._sizes]
+            if remote is None:
+                _check_shards(self.folder, self._sizes, rows)
             self._pack(rows)
         else:
+            if remote is not None:  # without an index every shard has to be looked at
+                self._paths = [remote.fetch(name) for name in remote.shards()]
+            self._sizes = {path.name: path.stat().st_size for path in self._paths}
             self._pack(row for number, path in enumerate(self._paths) for row in _scan(path, number))
         self._files: dict[int, IO[bytes]] = {}
         self._process = -1
@@ -74,21 +91,77 @@ class ShardFolder:
 
     def name(self, number: int) -> str:
         """Folder and key of a sample, for messages."""
-        return f"{self.folder}/{self._keys[number]}"
+        return f"{self.address}/{self._keys[number]}"
+
+    @property
+    def address(self) -> str:
+        """The folder, or where it is a copy of."""
+        return self._remote.address if self._remote is not None else str(self.folder)
 
     @property
     def shards(self) -> np.ndarray:
         """Number of the shard of each sample, ascending."""
         return self._shards
 
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard that has any, int64."""
+        return np.unique(self._shards, return_counts=True)[1].astype(np.int64)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample has an image."""
+        return len(self._spans) > len(self._keys)
+
+    def signature(self) -> str:
+        """Changes when samples are added, removed or moved."""
+        found = hashlib.sha256(repr(list(self._sizes.items())).encode())
+        for part in (self._shards, self._ends, self._spans):
+            found.update(part.tobytes())
+        return found.hexdigest()
+
+    def kept(self, name: str) -> Path | None:
+        """A further file of the folder, for example lengths; ``None`` if there is none."""
+        if self._remote is not None and self._remote.has(name):
+            return self._remote.fetch(name)
+        return self.folder / name if (self.folder / name).is_file() else None
+
     def read(self, number: int) -> RawSample:
         """The sample of this number.
 
         Raises:
             SampleError: (a ``ValueError``) if it cannot be read.
+            ShardGoneError: (a ``FileNotFoundError``) if its shard is not there any more.
         """
+        content, *images = self._members(number, self._span(number))
+        return parse_sample(self._keys[number], content, images)
+
+    def outline(self, number: int) -> tuple[RawSample, list[list[int]]]:
+        """A sample without its images, and the [height, width] of each that the writer of the shard noted.
+
+        For folders with an index only (``indexed``): what other programs note is not relied upon.
+
+        Raises:
+            SampleError: (a ``ValueError``) if it cannot be read.
+        """
+        members = self._span(number)
+        (content,) = self._members(number, members[:1])
+        raw = parse_sample(self._keys[number], content, [])
+        sizes = json.loads(content).get("image_sizes")
+        good = isinstance(sizes, list) and all(
+            isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size) for size in sizes
+        )
+        if not good or len(sizes) != len(members) - 1:
+            raise SampleError(f"{self._keys[number]}.json has image_sizes {sizes!r:.60}", "images")
+        return raw, sizes
+
+    def _span(self, number: int) -> list[list[int]]:
+        """[offset, size] of each file of a sample."""
         first = int(self._ends[number - 1]) if number else 0
-        members = self._spans[first : self._ends[number]].tolist()
+        spans: list[list[int]] = self._spans[first : self._ends[number]].tolist()
+        return spans
+
+    def _members(self, number: int, members: list[list[int]]) -> list[bytes]:
         start = min(offset for offset, _ in members)
         stop = max(offset + size for offset, size in members)
         file = self._open(int(self._shards[number]))
@@ -96,8 +169,7 @@ class ShardFolder:
         block = file.read(stop - start)  # a sample's files are neighbours
         if len(block) < stop - start:
             raise SampleError(f"{file.name} ends before this sample does", "truncated")
-        content, *images = (block[offset - start : offset - start + size] for offset, size in members)
-        return parse_sample(self._keys[number], content, images)
+        return [block[offset - start : offset - start + size] for offset, size in members]
 
     def _open(self, shard: int) -> IO[bytes]:
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
@@ -105,34 +177,83 @@ class ShardFolder:
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self._paths[shard].open("rb")
+            path = self._paths[shard]
+            try:
+                if self._remote is not None:
+                    path = self._remote.fetch(path.name, self._sizes[path.name])
+                self._files[shard] = path.open("rb")
+            except OSError as error:
+                raise ShardGoneError(
+                    f"{path} cannot be read any more ({error.strerror or error}); put it back and resume the run"
+                ) from None
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_process": -1}
 
 
-def _read_index(folder: Path) -> tuple[list[Path], list[_Row]]:
+def open_folder(
+    address: str | PathLike[str],
+    cache: str | PathLike[str] | None = None,
+    cache_limit: int | None = None,
+    allow_pipe: bool = False,
+) -> ShardFolder:
+    """A folder of shards wherever it lies.
+
+    Args:
+        address: a local folder, an address that fsspec knows, or ``pipe:COMMAND`` for the tar that a command writes.
+        cache: folder of local copies; ``None`` is ``NEO_COMPONENTS_CACHE`` or ``~/.cache/neo_components``.
+        cache_limit: bytes of copies of this folder to keep at most.
+        allow_pipe: run the command of a ``pipe:`` address.
+
+    Raises:
+        FileNotFoundError: if there are no shards.
+        RemoteError: (an ``OSError``) if the address cannot be reached.
+        ValueError: see :class:`ShardFolder`; also for ``pipe:`` that is not allowed.
+    """
+    if not is_address(address):
+        return ShardFolder(address)
+    if str(address).startswith(PIPE):
+        if not allow_pipe:
+            raise ValueError(
+                f"{address} would run a command, pipe: is refused; set data.allow_pipe if you trust whoever wrote it"
+            )
+        return ShardFolder(run_pipe(str(address), cache))
+    remote = RemoteFolder(str(address), cache, cache_limit)
+    remote.refresh(INDEX_NAME)
+    return ShardFolder(remote.local, remote)
+
+
+def _read_index(folder: Path) -> tuple[dict[str, int], list[_Row]]:
+    """Bytes of each shard, and the rows of the samples."""
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_bytes())
         version, shards = index["format_version"], index["shards"]
         rows: list[_Row] = [(row["key"], row["shard"], row["members"]) for row in index["samples"]]
-        sizes = {str(shard["name"]): shard["bytes"] for shard in shards}
+        sizes = {str(shard["name"]): int(shard["bytes"]) for shard in shards}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no index of shards ({error!r}); delete it to index the shards anew") from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {version}, this library reads {FORMAT_VERSION}; update one of them"
         )
+    if evil := [name for name in sizes if PurePath(name).name != name or not name.endswith(".tar")]:
+        raise ValueError(f"{path} names shards outside of its folder, {evil[:3]}; it is refused")
+    return sizes, rows
+
+
+def _check_shards(folder: Path, sizes: Mapping[str, int], rows: Sequence[_Row]) -> None:
+    """Checks that an index is that of the shards beside it."""
     found = {file.name: file.stat().st_size for file in shard_files(folder)}
     wrong = {name for name in found.keys() | sizes.keys() if found.get(name) != sizes.get(name)}
     paths = [folder / name for name in sizes]
     last = {shard: (key, members) for key, shard, members in rows}
     wrong |= {paths[shard].name for shard, row in last.items() if not wrong and not _lies_there(paths[shard], *row)}
     if wrong:
-        raise ValueError(f"{path} does not fit {', '.join(sorted(wrong))}; delete it to index the shards anew")
-    return paths, rows
+        raise ValueError(
+            f"{folder / INDEX_NAME} does not fit {', '.join(sorted(wrong))}; delete it to index the shards anew"
+        )
 
 
 def _lies_there(path: Path, key: str, members: Sequence[Sequence[int]]) -> bool:
@@ -146,10 +267,13 @@ def _scan(path: Path, shard: int) -> Iterator[_Row]:
     """The rows of one shard, from its headers."""
     found: dict[str, dict[str, list[int]]] = {}
     try:
+        end = 0
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member_end(member)
                 if member.isreg() and (parts := split_member(member.name)):
                     found.setdefault(parts[0], {})[parts[1]] = [member.offset_data, member.size]
+        check_end(path, end)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: the shard is damaged ({error}); write it again") from None
     for key, members in found.items():

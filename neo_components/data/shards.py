@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,22 +83,36 @@ def _write_all(samples: Iterable[Mapping[str, Any]], folder: Path, max_per_shard
     rows: list[dict[str, Any]] = []
     shards: list[dict[str, Any]] = []
     keys: set[str] = set()
-    tar: tarfile.TarFile | None = None
-    try:
-        for sample in samples:
-            if tar is None or len(rows) % max_per_shard == 0:
-                if tar is not None:
-                    tar.close()
-                shards.append({"name": f"shard-{len(shards):06d}.tar"})
-                tar = tarfile.TarFile(folder / shards[-1]["name"], "w", format=tarfile.USTAR_FORMAT)
-            key = _checked_key(sample.get("key"), keys)
-            rows.append({"key": key, "shard": len(shards) - 1, **_add_sample(tar, key, sample)})
-    finally:
-        if tar is not None:
-            tar.close()
-    for shard in shards:
-        shard["bytes"] = (folder / shard["name"]).stat().st_size
+    left = iter(samples)
+    while some := list(islice(left, 1)):
+        path = folder / f"shard-{len(shards):06d}.tar"
+        written = write_shard(path, chain(some, islice(left, max_per_shard - 1)), keys)
+        rows += [{"key": row.pop("key"), "shard": len(shards), **row} for row in written]
+        shards.append({"name": path.name, "bytes": path.stat().st_size})
     return {"format_version": FORMAT_VERSION, "shards": shards, "samples": rows}
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], known: set[str]) -> list[dict[str, Any]]:
+    """Writes one shard.
+
+    Args:
+        path: the new file.
+        samples: see :func:`write_shards`.
+        known: keys that are taken; those of the samples are added.
+
+    Returns:
+        The samples' parts of the index, without the number of the shard.
+
+    Raises:
+        OSError: if it cannot be written, for example because the disk is full.
+        ValueError: see :func:`write_shards`.
+    """
+    rows = []
+    with tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            key = _checked_key(sample.get("key"), known)
+            rows.append({"key": key, **_add_sample(tar, key, sample)})
+    return rows
 
 
 def _checked_key(key: Any, known: set[str]) -> str:
@@ -164,10 +180,16 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is no such folder or no shard in it.
+        PermissionError: if the folder cannot be read.
         ValueError: if it is an address instead of a folder: ``pipe:`` would run a command.
     """
     if str(folder).startswith("pipe:") or "://" in str(folder):
-        raise ValueError(f"shards are read from a local folder, got {str(folder)!r}; addresses and pipe: are refused")
+        raise ValueError(
+            f"shards are read from a local folder here, got {str(folder)!r}; addresses and pipe: are refused, "
+            "open_folder reads them"
+        )
+    if Path(folder).is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be read; change its permissions")
     files = sorted(Path(folder).glob("*.tar"))
     if not files:
         raise FileNotFoundError(f"no shards (*.tar) in {folder}; write them with `neo data` or write_shards")
@@ -175,7 +197,7 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
 
 
 def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
-    """The samples of a folder of shards, in order, images as the bytes of their files.
+    """The samples of a folder of shards, local or remote, in order, images as the bytes of their files.
 
     Raises:
         FileNotFoundError: if there are no shards.
@@ -184,6 +206,12 @@ def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    if "://" in str(folder):
+        from neo_components.data.shard_folder import open_folder
+
+        remote = open_folder(folder)
+        yield from (remote.read(number) for number in range(len(remote)))
+        return
     for path in shard_files(folder):
         with path.open("rb") as stream:
             files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=split_member)
@@ -193,14 +221,35 @@ def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
                 raise ValueError(f"{path}: the shard is damaged ({error}); write it again") from None
 
 
+def check_end(path: Path, end: int) -> None:
+    """Checks that a tar ends where its last member does: a header that is cut looks like the end to ``tarfile``.
+
+    Args:
+        path: of the tar.
+        end: offset behind the last member that was found.
+
+    Raises:
+        TarError: if something else follows than the zeros that end a tar.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError("unexpected end of data")
+
+
+def member_end(member: tarfile.TarInfo) -> int:
+    """Offset behind a member and what fills its last block."""
+    return member.offset_data + _padded(member.size)
+
+
 def _from_webdataset(sample: Mapping[str, Any]) -> RawSample:
     suffixes = [name for name in sample if not name.startswith("__") and name != "json"]
     order = image_order(sample["__key__"], suffixes)
     return parse_sample(sample["__key__"], sample.get("json"), [sample[suffix] for suffix in order])
 
 
-def split_member(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member of a shard; ``None`` for one that is neither JSON nor an image.
+def split_member(name: str, also: Sequence[str] = ()) -> tuple[str, str] | None:
+    """(key, suffix) of a member of a shard; ``None`` for one that is neither JSON nor an image nor of ``also``.
 
     Raises:
         ValueError: if its path leaves the shard, or it is a pickle.
@@ -212,7 +261,7 @@ def split_member(name: str) -> tuple[str, str] | None:
     last = suffix.rpartition(".")[2]
     if last in PICKLE_SUFFIXES:
         raise ValueError(f"the shard holds {name!r}; pickles can run code and are refused, remove it from the shard")
-    if suffix != "json" and last not in IMAGE_SUFFIXES:
+    if suffix not in ("json", *also) and last not in IMAGE_SUFFIXES:
         return None
     return name[: len(name) - len(suffix) - 1], suffix
 

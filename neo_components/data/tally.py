@@ -17,7 +17,8 @@ JUDGED_AFTER = 100
 REASONS = {
     *("template",),
     *("unreadable", "truncated", "empty", "too_large", "aspect_ratio", "missing_image"),
-    *("image_tags", "no_answer", "too_long", "role", "reserved", "turns", "json", "images"),
+    *("image_tags", "no_answer", "too_long", "role", "reserved", "turns", "json", "images", "changed"),
+    *("caption", "video"),
 }
 """The words by which skipped samples are counted; ``docs/data.md`` explains them."""
 

@@ -116,6 +116,11 @@ def _check_parts(model: NEO) -> None:
     """
     if model.input_spec.channels != 3:
         raise ValueError(f"pictures have 3 channels, this model reads {model.input_spec.channels}; it has no processor")
+    if model.text == "bypass":
+        raise ValueError(
+            "a model with text='bypass' is not exported to this form, whose cache counts on every block reading every "
+            "token; use NEO.save_pretrained, or `neo export ... --to program`"
+        )
     used: list[tuple[str, str, Any]] = [
         ("rope", stack.hparams.rope, ROPE_VARIANTS[stack.hparams.rope].table) for stack in _stacks(model)
     ]

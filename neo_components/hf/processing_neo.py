@@ -80,7 +80,8 @@ class NEOImageProcessor(ImageProcessingMixin):
             limit = max_pixels_per_image(len(prompt), lowest, highest)
             for picture in prompt:
                 opened = _open(picture)
-                pixels = to_pixels(opened, image_size(opened, self.patch_size * self.fold, lowest, limit))
+                factor = self.patch_size * self.fold
+                pixels = to_pixels(opened, image_size(opened.height, opened.width, factor, lowest, limit))
                 patches.append(cut_patches(pixels, self.patch_size, self.fold))
                 grids.append([pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size])
         return BatchFeature({"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor(grids)})

@@ -51,7 +51,7 @@ def build(model: ModelRecipe) -> NEO:
     pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
     patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
     dtype = as_dtype(model.dtype)
-    return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes))
+    return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
@@ -68,7 +68,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
             f"{h.rope!r}; take model.rope away"
         )
     sizes = _llm_arguments(model, rope, model.attention or h.attention)
-    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge)
+    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge, text=model.text)
 
 
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:

@@ -19,6 +19,7 @@ from neo_components.components.patch_embedding import POSITIONS, PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.rotary import ROPE_VARIANTS
+from neo_components.model import TEXT
 from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
 from neo_components.weights import DTYPES
 
@@ -120,6 +121,7 @@ class Rope:
 Attention = Annotated[str, Names("attention", MASK_RULES)]
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
 Bridge = Annotated[str, Names("bridge", BRIDGES)]
+Text = Annotated[str, Names("text", TEXT)]
 Dtype = Annotated[str, Names("dtype", DTYPES)]
 
 
@@ -135,6 +137,7 @@ class Compose:
         attention: registered name of the mask rule; ``None``: mixed, or that of the asset.
         backend: how attention is computed.
         bridge: how an asset is attached.
+        text: where words go, through the pre-Buffer or around it.
         dtype: of all weights in memory.
 
     ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
@@ -147,6 +150,7 @@ class Compose:
     attention: Attention | None = None
     backend: Backend = "auto"
     bridge: Bridge = "auto"
+    text: Text = "shared"
     dtype: Dtype = "float32"
 
     from_pretrained: ClassVar[None] = None

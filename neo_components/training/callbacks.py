@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
@@ -46,6 +46,16 @@ class LineProgress(Callback):
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Closes the progress."""
         self.context.__exit__(None, None, None)
+
+
+def averaging(decay: float) -> Callback:
+    """Keeps an exponential average of the weights; validation, checkpoints and the trained model use it.
+
+    Args:
+        decay: share of the average that a step keeps, for example 0.999.
+    """
+    # The rotary tables are buffers that hold numbers of axes: copied, not averaged.
+    return EMAWeightAveraging(decay=decay, use_buffers=False)
 
 
 class History(Callback):

@@ -8,6 +8,7 @@ start of the next stage).
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
 import neo_components
@@ -29,7 +30,8 @@ from neo_components.data.module import NEODataModule
 from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
-from neo_components.training.callbacks import History, LineProgress, Predictions
+from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
+from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
 from neo_components.weights import read_json, write_text
 
@@ -66,6 +68,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
 
     Raises:
         FileNotFoundError: if there is no checkpoint to resume from, or data is missing.
+        SystemExit: with code 143 if SIGTERM came (``checkpoints.SaveOnSigterm``).
         ValueError: if parts of the recipe do not fit the model.
     """
     began = time.monotonic()
@@ -82,7 +85,10 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
         _whiten(recipe, chat)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop  # Lightning's own exit looks like success to a scheduler
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
     result.scores = [score for callback in predictions for score in callback.scores]
@@ -127,7 +133,9 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         save_last=True,
         enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
     )
-    return [saving, RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)]
+    bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
+    averages = [averaging(stage.ema)] if stage.ema else []
+    return [*averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
 
 
 def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
@@ -163,22 +171,25 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
         "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,
     }
-    return options | recipe.trainer
+    strategy = str(recipe.trainer.get("strategy", ""))
+    if any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
+        raise ValueError(
+            f"trainer.strategy: {strategy} divides the weights between processes, which the export at the end of a run "
+            "cannot put together yet; use ddp, or a model that fits one device"
+        )
+    return options | {"plugins": [WholeFiles()]} | recipe.trainer
 
 
 def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> Path | None:
     """The checkpoint to resume from; one that does not fit is refused before anything is written."""
     if resume is None:
         return None
-    path = output / "checkpoints" / "last.ckpt" if str(resume) == "last" else Path(resume)
+    path = newest_checkpoint(output / "checkpoints") if str(resume) == "last" else Path(resume)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
-        done = int(saved["global_step"])
-    except Exception as error:  # torch.load raises anything from KeyError to UnpicklingError on what it did not write
-        raise ValueError(f"{path} is no checkpoint of a training run; it is damaged or something else") from error
+    saved = read_checkpoint(path)
+    stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
+    done = int(saved["global_step"])
     if done >= module.stage.steps:
         raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}

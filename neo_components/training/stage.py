@@ -24,6 +24,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "muon_lr": (0, float("inf")),
     "whiten_patches": (0, float("inf")),
     "min_lr_ratio": (0, 1),
+    "ema": (0, 1),
+    "recompute": (0, 1),
     "warmup_steps": (0, float("inf")),
     "eps": (0, float("inf")),
     "weight_decay": (0, float("inf")),
@@ -31,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint_every": (0, float("inf")),
     "log_every": (1, float("inf")),
     "predictions": (0, float("inf")),
+    "max_skipped_steps": (1, float("inf")),
 }
 """Least and greatest value of each number of a stage."""
 
@@ -58,6 +61,11 @@ class StageConfig:
         whiten_patches: patches of training images from which a new patch embedding is whitened before the first step
             (``PatchEmbedding.whiten``), 0: none. For a first stage; it forgets what the patch embedding has learnt.
         predictions: validation questions that are answered at each validation, and logged with their pictures.
+        recompute: share of the blocks, from the first on, that are computed again in the backward pass instead of
+            keeping what they computed: less memory for more time. The result is the same.
+        ema: decay of an exponential average of the weights (for example 0.999), which validation, checkpoints and the
+            trained model then use; 0: none.
+        max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.
 
     Raises:
         ValueError: listing every number that is out of its range.
@@ -79,6 +87,9 @@ class StageConfig:
     log_every: int = 10
     whiten_patches: int = 0
     predictions: int = 4
+    recompute: float = 0.0
+    ema: float = 0.0
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         problems = self.problems(vars(self))

@@ -1,0 +1,158 @@
+"""Plans a run over 345 million samples in 35 thousand shards for 128 ranks of 8 workers, from lengths alone.
+
+    python benchmarks/data_scale.py [--samples 345_000_000] [--shards 35_000] [--ranks 128] [--workers 8] [--minutes 3]
+
+The sizes are those of NEO's pre-training (arXiv 2510.14979, Table 2). Lengths are drawn at random: a long tail, three
+of ten samples are text alone. Reported are the time and memory of planning, for every worker plans for itself, the time
+to go on in the middle of an epoch, and the size of a place in a checkpoint. At a thousandth of the scale a whole epoch
+is planned by all workers of all ranks: they must agree, share no sample, and leave none out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neo_components.data.row_plan import RowPlan, Supply
+from neo_components.data.step_plan import StepPlan
+
+ROW = 16384
+
+
+def lengths_file(path: Path, samples: int, mean: float, visual: bool, seed: int) -> None:
+    """[3, samples] int32 as ``neo data index`` writes it, piece by piece."""
+    table = np.lib.format.open_memmap(path, "w+", np.int32, (3, samples))
+    step = 1 << 22
+    for start in range(0, samples, step):
+        random = np.random.default_rng([seed, start])
+        count = min(step, samples - start)
+        tokens = np.clip(np.exp(random.normal(mean, 1.0, count)), 24, 8192).astype(np.int32)
+        table[0, start : start + count] = tokens
+        if visual:
+            table[1, start : start + count] = tokens * random.uniform(0.5, 0.95, count)
+    table.flush()
+
+
+def supplies(folder: Path, samples: int, shards: int) -> list[Supply]:
+    """Pictures and text, 7 to 3, mapped from their files."""
+    found = []
+    for name, share, mean, visual in (("pictures", 0.7, 6.3, True), ("text", 0.3, 5.6, False)):
+        count, pieces = int(samples * share), max(1, int(shards * share))
+        lengths_file(folder / f"{name}.npy", count, mean, visual, seed=int(visual))
+        table = np.load(folder / f"{name}.npy", mmap_mode="r")
+        sizes = np.full(pieces, count // pieces)
+        sizes[: count % pieces] += 1
+        found.append(Supply(name, table[0], table[1], sizes))
+    return found
+
+
+def plan(sources: list[Supply], ranks: int, place: dict | None = None) -> StepPlan:
+    return StepPlan(RowPlan(sources, [7, 3], row_length=ROW, shuffle=10_000), ranks, 1, place)
+
+
+def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    steps = plan(sources, options.ranks)
+    print(f"to the first step            {time.perf_counter() - start:10.2f} s")
+    samples = tokens = count = 0
+    fills, slowest = [], []
+    start = time.perf_counter()
+    while time.perf_counter() - start < 60 * options.minutes:
+        step = steps.next_step()
+        assert step is not None
+        rows = [row for mine in step for row in mine]
+        samples += sum(len(row.members) for row in rows)
+        tokens += sum(row.tokens for row in rows)
+        visual = np.array([sum(row.visual for row in mine) for mine in step], float)
+        slowest.append((visual.max(), visual.mean()))
+        fills.append(sum(row.tokens for row in rows) / (ROW * len(rows)))
+        count += 1
+    gone = time.perf_counter() - start
+    total = sum(len(source.tokens) for source in sources)
+    per_epoch = gone / samples * total
+    print(f"planned                      {samples:10,d} samples, {count} steps, {gone / samples * 1e6:.1f} us a sample")
+    print(f"planning an epoch            {per_epoch / 60:10.0f} min of each worker, over the whole epoch")
+    print(f"    a step of the run        {gone / count * 1000:10.0f} ms of each worker")
+    print(f"fill                         {np.mean(fills):10.4f}")
+    top, mean = np.array(slowest).sum(axis=0)
+    print(f"slowest rank's visual tokens {100 * (top / mean - 1):9.1f} % over the mean, summed over the steps")
+    place = steps.state()
+    buffer = io.BytesIO()
+    torch.save(place, buffer)
+    print(f"place in a checkpoint        {len(buffer.getvalue()) / 1000:10.0f} kB, for all ranks and workers together")
+    start = time.perf_counter()
+    again = plan(sources, options.ranks, place)
+    seconds = time.perf_counter() - start
+    assert again.next_step() == steps.next_step()
+    print(f"going on there               {seconds:10.2f} s, the next step is the same")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    own = {line.split(":")[0]: line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]}
+    private = int(own["Anonymous"][1]) / 1000
+    print(f"memory                       {private:10.0f} MB of its own; {peak:.0f} MB at most with the mapped lengths")
+
+
+def proof(options: argparse.Namespace, folder: Path) -> None:
+    """Every worker of every rank plans an epoch; what each would read is put together."""
+    sources = supplies(folder, options.samples // 1000, max(2, options.shards // 1000))
+    counts = [np.zeros(len(source.tokens), np.int64) for source in sources]
+    epoch = len(sources[0].tokens)
+    whole = plan(sources, options.ranks)
+    expected = []
+    while counts[0].sum() < epoch:
+        step = whole.next_step()
+        assert step is not None
+        expected.append(step)
+        for mine in step:
+            for row in mine:
+                for source, number, _ in row.members:
+                    counts[source][number] += 1
+    counts = [np.zeros(len(source.tokens), np.int64) for source in sources]
+    start = time.perf_counter()
+    for worker in range(options.workers):
+        # All ranks have the same plan, so one plan of each worker tells what that worker reads on every rank.
+        mine = plan(sources, options.ranks)
+        for number in range(len(expected)):
+            step = mine.next_step()
+            assert step == expected[number], "two workers disagree"
+            if number % options.workers == worker:
+                for rank in step:
+                    for row in rank:
+                        for source, sample, _ in row.members:
+                            counts[source][sample] += 1
+    pictures = counts[0]
+    print(f"at a thousandth: {len(expected)} steps of {options.ranks} ranks x {options.workers} workers,", end=" ")
+    print(f"{pictures.sum() + counts[1].sum():,d} samples read, {time.perf_counter() - start:.0f} s")
+    # The last block of steps may hold the first samples of the next epoch.
+    print(f"    of {epoch:,d} pictures {int((pictures >= 1).sum()):,d} were read,", end=" ")
+    print(f"{int((pictures > 1).sum()):,d} more than once, as the last step goes on into the next epoch")
+    assert pictures.min() >= 1 or pictures.max() == 1
+    assert pictures.max() <= 2 and int((pictures > 1).sum()) <= options.ranks * 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, default in (("samples", 345_000_000), ("shards", 35_000), ("ranks", 128), ("workers", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--minutes", type=float, default=2.0, help="how long to plan")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        sources = supplies(Path(folder), options.samples, options.shards)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e9
+        print(f"{options.samples:,d} samples in {options.shards:,d} shards", end=", ")
+        print(f"{options.ranks} ranks x {options.workers} workers, torch {torch.__version__}")
+        print(f"lengths on disk              {size:10.2f} GB (made in {time.perf_counter() - start:.0f} s)")
+        at_scale(sources, options)
+    with tempfile.TemporaryDirectory() as folder:
+        proof(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

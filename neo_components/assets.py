@@ -22,6 +22,7 @@ from neo_components.hub import resolve
 from neo_components.model import NEO, TEXT
 from neo_components.packing import pack
 from neo_components.types import InputSpec, Sample
+from neo_components.weights import read_json
 
 BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
 MIN_SHARED = 16
@@ -63,6 +64,19 @@ def export_pre_buffer(
     # Else no word of this language model has a vector on the pre-Buffer's side: the asset's own anchors stay.
     model.pre_buffer.info = info or AssetInfo()
     return model.pre_buffer.save_pretrained(folder)
+
+
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """What a model's folder tells of its training, with the names of the data but not where it lay.
+
+    Args:
+        folder: of a trained model; without ``provenance.json`` the result is empty.
+    """
+    path = folder / "provenance.json"
+    told = read_json(path) if path.is_file() else {}
+    for stage in told.get("stages", []):
+        stage["data"] = [Path(name).name for name in stage.get("data", [])]
+    return told
 
 
 def attach(

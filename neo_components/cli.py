@@ -103,7 +103,7 @@ def evaluate(
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    chat = Chat.from_pretrained(model, dtype=dtype)
+    chat = Chat.from_pretrained(_model_folder(model), dtype=dtype)
     report = run(
         chat.model,
         chat.tokenizer,
@@ -131,7 +131,7 @@ def chat(
     from neo_components.chat import Chat
 
     _register(imports)
-    typer.echo(Chat.from_pretrained(model, dtype=dtype).ask(question, image or [], max_new_tokens))
+    typer.echo(Chat.from_pretrained(_model_folder(model), dtype=dtype).ask(question, image or [], max_new_tokens))
 
 
 @app.command()
@@ -162,14 +162,10 @@ def export(
     folder = _model_folder(model)
     chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
     if to is Export.pre_buffer:
-        from neo_components.assets import export_pre_buffer
+        from neo_components.assets import export_pre_buffer, provenance_of
         from neo_components.components.pre_buffer import AssetInfo
-        from neo_components.weights import read_json
 
-        provenance = read_json(folder / "provenance.json") if (folder / "provenance.json").is_file() else {}
-        for stage in provenance.get("stages", []):
-            stage["data"] = [Path(name).name for name in stage.get("data", [])]  # not where it lay
-        info = AssetInfo(chat.image_config(), provenance, license)
+        info = AssetInfo(chat.image_config(), provenance_of(folder), license)
         typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
     elif to is Export.hf:
         from neo_components.hf.folder import write_hf
@@ -227,11 +223,10 @@ def convert(
     imports: Imports = None,
 ) -> None:
     """Rewrite a model in another layout; its tokenizer and image limits go along."""
-    from neo_components.hub import resolve
     from neo_components.model import NEO
 
     _register(imports)
-    folder = resolve(model)
+    folder = _model_folder(model)
     NEO.from_pretrained(folder).save_pretrained(output, layout=layout)
     for name in COMPANIONS:
         if (folder / name).is_file() and folder.resolve() != output.resolve():
@@ -253,10 +248,12 @@ def inspect(
     loaded = load_recipe(recipe, overrides or [])
     typer.echo(loaded.to_yaml())
     model = build(loaded.model)
-    trainable = sum(p.numel() for p in train_only(model, loaded.stage.train))
     for name, group in model.groups().items():
         typer.echo(f"{name:24s} {sum(p.numel() for p in group):>14,d}")
-    typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {sum(p.numel() for p in model.parameters()):,d}")
+    if loaded.given_stage is not None:
+        trainable = sum(p.numel() for p in train_only(model, loaded.given_stage.train))
+        total = sum(p.numel() for p in model.parameters())
+        typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {total:,d}")
 
 
 @recipes_app.callback()

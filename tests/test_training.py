@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import struct
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -231,8 +233,11 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, caplog: pytest.LogCaptu
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit in the middle of a tensor turned."""
-    middle = len(data) // 2
+    """One bit in the middle of the largest tensor turned."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
+    middle = entry.header_offset + 30 + name + extra + entry.file_size // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import typer
 
-from neo_components.assets import export_pre_buffer
+from neo_components.assets import export_pre_buffer, provenance_of
 from neo_components.chat import Chat
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
@@ -23,7 +23,6 @@ from neo_components.quickstart.report import ask_more, draw_pictures, write_repo
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.run import train
-from neo_components.weights import read_json
 
 STAGES = ("pretrain", "midtrain", "sft")
 VALIDATION_IMAGES = 400
@@ -150,7 +149,7 @@ def _reuse(root: Path, found: Findings) -> None:
     """Exports the pre-Buffer, attaches it to the second language model, and scores it beside a random one."""
     folder = root / "neo"
     chat = Chat.from_pretrained(folder)
-    info = AssetInfo(chat.image_config(), read_json(folder / "provenance.json"))
+    info = AssetInfo(chat.image_config(), provenance_of(folder))
     export_pre_buffer(chat.model, root / "pre_buffer", folder, info=info)
     for arm, name in (("reused", "attach"), ("random", "attach_random")):
         result = train(_recipe(name, root, found))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neo_components.data.conversation import ROLES, TURN_END, TURN_START
+from neo_components.data.templates import CHATML
 from neo_components.progress import progress
 from neo_components.types import IGNORED
 
@@ -28,13 +29,6 @@ Conversation = Sequence[dict[str, str]]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @dataclass
@@ -166,7 +160,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[TURN_START],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHATML,
         clean_up_tokenization_spaces=False,
     )
 

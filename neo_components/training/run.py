@@ -27,6 +27,7 @@ import neo_components
 from neo_components.chat import Chat
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
+from neo_components.data.shard_folder import ShardFolder
 from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
@@ -143,8 +144,10 @@ def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
     count, validation = recipe.stage.predictions, recipe.data["validation"]
     if not (count and validation and recipe.stage.validate_every):
         return []
-    questions = islice(questions_from_shards(validation[0].shards), count)
-    return [Predictions(list(questions), chat, Path(recipe.output) / "pictures")]
+    # Evenly spaced: the questions of one picture often lie side by side.
+    step = max(1, len(ShardFolder(validation[0].shards)) // count)
+    questions = list(islice(questions_from_shards(validation[0].shards), 0, step * count, step))
+    return [Predictions(questions, chat, Path(recipe.output) / "pictures")]
 
 
 def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:

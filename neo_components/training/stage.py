@@ -54,7 +54,7 @@ class StageConfig:
         warmup_steps: steps of linear rise to the peak before the cosine.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's term against division by zero.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: of either optimizer, on matrices only.
         validate_every: steps between validations, 0: never.
         checkpoint_every: steps between checkpoints, 0: none.
         log_every: steps between entries in the log.

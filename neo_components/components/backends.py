@@ -152,7 +152,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     width = v.shape[-1]
     # The fused kernels want values as wide as keys; the unfused path forms every score, and keeps them for the backward
-    # pass. Below 256 tokens it is the faster one all the same.
+    # pass; short documents have few.
     if q.shape[-2] >= FUSED and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))
     grouped = q.shape[1] != k.shape[1]

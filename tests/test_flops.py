@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from builders import SIZES, random_batch, randomize, set_backend, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,8 +39,7 @@ def counted(model: NEO, batch: Batch) -> int:
 
 
 def whole_rows(model: NEO, seed: int = 5) -> Batch:
-    """A row that is one document without padding, of text alone: eager attention computes every pair of it, and here
-    all of them count."""
+    """A row that is one document with an image, without padding."""
     batch, _ = random_batch(model.input_spec, seed=seed, rows=1, documents=1, padding=0, images=1)
     return batch
 
@@ -98,7 +96,6 @@ def _hidden(model: NEO, number: int, square: int, batch: Batch) -> int:
 
 def test_bridges_and_words_around_the_pre_buffer() -> None:
     """A pre-Buffer of another width; shared text passes two bridges, text around it one and fewer tokens."""
-    batch = None
     for text in ("shared", "bypass"):
         pre = PreBuffer(depth=2, **SIZES | {"hidden_size": 24}, backend="eager")
         post = PostLLM(60, depth=2, image_token_id=57, **SIZES, backend="eager")
@@ -120,7 +117,7 @@ def test_by_hand() -> None:
     batch, _ = random_batch(model.input_spec, seed=1, rows=1, documents=1, padding=5, images=0, text=(1, 1))
     tokens = int((batch.document_ids != PADDING).sum())
     learnt = int((batch.labels[:, 1:] != -100).sum())
-    # D 32, N 4, K 2, E 8, F 48, V 60: q, q_hw 32 x 32 each; k, k_hw, v 32 x 16 each; o 32 x 32; feed-forward 3 x 32 x 48.
+    # D 32, N 4, K 2, E 8, F 48, V 60: q, q_hw, o 32 x 32 each; k, k_hw, v 32 x 16 each; feed-forward 3 x 32 x 48.
     projections = 2 * tokens * (3 * 32 * 32 + 3 * 32 * 16 + 3 * 32 * 48)
     pairs = tokens * (tokens + 1) // 2
     attention = 2 * pairs * 4 * (16 + 8)

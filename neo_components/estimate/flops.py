@@ -9,7 +9,6 @@ recomputation does twice is no part of the model's FLOPs and told apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +92,7 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow)
     flow = flow or _trains(model.post_llm.norm)
     head = model.post_llm.head_weight
-    found["head"] = _product(learnt, *head.shape, flow, head.requires_grad, again=True)
+    found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad, again=True)
     return found
 
 
@@ -226,14 +225,15 @@ def _causal_pairs(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> Sequence[int]:
+def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> list[int]:
     """Visual tokens of every image of the batch."""
     rows = torch.arange(len(image_ids), device=image_ids.device)[:, None].expand_as(image_ids)
     visual = (image_ids != NO_IMAGE) & (document_ids != PADDING)
     places = torch.stack([rows, document_ids, image_ids])[:, visual]
     if not places.shape[1]:
-        return ()
-    return torch.unique_consecutive(places, dim=1, return_counts=True)[1].tolist()
+        return []
+    _, lengths = torch.unique_consecutive(places, dim=1, return_counts=True)
+    return [int(length) for length in lengths]
 
 
 def _pairs_by_mask(image_ids: Tensor, rule: LayerRule) -> int:

@@ -232,8 +232,8 @@ def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> list[int]:
     places = torch.stack([rows, document_ids, image_ids])[:, visual]
     if not places.shape[1]:
         return []
-    _, lengths = torch.unique_consecutive(places, dim=1, return_counts=True)
-    return [int(length) for length in lengths]
+    lengths: Tensor = torch.unique_consecutive(places, dim=1, return_counts=True)[1]
+    return lengths.tolist()
 
 
 def _pairs_by_mask(image_ids: Tensor, rule: LayerRule) -> int:

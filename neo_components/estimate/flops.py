@@ -146,7 +146,7 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> 
 
 def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Flops:
     """Projections, and the two products over the pairs: scores 2E wide, values E wide."""
-    groups = {
+    groups: dict[str, list[nn.Module | None]] = {
         "q": [part.q_proj, part.q_proj_hw, part.q_norm_h, part.q_norm_w, getattr(part, "q_norm", None)],
         "k": [part.k_proj, part.k_proj_hw, part.k_norm_h, part.k_norm_w, getattr(part, "k_norm", None)],
         "v": [part.v_proj],

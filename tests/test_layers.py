@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"chat", "recipe", "hf"},
     {"training"},
     {"__init__"},
-    {"quickstart"},
+    {"quickstart", "inspection"},
     {"cli_data"},
     {"cli"},
 )

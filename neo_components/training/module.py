@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from neo_components.model import NEO
 from neo_components.training.groups import train_only
 from neo_components.training.optimizers import build_optimizer
+from neo_components.training.recompute import blocks_of
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
 
@@ -45,8 +46,10 @@ class NEOTraining(lightning.LightningModule):
         self.model = model
         self.stage = stage
         self.trainable = train_only(model, stage.train)
+        if stage.recompute == "auto":
+            raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
         for stack in (model.pre_buffer, model.post_llm):
-            stack.recomputed = round(stage.recompute * len(stack.layers))
+            stack.recomputed = blocks_of(stage.recompute, len(stack.layers))
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters

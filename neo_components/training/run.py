@@ -8,6 +8,7 @@ start of the next stage).
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -34,7 +35,12 @@ from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
+from neo_components.training.plan import device_memory, plan_of, setting_of
+from neo_components.training.recompute import blocks_of, settle
+from neo_components.training.stage import StageConfig
 from neo_components.weights import read_json, write_text
+
+log = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
 
@@ -78,7 +84,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     chat = _start(recipe)
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
-    module = NEOTraining(chat.model, recipe.stage)
+    module = NEOTraining(chat.model, _settled(recipe, chat.model))
     history, predictions = History(), _predictions(recipe, chat)
     trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
     checkpoint = _checkpoint(output, resume, module)
@@ -104,6 +110,19 @@ def _start(recipe: Recipe) -> Chat:
     data = recipe.data
     tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
     return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
+
+
+def _settled(recipe: Recipe, model: NEO) -> StageConfig:
+    """The stage with a number for ``recompute``, chosen by what fits if the recipe says ``auto``."""
+    if recipe.stage.recompute != "auto":
+        return recipe.stage
+    plan = plan_of(recipe)
+    setting = setting_of(recipe, plan)
+    stage = settle(recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan)
+    depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
+    counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
+    log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)
+    return stage
 
 
 def _whiten(recipe: Recipe, chat: Chat) -> None:

@@ -55,7 +55,7 @@ class Strategy(StrEnum):
 
     single = "single"
     ddp = "ddp"
-    fsdp = "fsdp"
+    fsdp2 = "fsdp2"
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from neo_components.estimate.tracing import Setting
 from neo_components.model import LOSS_CHUNK, NEO
 from neo_components.types import Batch
 
-STRATEGIES = ("single", "ddp", "fsdp")
+STRATEGIES = ("single", "ddp", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
     """How a model is laid over devices.
 
     Args:
-        strategy: ``single``; ``ddp``: every device holds everything; ``fsdp``: weights, gradients and optimiser states
+        strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimiser states
             are divided among the devices and put together block by block.
         devices: all of them.
         tensor_parallel: devices that share the heads and feed-forward channels of every block.
@@ -44,9 +44,9 @@ class Plan:
                 f"{self.tensor_parallel}"
             )
         if self.strategy == "single" and self.devices != 1:
-            raise ValueError(f"strategy single has one device, got {self.devices}; choose ddp or fsdp")
-        if self.tensor_parallel > 1 and self.strategy != "fsdp":
-            raise ValueError("tensor_parallel needs strategy fsdp, which divides the model")
+            raise ValueError(f"strategy single has one device, got {self.devices}; choose ddp or fsdp2")
+        if self.tensor_parallel > 1 and self.strategy != "fsdp2":
+            raise ValueError("tensor_parallel needs strategy fsdp2, which divides the model")
 
     @property
     def replicas(self) -> int:
@@ -56,10 +56,23 @@ class Plan:
     @property
     def shards(self) -> int:
         """Into how many parts weights, gradients and states are divided."""
-        return self.replicas if self.strategy == "fsdp" else 1
+        return self.replicas if self.strategy == "fsdp2" else 1
 
 
-def memory_by_kind(
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Args:
+        kinds: what each kind takes at its own peak; all are there at once only where gradients stay between batches.
+        peak: of all together: a block's gradients come when its activations go.
+    """
+
+    kinds: dict[str, int]
+    peak: int
+
+
+def step_memory(
     model: NEO,
     batch: Batch,
     setting: Setting,
@@ -67,10 +80,11 @@ def memory_by_kind(
     activations: Activations,
     single_moment: Collection[Tensor] = (),
     average: bool = False,
-) -> dict[str, int]:
-    """Bytes on one device at the peak of a training step.
+    accumulates: bool = False,
+) -> Memory:
+    """Bytes on one device in a training step.
 
-    Weights, gradients, states and activations are exact for the code as it stands; working space is a rule: the
+    Weights, gradients, states and activations are those of the code as it stands; working space is a rule: the
     gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
 
     Args:
@@ -82,28 +96,55 @@ def memory_by_kind(
         activations: of the model, batch and setting (``kept_activations``).
         single_moment: weights whose optimiser keeps one number each (Muon); the others are AdamW's, which keeps two.
         average: whether an average of the weights is kept.
+        accumulates: whether gradients stay from batch to batch.
     """
     single = {id(weight) for weight in single_moment}
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    gradients = _bytes(trained, setting)
-    states = sum(_bytes([p], setting) * (1 if id(p) in single else 2) for p in trained)
+    # What FSDP keeps divided has the model's own type, and what it gathers the setting's.
+    kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
+    gradients = _bytes(trained, kept)
+    states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
     again = model.pre_buffer.recomputed, model.post_llm.recomputed
-    found = {
-        "weights": _bytes(parameters, setting) // plan.shards,
-        "gradients": gradients // plan.shards,
+    always = {
+        "weights": _bytes(parameters, kept) // plan.shards,
         "optimiser states": states // plan.shards,
-        "average of weights": _bytes(parameters, setting) // plan.shards if average else 0,
+        "average of weights": _bytes(parameters, kept) // plan.shards if average else 0,
         "gradient buckets": gradients if plan.strategy == "ddp" else 0,
-        "gathered weights": _gathered(model, setting) if plan.strategy == "fsdp" else 0,
+        "gathered parts": _gathered(model, setting) if plan.strategy == "fsdp2" else 0,
         "batch": sum(t.nbytes for t in vars(batch).values() if isinstance(t, Tensor)),
+    }
+    passing = {
+        "gradients": gradients // plan.shards,
         "activations": activations.total(*again),
         "one recomputed block": activations.largest(*again),
         "autocast copies": _autocast_copies(model, setting),
         "logits of one chunk": _chunk(model, batch, setting),
         "working space": _working(model, batch, setting),
     }
-    return {kind: size for kind, size in found.items() if size}
+    moving = _peak_of_backward(model, kept, plan, activations, passing, accumulates)
+    kinds = {kind: size for kind, size in (always | passing).items() if size}
+    return Memory(kinds, sum(always.values()) + moving)
+
+
+def _peak_of_backward(
+    model: NEO, kept: Setting, plan: Plan, activations: Activations, passing: dict[str, int], accumulates: bool
+) -> int:
+    """The most that activations, gradients and what comes and goes take together, from the loss back to the pixels."""
+    stacks = ((model.pre_buffer, activations.pre_buffer), (model.post_llm, activations.post_llm))
+    left = passing["activations"]
+    made = passing["gradients"] if accumulates else 0
+    most = left + made + max(passing["logits of one chunk"], passing["autocast copies"])
+    for stack, blocks in reversed(stacks):
+        for number in reversed(range(len(blocks))):
+            again = number < stack.recomputed
+            inside = blocks[number].whole if again else 0
+            most = max(most, left + made + inside + passing["working space"])
+            left -= blocks[number].input if again else blocks[number].whole
+            if not accumulates:
+                trained = [p for p in stack.layers[number].parameters() if p.requires_grad]
+                made += _bytes(trained, kept) // plan.shards
+    return max(most, passing["gradients"])
 
 
 def _bytes(parameters: list[nn.Parameter], setting: Setting) -> int:
@@ -111,11 +152,14 @@ def _bytes(parameters: list[nn.Parameter], setting: Setting) -> int:
 
 
 def _gathered(model: NEO, setting: Setting) -> int:
-    """Two blocks put together, the present and the next one, and all that is in no block."""
+    """Two blocks put together, the present and the next one, and all that is in no block; and of the largest of them
+    the gradient before it is divided, once as computed and once in float32 for the sum."""
     blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
     inside = {id(p) for block in blocks for p in block}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    return 2 * max((_bytes(block, setting) for block in blocks), default=0) + _bytes(rest, setting)
+    trained = [[p for p in part if p.requires_grad] for part in (*blocks, rest)]
+    gradient = max(_bytes(part, setting) + 4 * sum(p.numel() for p in part) for part in trained)
+    return 2 * max((_bytes(block, setting) for block in blocks), default=0) + _bytes(rest, setting) + gradient
 
 
 def _autocast_copies(model: NEO, setting: Setting) -> int:

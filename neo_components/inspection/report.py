@@ -11,14 +11,14 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.flops import Flops, step_flops
-from neo_components.estimate.memory import Plan, memory_by_kind
+from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.inspection.shape import empty_model
 from neo_components.model import NEO
 from neo_components.recipe import Recipe
 from neo_components.training.groups import train_only
 from neo_components.training.optimizers import hidden_matrices
-from neo_components.training.plan import device_memory, plan_of, setting_of
+from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
 from neo_components.weights import unfilled
 
@@ -30,7 +30,7 @@ class Assumed:
     Args:
         visual: visual tokens of a document's image; ``None``: of a square in the middle of the recipe's pixel range.
         text: other tokens of a document.
-        strategy: ``single``, ``ddp``, ``fsdp``; ``None``: the recipe's.
+        strategy: ``single``, ``ddp``, ``fsdp2``; ``None``: the recipe's.
         devices: all of them; ``None``: the recipe's.
         tensor_parallel: devices that share every block.
         device_memory: GB (10^9 bytes) of one device; ``None``: what is found on this machine.
@@ -59,7 +59,8 @@ class Report:
         assumptions: by name, what the figures rest on.
         flops: of a step of all devices, by part.
         tokens: of a step of all devices.
-        memory: bytes of one device by kind; empty without a stage.
+        memory: bytes of one device by kind, each at its own peak; empty without a stage.
+        peak: bytes of one device at the peak of all together.
         device_memory: bytes of one device; ``None`` if not known.
         hours: of all steps at the assumed utilisation; ``None`` without a stage.
         notes: what else is to be known.
@@ -73,6 +74,7 @@ class Report:
     flops: dict[str, Flops] = field(default_factory=dict)
     tokens: int = 0
     memory: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
     device_memory: int | None = None
     hours: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -109,13 +111,14 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"
-    stage = settle(recipe.stage, mine, recipe.data, setting, memory_limit, _stored(plan))
+    stage = settle(recipe.stage, mine, recipe.data, setting, memory_limit, _stored(plan), accumulates(recipe))
     for both in (mine, model):
         for stack in (both.pre_buffer, both.post_llm):
             stack.recomputed = blocks_of(float(stage.recompute), len(stack.layers))
-    memory = memory_by_kind(
+    memory = step_memory(
         mine, batch, setting, _stored(plan), kept_activations(mine, batch, setting),
         hidden_matrices(mine) if stage.optimizer == "muon" else (), bool(stage.ema),
+        accumulates(recipe),
     )  # fmt: skip
     batches = plan.replicas * int(recipe.trainer.get("accumulate_grad_batches") or 1)
     flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}
@@ -131,17 +134,17 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         "device memory": source,
     }
     report = Report(
-        str(recipe.path), groups, total, assumptions, flops, batches * batch.token_ids.numel(), memory, memory_limit,
-        hours, notes,
+        str(recipe.path), groups, total, assumptions, flops, batches * batch.token_ids.numel(), memory.kinds,
+        memory.peak, memory_limit, hours, notes,
     )  # fmt: skip
     return replace(report, warnings=_warnings(report))
 
 
 def _warnings(report: Report) -> list[str]:
-    need, have = sum(report.memory.values()), report.device_memory
+    need, have = report.peak, report.device_memory
     if have is None:
         return []
-    ways = "lower data.rows or data.row_length, raise stage.recompute, or divide the weights (fsdp) over more devices"
+    ways = "lower data.rows or data.row_length, raise stage.recompute, or divide the weights (fsdp2) over more devices"
     if need > have:
         return [f"will not fit: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB; {ways}"]
     if need > 0.9 * have:

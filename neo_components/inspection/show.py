@@ -22,7 +22,6 @@ def as_json(report: Report) -> str:
         values["flops_per_token"] = {
             name: {key: value / report.tokens for key, value in part.items()} for name, part in values["flops"].items()
         }
-        values["memory"]["all"] = sum(report.memory.values())
     return json.dumps(values, indent=1)
 
 
@@ -68,7 +67,7 @@ def _flops_line(name: str, numbers: list[int], tokens: int) -> str:
 def _memory(report: Report) -> str:
     lines = [f"{'memory of one device':28s} {'GB':>16s}"]
     lines += [f"{kind:28s} {size / 1e9:16.3f}" for kind, size in report.memory.items()]
-    lines.append(f"{'all':28s} {sum(report.memory.values()) / 1e9:16.3f}")
+    lines.append(f"{'peak of all together':28s} {report.peak / 1e9:16.3f}")
     if report.device_memory is not None:
         lines.append(f"{'the device has':28s} {report.device_memory / 1e9:16.3f}")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ def setting_of(recipe: Recipe, plan: Plan) -> Setting:
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision {precision!r} is not known here; known: {', '.join(PRECISIONS)}")
     autocast, weights = PRECISIONS[precision]
-    if plan.strategy == "fsdp" and autocast is not None:
+    if plan.strategy == "fsdp2" and autocast is not None:
         # FSDP casts what it gathers, so that nothing is left to autocast.
         return Setting(device_of(recipe), None, autocast)
     return Setting(device_of(recipe), autocast, weights)
@@ -52,7 +52,7 @@ def plan_of(
     count = devices or devices_of(recipe)
     said = str(recipe.trainer.get("strategy") or "auto")
     divided = any(name in said for name in ("fsdp", "model_parallel"))
-    return Plan(strategy or ("fsdp" if divided else "ddp" if count > 1 else "single"), count, tensor_parallel)
+    return Plan(strategy or ("fsdp2" if divided else "ddp" if count > 1 else "single"), count, tensor_parallel)
 
 
 def devices_of(recipe: Recipe) -> int:
@@ -67,6 +67,11 @@ def devices_of(recipe: Recipe) -> int:
     else:
         count = int(said)
     return count * int(recipe.trainer.get("num_nodes") or 1)
+
+
+def accumulates(recipe: Recipe) -> bool:
+    """Whether a step is put together from several batches."""
+    return int(recipe.trainer.get("accumulate_grad_batches") or 1) > 1
 
 
 def device_memory(device: str) -> tuple[int | None, str]:

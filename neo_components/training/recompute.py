@@ -11,7 +11,7 @@ import torch
 from neo_components.components.backends import FUSED
 from neo_components.components.primitive import PrimitiveStack
 from neo_components.estimate.activations import Activations, kept_activations
-from neo_components.estimate.memory import Plan, memory_by_kind
+from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.model import NEO
@@ -25,7 +25,13 @@ ROOM = 0.9
 
 
 def settle(
-    stage: StageConfig, model: NEO, data: Mapping[str, Any], setting: Setting, device_memory: int | None, plan: Plan
+    stage: StageConfig,
+    model: NEO,
+    data: Mapping[str, Any],
+    setting: Setting,
+    device_memory: int | None,
+    plan: Plan,
+    accumulates: bool = False,
 ) -> StageConfig:
     """The stage with a number for ``recompute``; one that is not ``auto`` is returned as it is.
 
@@ -39,6 +45,7 @@ def settle(
         setting: device and precision.
         device_memory: bytes of one device, looked at without ``stage.activation_gb``; ``None``: not known.
         plan: how the model is laid over devices.
+        accumulates: whether gradients stay from batch to batch.
 
     Raises:
         ValueError: if it does not fit even with every block computed again, or there is nothing to fit into.
@@ -55,9 +62,11 @@ def settle(
         for share in shares(*(len(stack.layers) for stack in stacks)):
             for stack in stacks:
                 stack.recomputed = blocks_of(share, len(stack.layers))
-            need = max(_need(stage, model, batch, setting, plan, activations) for batch, activations in kept)
+            need = max(
+                _need(stage, model, batch, setting, plan, activations, accumulates) for batch, activations in kept
+            )
             if need <= budget:
-                return replace(stage, recompute=share)
+                return replace(stage, recompute=share, activation_gb=0.0)
     finally:
         for stack, count in zip(stacks, before, strict=True):
             stack.recomputed = count
@@ -78,14 +87,15 @@ def _budget(stage: StageConfig, device_memory: int | None) -> float:
 
 
 def _need(
-    stage: StageConfig, model: NEO, batch: Batch, setting: Setting, plan: Plan, activations: Activations
+    stage: StageConfig, model: NEO, batch: Batch, setting: Setting, plan: Plan, activations: Activations,
+    accumulates: bool,
 ) -> int:  # fmt: skip
     """Bytes of the activations; without a budget for them, of everything."""
     again = model.pre_buffer.recomputed, model.post_llm.recomputed
     if stage.activation_gb:
         return activations.total(*again) + activations.largest(*again)
     single = hidden_matrices(model) if stage.optimizer == "muon" else ()
-    return sum(memory_by_kind(model, batch, setting, plan, activations, single, bool(stage.ema)).values())
+    return step_memory(model, batch, setting, plan, activations, single, bool(stage.ema), accumulates).peak
 
 
 def blocks_of(share: float, depth: int) -> int:

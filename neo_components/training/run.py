@@ -35,7 +35,7 @@ from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
-from neo_components.training.plan import device_memory, plan_of, setting_of
+from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
 from neo_components.training.stage import StageConfig
 from neo_components.weights import read_json, write_text
@@ -118,7 +118,9 @@ def _settled(recipe: Recipe, model: NEO) -> StageConfig:
         return recipe.stage
     plan = plan_of(recipe)
     setting = setting_of(recipe, plan)
-    stage = settle(recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan)
+    stage = settle(
+        recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan, accumulates(recipe)
+    )
     depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
     counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
     log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)

@@ -136,14 +136,14 @@ class NativePrimitive(Component):
             [B, L, D].
         """
         if self.placement == "before":
-            x = self._add(x, self.self_attn(self.input_layernorm(x), rotary, attend))
-            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+            x = self._add(x, self.self_attn(x, rotary, attend, self.input_layernorm))
+            return self._add(x, self.mlp(x, self.post_attention_layernorm))
         if self.placement == "after":
             x = self._add(x, self.post_attention_layernorm(self.self_attn(x, rotary, attend)))
             return self._add(x, self.post_feedforward_layernorm(self.mlp(x)))
-        attended = self.self_attn(self.input_layernorm(x), rotary, attend)
+        attended = self.self_attn(x, rotary, attend, self.input_layernorm)
         x = self._add(x, self.post_attention_layernorm(attended))
-        return self._add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+        return self._add(x, self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm)))
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         return x + change if self.residual_multiplier == 1.0 else x + change * self.residual_multiplier

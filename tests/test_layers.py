@@ -38,6 +38,7 @@ ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress", "hub"}}
 PARTS: dict[str, set[str]] = {
     "component": set(),
     "recomputed": set(),
+    "token_loss": {"recomputed"},
     "layers": {"recomputed"},
     "spans": {"masks", "recomputed"},
     "scaling": set(),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neo_components.components.masks import LayerRule, block_mask, dense_mask
-from neo_components.components.recomputed import Compute
+from neo_components.components.recomputed import Compute, keeps_inputs
 from neo_components.components.spans import Bucket, SpanAttention, make_buckets, sdpa
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
@@ -38,7 +38,7 @@ def attend_over(attend: Attend, compute: Compute, inputs: Sequence[Tensor], v: T
         v: [B, L, K, E].
         scale: factor of the scores.
     """
-    if isinstance(attend, SpanAttention) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if keeps_inputs() and isinstance(attend, SpanAttention):
         return attend.over(compute, inputs, v, scale)
     q, k = compute(*inputs)
     return attend(q, k, v, scale)
@@ -72,6 +72,19 @@ def prepare_attention(
     return kinds[backend](document_ids, image_ids, rule, window)
 
 
+def flex_attention() -> Any:
+    """Torch's FlexAttention, which is slow to import."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return flex
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention() -> Any:
+    """The same compiled, for blocks that are not."""
+    return torch.compile(flex_attention(), dynamic=False)
+
+
 class FlexAttention:
     """FlexAttention with a BlockMask over the whole row; compiled on CUDA, eager (forward only) on CPU.
 
@@ -85,15 +98,9 @@ class FlexAttention:
         if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("FlexAttention has no backward on CPU; use attention backend 'sdpa' for training there")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = _flex(q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        flex = flex_attention() if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex_attention()
+        out = flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
-
-
-@lru_cache(maxsize=2)
-def _flex(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 class EagerAttention:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.recomputed import linears_of, plain
+from neo_components.components.recomputed import keeps_inputs, linears_of, plain
 
 NORMS = ("weight", "one_plus_weight")
 """How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""
@@ -76,7 +76,7 @@ def linears_after(norm: nn.Module | None, x: Tensor, linears: Sequence[nn.Module
         x: [..., D].
         linears: modules that take [..., D].
     """
-    if isinstance(norm, RMSNorm) and plain(norm):
+    if keeps_inputs() and isinstance(norm, RMSNorm) and plain(norm):
         return linears_of(norm.by, (x, norm.weight), linears)
     x = x if norm is None else norm(x)
     return tuple(linear(x) for linear in linears)

@@ -271,6 +271,16 @@ class PrimitiveStack(Component):
                 hidden_states[f"layer_{first + number}"] = x
         return x
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block in place (``torch.compile``): names of weights stay. Blocks that are alike share the
+        compiled code, and rows of one length never make it compile again.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        for layer in self.layers:
+            layer.compile(backend=backend, dynamic=False)  # type: ignore[operator]
+
     def hw_modules(self) -> list[nn.Module]:
         """The H/W projections and norms of all blocks."""
         return [part for layer in self.layers for part in layer.self_attn.hw_modules()]  # type: ignore[union-attr, operator]

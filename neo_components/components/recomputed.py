@@ -28,6 +28,11 @@ def plain(*modules: nn.Module) -> bool:
     )
 
 
+def keeps_inputs() -> bool:
+    """Whether there is a backward pass to keep something for, and no compiler that chooses what."""
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled()
+
+
 def linears_of(compute: Compute, inputs: Sequence[Tensor], linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Several linear layers over ``compute(*inputs)``, of which only ``inputs`` are kept.
 
@@ -42,8 +47,7 @@ def linears_of(compute: Compute, inputs: Sequence[Tensor], linears: Sequence[nn.
     Returns:
         One output per layer.
     """
-    simple = all(type(linear) is nn.Linear and plain(linear) for linear in linears)
-    if not simple or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not keeps_inputs() or not all(type(linear) is nn.Linear and plain(linear) for linear in linears):
         x = compute(*inputs)
         return tuple(linear(x) for linear in linears)
     weights = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]

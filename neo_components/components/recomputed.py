@@ -91,7 +91,8 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count, needed = ctx.count, ctx.needs_input_grad[3:]
-        inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # asked for once: under activation checkpointing they are computed by asking
+        inputs, weights = saved[:count], saved[count:]
         with torch.autocast(inputs[0].device.type, enabled=False):
             result, leaves = again(ctx.compute, inputs, needed[:count])
             x = _rounded(result.detach(), ctx.dtype).flatten(0, -2)

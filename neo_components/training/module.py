@@ -47,6 +47,8 @@ class NEOTraining(lightning.LightningModule):
         self.trainable = train_only(model, stage.train)
         for stack in (model.pre_buffer, model.post_llm):
             stack.recomputed = round(stage.recompute * len(stack.layers))
+            if stage.compile:
+                stack.compile_blocks()
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters

@@ -63,6 +63,8 @@ class StageConfig:
         predictions: validation questions that are answered at each validation, and logged with their pictures.
         recompute: share of the blocks, from the first on, that are computed again in the backward pass instead of
             keeping what they computed: less memory for more time. The result is the same.
+        compile: compile every block in place (``torch.compile``). The first steps take minutes, those after are faster
+            on a GPU; rows of one length (``data.row_length``) never make it compile again.
         ema: decay of an exponential average of the weights (for example 0.999), which validation, checkpoints and the
             trained model then use; 0: none.
         max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.
@@ -88,6 +90,7 @@ class StageConfig:
     whiten_patches: int = 0
     predictions: int = 4
     recompute: float = 0.0
+    compile: bool = False
     ema: float = 0.0
     max_skipped_steps: int = 10
 

@@ -4,7 +4,8 @@
     python benchmarks/activation_memory.py --device cuda
 
 ``kept`` is counted by hooks on every tensor that autograd saves, each storage once, weights and batch left out; the
-estimate is that of ``neo_components.estimate``, which runs the same code on fake tensors. ``peak`` is what forward and
+estimate is that of ``neo_components.estimate``, which runs the same code on fake tensors. The gradients that the loss
+holds by itself are left out of both. ``peak`` is what forward and
 backward take beyond what was there before: of a process of its own on a CPU (Linux, glibc), of torch's allocator on a
 GPU; its estimate is a rule for the working space on top of exact counts. Each line is a process of its own.
 """
@@ -129,7 +130,8 @@ def estimates(model: NEO, batch: Batch, case: Case) -> tuple[int, int]:
     activations = kept_activations(model, ids, setting)
     memory = step_memory(model, ids, setting, Plan(), activations)
     always = sum(memory.kinds.get(kind, 0) for kind in ("weights", "optimiser states", "batch"))
-    return activations.total(model.pre_buffer.recomputed, model.post_llm.recomputed), memory.peak - always
+    by_autograd = activations.total(model.pre_buffer.recomputed, model.post_llm.recomputed) - activations.loss
+    return by_autograd, memory.peak - always
 
 
 def run(case: Case, threads: int, pipe: Any) -> None:

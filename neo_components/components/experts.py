@@ -70,8 +70,9 @@ class SparseFeedForward(nn.Module):
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(hidden_size, expert_size, num_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """x [..., D] -> [..., D]; ``norm`` is what x passes first."""
+        x = x if norm is None else norm(x)
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(tokens)
         # Slots sorted by expert, so that each expert reads one run of tokens.

@@ -37,7 +37,9 @@ class Activations:
         bridges: by the bridges.
         pre_buffer: by each block of the pre-Buffer.
         post_llm: by each block of the post-LLM.
-        head: by the final norm and the states of the learnt tokens. Logits are made in chunks and not kept.
+        head: by the final norm.
+        loss: gradients of the learnt tokens' states and of the head, which the loss computes beside the logits; the
+            logits themselves are made in chunks and not kept.
         shared: rotary tables, masks and indices that blocks share.
     """
 
@@ -46,11 +48,12 @@ class Activations:
     pre_buffer: list[Block] = field(default_factory=list)
     post_llm: list[Block] = field(default_factory=list)
     head: int = 0
+    loss: int = 0
     shared: int = 0
 
     def total(self, pre_recomputed: int = 0, post_recomputed: int = 0) -> int:
         """Bytes kept if the first blocks of both stacks keep only their input."""
-        kept = self.patch_embedding + self.bridges + self.head + self.shared
+        kept = self.patch_embedding + self.bridges + self.head + self.loss + self.shared
         for blocks, again in ((self.pre_buffer, pre_recomputed), (self.post_llm, post_recomputed)):
             kept += sum(block.input if n < again else block.whole for n, block in enumerate(blocks))
         return kept
@@ -103,8 +106,8 @@ class _Trace:
         flow = flow or words or (model.bridge_out is not None and _trains(model.bridge_out))
         post, flow = self._stack(model.post_llm, *ids, (rows, length), flow)
         patches = self._patches() if len(batch.patches) else 0
-        head = self._head(rows, length, flow)
-        return Activations(patches, bridges, pre, post, head, sum(self.shared.values()))
+        head, loss = self._head(rows, length, flow)
+        return Activations(patches, bridges, pre, post, head, loss, sum(self.shared.values()))
 
     def _alone(self) -> tuple[Tensor, Tensor]:
         """Document and image ids of the pre-Buffer's one row where it sees each image alone."""
@@ -170,16 +173,15 @@ class _Trace:
         width, dtype = part.hparams.in_width, self._dtype(part)
         return kept_by(part, self.setting, lambda: (fake((*shape, width), dtype, self.setting, flow),), lambda _: ())
 
-    def _head(self, rows: int, length: int, flow: bool) -> int:
+    def _head(self, rows: int, length: int, flow: bool) -> tuple[int, int]:
         norm, hidden = self.model.post_llm.norm, self.model.post_llm.hparams.hidden_size
         dtype = self._dtype(norm)
         kept = kept_by(norm, self.setting, lambda: (fake((rows, length, hidden), dtype, self.setting, flow),), _none)
         learnt = int((self.batch.labels[:, 1:] != IGNORED).sum())
-        head = self.model.post_llm.head_weight.requires_grad
-        if not (flow or _trains(norm) or head):
-            return kept
-        # The states, and with each a label and a weight; which tokens they are of.
-        return kept + learnt * (hidden * dtype.itemsize + 8 + 4) + rows * (length - 1)
+        head, states = self.model.post_llm.head_weight, flow or _trains(norm)
+        kept += rows * (length - 1) * states  # which tokens are learnt
+        loss = learnt * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
+        return kept, loss
 
     def _dtype(self, part: nn.Module) -> torch.dtype:
         """Of what enters a part: the type of the weights, which autocast leaves to the residual stream."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from neo_components.components.experts import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
+from neo_components.components.token_loss import CHUNK, LOGITS
 from neo_components.estimate.activations import Activations
 from neo_components.estimate.tracing import Setting
-from neo_components.model import LOSS_CHUNK, NEO
+from neo_components.model import NEO
 from neo_components.types import Batch
 
 STRATEGIES = ("single", "ddp", "fsdp2")
@@ -174,14 +175,13 @@ def _autocast_copies(model: NEO, setting: Setting) -> int:
 
 
 def _chunk(model: NEO, batch: Batch, setting: Setting) -> int:
-    """Logits in the compute type, their float32 log-softmax and its gradient; and, if the head trains, the gradients
-    of two chunks while they are added."""
+    """Logits in float32, which become their gradients in place, and these once more in a half-precision compute type;
+    under autocast a copy of the head; and, if the head trains, its gradient from one chunk."""
     weight = model.post_llm.head_weight
-    vocabulary, width = weight.shape
     size = (setting.autocast or setting.weights or weight.dtype).itemsize
-    learnt = min(LOSS_CHUNK, int((batch.loss_weights > 0).sum()))
-    logits = learnt * vocabulary * (size + 8)
-    return logits + (2 * vocabulary * width * size if weight.requires_grad else 0)
+    learnt = min(max(CHUNK, LOGITS // len(weight)), int((batch.loss_weights > 0).sum()))
+    logits = learnt * len(weight) * (4 if size == 4 else 4 + size)
+    return logits + weight.numel() * (size * weight.requires_grad + size * (setting.autocast is not None))
 
 
 def _working(model: NEO, batch: Batch, setting: Setting) -> int:

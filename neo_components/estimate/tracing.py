@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neo_components.components.backends import Attend, Bucket, EagerAttention, SpanAttention, make_buckets
+from neo_components.components.backends import Attend, EagerAttention
 from neo_components.components.experts import SparseFeedForward
 from neo_components.components.masks import LayerRule
+from neo_components.components.spans import Bucket, SpanAttention, make_buckets
 
 
 @dataclass(frozen=True)
@@ -144,17 +145,21 @@ def traced_attention(
     if backend == "flex":
         return lambda setting: (_Fused.attend, [])
     buckets = make_buckets(document_ids, image_ids, *rule)
-    shapes = [(b.index.shape, int(b.valid.sum()), None if b.mask is None else b.mask.shape) for b in buckets]
+    shapes = [(b, int(b.valid.sum()), b.mask is not None) for b in buckets]
 
     def spans(setting: Setting) -> tuple[Attend, list[Tensor]]:
         made = SpanAttention.__new__(SpanAttention)
-        made.buckets, made.places, shared = [], [], []
-        for shape, real, masked in shapes:
-            index, lengths = fake(shape, torch.int64, setting), fake(shape[:1], torch.int64, setting)
-            mask = None if masked is None else fake(masked, torch.bool, setting)
+        made.buckets, shared = [], []
+        # What is computed from values elsewhere is given here: no unit of pairs, and of the real tokens their number.
+        made.__dict__ |= {"units": [], "places": []}
+        for bucket, real, masked in shapes:
+            count, length = bucket.index.shape
+            index, images = (fake((count, length), torch.int64, setting) for _ in range(2))
+            mask = fake((count, 1, length, length), torch.bool, setting) if masked else None
             place, *both = (fake((real,), torch.int64, setting) for _ in range(3))
-            made.buckets.append(Bucket(index, lengths, mask))
-            # Which tokens are real is asked of values elsewhere; here their number is known.
+            one = Bucket(index, fake((count,), torch.int64, setting), images, rule.rule, rule.window)
+            one.__dict__["mask"] = mask
+            made.buckets.append(one)
             made.places.append((place, tuple(both)))  # type: ignore[arg-type]
             shared += [index, place, *both, *([] if mask is None else [mask])]
         return made, shared

@@ -50,6 +50,8 @@ class NEOTraining(lightning.LightningModule):
             raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
         for stack in (model.pre_buffer, model.post_llm):
             stack.recomputed = blocks_of(stage.recompute, len(stack.layers))
+            if stage.compile:
+                stack.compile_blocks()
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from neo_components.components.backends import FUSED
 from neo_components.components.primitive import PrimitiveStack
+from neo_components.components.spans import FUSED
 from neo_components.estimate.activations import Activations, kept_activations
 from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows

@@ -106,9 +106,10 @@ class Pictures(nn.Module):
         features = F.gelu(self.patch_proj(padded))
         rows, columns = features.shape[2:]
         half = features.shape[1] // 2
-        frequency = self.base ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
-        column = (frequency[:, None, None] * torch.arange(columns)).expand(-1, rows, columns)
-        row = (frequency[:, None, None] * torch.arange(rows)[:, None]).expand(-1, rows, columns)
+        frequency = self.base ** (-torch.arange(0, half, 2, dtype=torch.float32, device=padded.device) / half)
+        places = [torch.arange(size, device=padded.device) for size in (rows, columns)]
+        column = (frequency[:, None, None] * places[1]).expand(-1, rows, columns)
+        row = (frequency[:, None, None] * places[0][:, None]).expand(-1, rows, columns)
         angle = torch.cat([column, row])
         even, odd = features[:, 0::2], features[:, 1::2]
         both = even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()
@@ -158,10 +159,10 @@ class ReferenceNEO(nn.Module):
         """Weighted mean over the labelled tokens; ``images`` [C, H, W] of the batch in order."""
         x = self.embedding(batch.token_ids.clamp(max=self.embedding.num_embeddings - 1))
         for vector, token_id in zip(self.boundary, self.ids, strict=True):
-            x = torch.where((batch.token_ids == token_id)[..., None], vector, x)
+            x = torch.where((batch.token_ids == token_id)[..., None], vector.to(x.dtype), x)
         if images:
-            x = x.masked_scatter((batch.image_ids != NO_IMAGE)[..., None], self.pictures(images))
-        place = torch.arange(x.shape[1])
+            x = x.masked_scatter((batch.image_ids != NO_IMAGE)[..., None], self.pictures(images).to(x.dtype))
+        place = torch.arange(x.shape[1], device=x.device)
         document, image = batch.document_ids, batch.image_ids
         same_image = (image[:, :, None] == image[:, None]) & (image != NO_IMAGE)[:, None]
         mask = (document[:, :, None] == document[:, None]) & ((place[:, None] >= place) | same_image)

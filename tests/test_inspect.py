@@ -14,11 +14,14 @@ from commands import good, neo
 from neo_components import NEO, attach, build, load_recipe
 from neo_components.assets import export_pre_buffer
 from neo_components.components.pre_buffer import AssetInfo
+from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.flops import step_flops
 from neo_components.estimate.rows import Document, assumed_rows
+from neo_components.estimate.tracing import Setting
 from neo_components.inspection import Assumed, inspect_recipe
 from neo_components.inspection.shape import empty_model
 from neo_components.training.groups import train_only
+from neo_components.training.recompute import worst_rows
 
 
 def report(*arguments: str | Path) -> dict[str, Any]:
@@ -132,8 +135,13 @@ def test_recompute_auto_in_a_run_and_in_inspect_agree(world: Path, tmp_path: Pat
     caplog.set_level("INFO")
     plain = tmp_path / "plain"
     good("train", world / "run.yaml", f"output={plain}", "model.pre_buffer.depth=2")
-    free = report(world / "run.yaml", "stage.recompute=0", "model.pre_buffer.depth=2")["memory"]["activations"]
-    auto = ["model.pre_buffer.depth=2", "stage.recompute=auto", f"stage.activation_gb={1.2 * free / 1e9:.9f}"]
+    recipe = load_recipe(world / "run.yaml", ["model.pre_buffer.depth=2"])
+    model, _ = empty_model(recipe)
+    train_only(model, recipe.stage.train)
+    kept = [kept_activations(model, batch, Setting()) for batch in worst_rows(model, recipe.data, "cpu")]
+    none, every = (max(k.total(*c) + k.largest(*c) for k in kept) for c in ((0, 0), (2, 2)))
+    assert every < none
+    auto = ["model.pre_buffer.depth=2", "stage.recompute=auto", f"stage.activation_gb={(none + every) / 2e9:.9f}"]
     told = report(world / "run.yaml", *auto)["assumptions"]["recomputed"]
     assert told != "0 + 0 blocks"
     good("train", world / "run.yaml", f"output={tmp_path / 'auto'}", *auto)

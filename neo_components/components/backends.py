@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neo_components.components.masks import LayerRule, block_mask, dense_mask
 from neo_components.components.recomputed import Compute, keeps_inputs
-from neo_components.components.spans import Bucket, SpanAttention, make_buckets, sdpa
+from neo_components.components.spans import HALF, Bucket, SpanAttention, make_buckets, sdpa
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
 
@@ -29,7 +29,8 @@ class Attend(Protocol):
 
 def attend_over(attend: Attend, compute: Compute, inputs: Sequence[Tensor], v: Tensor, scale: float) -> Tensor:
     """``attend(*compute(*inputs), v, scale)``; where the backend can, only ``inputs`` and ``v`` are kept for the
-    backward pass.
+    backward pass. In half precision queries and keys are kept too: they are small then, and computing them again is a
+    larger part of a step whose matrix products are fast.
 
     Args:
         attend: prepared backend.
@@ -38,7 +39,7 @@ def attend_over(attend: Attend, compute: Compute, inputs: Sequence[Tensor], v: T
         v: [B, L, K, E].
         scale: factor of the scores.
     """
-    if keeps_inputs() and isinstance(attend, SpanAttention):
+    if keeps_inputs() and isinstance(attend, SpanAttention) and v.dtype not in HALF:
         return attend.over(compute, inputs, v, scale)
     q, k = compute(*inputs)
     return attend(q, k, v, scale)

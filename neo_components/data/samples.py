@@ -17,7 +17,8 @@ from torch import Tensor
 from neo_components.data.augment import Augment
 from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
 from neo_components.data.decoding import decode
-from neo_components.data.images import image_size, max_pixels_per_image, open_image, resize
+from neo_components.data.images import image_size, max_pixels_per_image, open_image
+from neo_components.data.resampling import resize, resize_fast
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError
 from neo_components.types import IGNORED, InputSpec, Sample
@@ -129,7 +130,7 @@ class SampleMaker:
             decoded = decode(image, name=f"image {number}")
             if self.augment is not None:
                 decoded = self.augment(decoded, seed)
-            pixels.append(resize(decoded, size, self.exact))
+            pixels.append(resize(decoded, size) if self.exact else resize_fast(decoded, size))
         return Sample(draft.token_ids, draft.labels, pixels, draft.key)
 
 

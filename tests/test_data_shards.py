@@ -160,8 +160,9 @@ def test_a_shard_that_ends_in_a_header_or_in_a_file(left: int, tmp_path: Path) -
     """To a reader of tars a header that is cut looks like the end."""
     path = tar(tmp_path / "shard-000000.tar", {"a.json": content(), "b.json": content(), "b.png": png()})
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
-        ShardFolder(tmp_path)
+    for read in (ShardFolder, lambda folder: next(read_shards(folder))):
+        with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.tally import SampleError
 from neo_components.packing import IMAGE_MEAN as IMAGE_MEAN
 from neo_components.packing import IMAGE_STD as IMAGE_STD
@@ -221,8 +222,8 @@ def to_pixels(
 def load_image(
     source: ImageSource,
     factor: int = 32,
-    min_pixels: int = 65536,
-    max_pixels: int = 4194304,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     transparency: Transparency = "drop",
     *,
     name: str | None = None,

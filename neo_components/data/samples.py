@@ -56,7 +56,7 @@ class SampleMaker:
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image; several share it as :func:`max_pixels_per_image` tells.
         max_length: longer samples are cut to this many tokens, in an answer; ``None`` cuts none.
-        exact: resize as the released model's code does, bit by bit; see :func:`~neo_components.data.images.resize`.
+        exact: resize as the released model's code does, bit by bit; see :mod:`neo_components.data.resampling`.
         augment: changes images at random; ``None`` leaves them.
     """
 

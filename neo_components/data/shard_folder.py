@@ -55,21 +55,28 @@ class ShardFolder:
     def __init__(self, folder: str | PathLike[str], remote: RemoteFolder | None = None) -> None:
         self.folder, self._remote = Path(folder), remote
         if remote is None:
-            self._paths = shard_files(folder)
+            shard_files(folder)
         self.indexed = (self.folder / INDEX_NAME).is_file()
         if self.indexed:
             self._sizes, rows = _read_index(self.folder)
-            self._paths = [self.folder / name for name in self._sizes]
             if remote is None:
                 _check_shards(self.folder, self._sizes, rows)
             self._pack(rows)
         else:
-            if remote is not None:  # without an index every shard has to be looked at
-                self._paths = [remote.fetch(name) for name in remote.shards()]
-            self._sizes = {path.name: path.stat().st_size for path in self._paths}
-            self._pack(row for number, path in enumerate(self._paths) for row in _scan(path, number))
+            self._sizes = {}
+            self._pack(self._scan_all())
+        self._paths = [self.folder / name for name in self._sizes]
         self._files: dict[int, IO[bytes]] = {}
         self._process = -1
+
+    def _scan_all(self) -> Iterator[_Row]:
+        """The rows of all shards, from their headers; remote ones are fetched one after the other for that."""
+        remote = self._remote
+        names = [path.name for path in shard_files(self.folder)] if remote is None else remote.shards()
+        for number, name in enumerate(names):
+            path = self.folder / name if remote is None else remote.fetch(name)
+            self._sizes[name] = path.stat().st_size
+            yield from _scan(path, number)
 
     def _pack(self, rows: Iterable[_Row]) -> None:
         """Keeps the rows in arrays: forked workers share those, while they would copy lists of objects."""
@@ -164,12 +171,22 @@ class ShardFolder:
     def _members(self, number: int, members: list[list[int]]) -> list[bytes]:
         start = min(offset for offset, _ in members)
         stop = max(offset + size for offset, size in members)
-        file = self._open(int(self._shards[number]))
+        block = self._block(int(self._shards[number]), start, stop)  # a sample's files are neighbours
+        return [block[offset - start : offset - start + size] for offset, size in members]
+
+    def _block(self, shard: int, start: int, stop: int) -> bytes:
+        if self._remote is not None and self._remote.by_sample:
+            name = self._paths[shard].name
+            try:
+                return self._remote.read(name, start, stop, self._sizes[name])
+            except OSError as error:
+                raise _gone(f"{self.address}/{name}", error) from None
+        file = self._open(shard)
         file.seek(start)
-        block = file.read(stop - start)  # a sample's files are neighbours
+        block = file.read(stop - start)
         if len(block) < stop - start:
             raise SampleError(f"{file.name} ends before this sample does", "truncated")
-        return [block[offset - start : offset - start + size] for offset, size in members]
+        return block
 
     def _open(self, shard: int) -> IO[bytes]:
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
@@ -183,13 +200,15 @@ class ShardFolder:
                     path = self._remote.fetch(path.name, self._sizes[path.name])
                 self._files[shard] = path.open("rb")
             except OSError as error:
-                raise ShardGoneError(
-                    f"{path} cannot be read any more ({error.strerror or error}); put it back and resume the run"
-                ) from None
+                raise _gone(path, error) from None
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_process": -1}
+
+
+def _gone(path: Path | str, error: OSError) -> ShardGoneError:
+    return ShardGoneError(f"{path} cannot be read any more ({error.strerror or error}); put it back and resume the run")
 
 
 def open_folder(
@@ -203,7 +222,7 @@ def open_folder(
     Args:
         address: a local folder, an address that fsspec knows, or ``pipe:COMMAND`` for the tar that a command writes.
         cache: folder of local copies; ``None`` is ``NEO_COMPONENTS_CACHE`` or ``~/.cache/neo_components``.
-        cache_limit: bytes of copies of this folder to keep at most.
+        cache_limit: bytes of copies of this folder to keep at most; 0 keeps none and fetches each sample by itself.
         allow_pipe: run the command of a ``pipe:`` address.
 
     Raises:

@@ -15,8 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from shard_builders import gigantic_png, png, truncated_png
 
-from neo_components.data import load_image, max_pixels_per_image, smart_resize
-from neo_components.data import images, resampling
+from neo_components.data import images, load_image, max_pixels_per_image, resampling, smart_resize
 from neo_components.data.augment import Augment
 from neo_components.data.decoding import decode
 from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
@@ -205,9 +204,9 @@ def test_raw_pixels_are_normalised_when_packed() -> None:
     picture = np.asarray(Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     assert (((picture.astype(np.float32) / np.float32(255)) - mean) / std == normalised.numpy()).all()
-    for images in ([raw], [raw, raw.flip(1)]):
-        floats = [normalised, normalised.flip(1)][: len(images)]
-        assert torch.equal(patchify(images, spec)[0], patchify(floats, spec)[0])
+    for raws in ([raw], [raw, raw.flip(1)]):
+        floats = [normalised, normalised.flip(1)][: len(raws)]
+        assert torch.equal(patchify(raws, spec)[0], patchify(floats, spec)[0])
 
 
 def textures(size: tuple[int, int], seed: int) -> list[np.ndarray]:

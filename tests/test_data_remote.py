@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -198,7 +199,7 @@ def test_a_missing_package_is_named(address: str, monkeypatch: pytest.MonkeyPatc
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, kind, raising=False)
     with pytest.raises(ValueError, match=rf"{address} cannot be read, a package is missing: pip install {package}"):
         open_folder(address)
 

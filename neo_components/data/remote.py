@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +165,8 @@ class RemoteFolder:
                 return
             for stale in [*self.local.glob("*.tar"), *self.local.glob("*.npy"), copy]:
                 stale.unlink(missing_ok=True)
+            for stale in self.local.glob("index-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             if new_bytes is not None:
                 new.replace(copy)
 

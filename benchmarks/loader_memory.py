@@ -66,7 +66,7 @@ def measure(side: int, shards: Path, row_length: int, workers: int) -> dict[str,
     loader = iter(ours(shards, side, row_length, workers).train_dataloader())
     for _ in range(BATCHES):
         batch = next(loader)
-    time.sleep(2)  # workers read ahead as far as they may
+    time.sleep(5)  # workers read ahead as far as they may
     children = [child.pid for child in multiprocessing.active_children() if child.pid]
     found = [memory_of(child) for child in children]
     private = [one["Private_Clean"] + one["Private_Dirty"] for one in found]

@@ -176,7 +176,7 @@ def _load(place: Path) -> ShardIndex | None:
         facts = json.loads((place / "index.json").read_bytes())
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         return ShardIndex(facts["sizes"], **arrays, signature=facts["signature"])
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, EOFError) as error:
         logger.warning("%s is damaged (%s); the index is read anew", place, error)
         shutil.rmtree(place, ignore_errors=True)
         return None

@@ -1,18 +1,21 @@
-"""From shards to batches: samples and tokens per second on one core, where the time goes, and memory of a worker.
+"""From shards to batches: samples and tokens per second of one core, where the time goes, and the cost of a worker.
 
-    python benchmarks/data.py [--seconds 4] [--sides 224 448 1024]
+    python benchmarks/data.py [--seconds 4] [--sides 224 448 1024] [--photos FOLDER] [--only speed|memory|pixels]
 
 Beside it, in the same run and in turns, a plain map-style loader does the same work as most training kits do it: Pillow
-opens and resizes a file, numpy normalises it, the same tokenizer encodes the conversation, images are collated in a
-list and texts padded. Both run in one process with one thread. Images are synthetic photographs (JPEG, quality 90) a
-third larger than what they are resized to; each sample has one, and a short talk about it.
+opens and resizes a file, numpy normalises it, the tokenizer encodes each turn's text with the image tokens written out,
+images are collated in a list and texts padded. Token ids and labels must be equal, and pixels where they are exact.
+Images are synthetic photographs (JPEG, quality 90) a third larger than what they are resized to; each sample has one,
+and a short talk about it.
+
+Speed is counted in seconds of the processor, so that other programs on the machine count little; the median of rounds.
+How far fast pixels are from exact ones is told for the synthetic photographs, and for those of ``--photos``.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import platform
 import statistics
 import tempfile
@@ -24,21 +27,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from loader_memory import print_memory
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from neo_components.data import NEODataModule, Source, encode_conversation, load_tokenizer, smart_resize, write_shards
+from neo_components.data import NEODataModule, Source, load_tokenizer, smart_resize, write_shards
 from neo_components.data import rows as rows_module
 from neo_components.data import samples as samples_module
 from neo_components.data.conversation import image_token_ids
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD
+from neo_components.data.decoding import decode
+from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, open_image
+from neo_components.data.resampling import resize, resize_fast
 from neo_components.data.shard_folder import ShardFolder
+from neo_components.packing import patchify
 from neo_components.types import InputSpec
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "conversation" / "tokenizer"
 SAMPLES = 96
 BATCH = 8
 """Samples of a batch of the plain loader; ours are rows of as many tokens as eight samples have."""
+
+ROUNDS = 7
+SCALES = (0.5, 0.75, 1.5, 2.0, 3.0)
+"""How much larger or smaller pixels are made to compare fast with exact ones."""
 
 
 def photograph(side: int, seed: int) -> bytes:
@@ -53,8 +64,9 @@ def photograph(side: int, seed: int) -> bytes:
 
 
 def talk(number: int) -> list[dict[str, str]]:
+    """No two samples have a text in common."""
     answer = " ".join(f"The thing at place {n} is red and lies near number {number}." for n in range(4))
-    return [{"from": "human", "value": "<image>\nWhat is there?"}, {"from": "gpt", "value": answer}]
+    return [{"from": "human", "value": f"<image>\nWhat is at place {number}?"}, {"from": "gpt", "value": answer}]
 
 
 class PlainDataset(Dataset[dict[str, Any]]):
@@ -72,8 +84,15 @@ class PlainDataset(Dataset[dict[str, Any]]):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).astype(np.float32) / 255
         pixels = (pixels - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-        ids, labels = encode_conversation(talk(number), self.tokenizer, [height * width // 32**2])
+        ids, labels = self.encode(talk(number), height * width // 32**2)
         return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "ids": ids, "labels": labels}
+
+    def encode(self, turns: list[dict[str, str]], visual: int) -> tuple[torch.Tensor, torch.Tensor]:
+        question = turns[0]["value"].replace("<image>", "<img>" + "<IMG_CONTEXT>" * visual + "</img>")
+        before = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        texts = [before, turns[1]["value"] + "<|im_end|>\n"]
+        asked, answered = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return torch.tensor(asked + answered), torch.tensor([-100] * len(asked) + answered)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,14 +111,28 @@ def positions(image_ids: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Te
     return found
 
 
-def ours(shards: Path, side: int, row_length: int, exact: bool, workers: int = 0) -> NEODataModule:
+def ours(shards: Path, side: int, row_length: int, workers: int = 0, **options: Any) -> NEODataModule:
     data = NEODataModule(
         str(TOKENIZER), [Source(str(shards))], row_length=row_length, min_pixels=side**2, max_pixels=side**2,
-        workers=workers, exact_pixels=exact,
+        workers=workers, **options,
     )  # fmt: skip
     tokenizer = data.tokenizer
     data.input_spec = InputSpec(*image_token_ids(tokenizer), len(tokenizer), 16, 2, 3, positions)
     return data
+
+
+def check_equal(plain: PlainDataset, data: NEODataModule) -> None:
+    """That both loaders make the same of the samples of one batch."""
+    batch = next(iter(data.train_dataloader()))
+    spec, used = data.input_spec, 0
+    assert spec is not None
+    for place, key in enumerate(batch.keys[0]):
+        sample, mine = plain[int(key[1:])], batch.document_ids[0] == place
+        patches = patchify([sample["image"]], spec)[0]
+        assert torch.equal(batch.token_ids[0, mine], sample["ids"])
+        assert torch.equal(batch.labels[0, mine], sample["labels"])
+        assert (batch.patches[used : used + len(patches)] - patches).abs().max() < 1e-5
+        used += len(patches)
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -108,13 +141,13 @@ def endless(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def rate(batches: Iterator[Any], size: Callable[[Any], tuple[int, int]], seconds: float) -> tuple[float, float]:
-    """(samples, tokens) per second."""
+    """(samples, tokens) per second of the processor."""
     samples = tokens = 0
-    start = time.perf_counter()
-    while (gone := time.perf_counter() - start) < seconds or not samples:
+    start = time.process_time()
+    while time.process_time() - start < seconds or not samples:
         some, more = size(next(batches))
         samples, tokens = samples + some, tokens + more
-    gone = time.perf_counter() - start
+    gone = time.process_time() - start
     return samples / gone, tokens / gone
 
 
@@ -131,102 +164,120 @@ def shares(data: NEODataModule, batches: int) -> dict[str, float]:
     spent: dict[str, float] = defaultdict(float)
     places = [
         (samples_module, "decode", "decode"), (samples_module, "resize", "resize"),
-        (samples_module, "encode_conversation", "tokenise"), (rows_module, "pack", "pack"),
-        (ShardFolder, "read", "read"),
+        (samples_module, "resize_fast", "resize"), (samples_module, "encode_conversation", "tokenise"),
+        (rows_module, "pack", "pack"), (ShardFolder, "read", "read"),
     ]  # fmt: skip
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for (owner, name, function), (_, _, label) in zip(kept, places, strict=True):
 
         def timed(*args: Any, function: Any = function, label: str = label, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*args, **options)
             finally:
-                spent[label] += time.perf_counter() - start
+                spent[label] += time.process_time() - start
 
         setattr(owner, name, timed)
     try:
         loader = iter(data.train_dataloader())
         next(loader)
         spent.clear()
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(batches):
             next(loader)
-        total = time.perf_counter() - start
+        total = time.process_time() - start
     finally:
         for owner, name, function in kept:
             setattr(owner, name, function)
-    found = {label: spent[label] / total for _, _, label in places}
+    found = {label: spent[label] / total for label in dict.fromkeys(label for _, _, label in places)}
     return found | {"rest": 1 - sum(found.values())}
 
 
-def worker_memory(data: NEODataModule, batches: int) -> tuple[float, float]:
-    """(private, resident) memory in MB of a worker process after some batches, the larger of two workers."""
-    loader = iter(data.train_dataloader())
-    for _ in range(batches):
-        next(loader)
-    found = []
-    for child in multiprocessing.active_children():
-        facts = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
-        values = {line.split(":")[0]: int(line.split()[1]) / 1000 for line in facts if line.endswith("kB")}
-        found.append((values["Private_Clean"] + values["Private_Dirty"], values["Rss"]))
-    del loader
-    return max(found)
-
-
-def measure(side: int, seconds: float, folder: Path) -> None:
+def write(side: int, folder: Path) -> tuple[Path, Path]:
+    """(folder of images, folder of shards) of the same samples."""
     images = folder / "images"
     images.mkdir(parents=True)
     for number in range(SAMPLES):
         (images / f"{number:04d}.jpg").write_bytes(photograph(side, number))
-    files = sorted(images.glob("*.jpg"))
-    shards = folder / "shards"
-    write_shards(
-        ({"key": f"s{n:04d}", "conversations": talk(n), "images": [file]} for n, file in enumerate(files)), shards
-    )
-    tokenizer = load_tokenizer(str(TOKENIZER))
-    dataset = PlainDataset(images, side, tokenizer)
-    row_length = BATCH * (len(dataset[SAMPLES - 1]["ids"]) + 8)
-    loader = DataLoader(dataset, BATCH, shuffle=True, collate_fn=collate)
+    files = enumerate(sorted(images.glob("*.jpg")))
+    samples = ({"key": f"s{n:04d}", "conversations": talk(n), "images": [file]} for n, file in files)
+    write_shards(samples, folder / "shards")
+    return images, folder / "shards"
+
+
+def print_speed(side: int, seconds: float, plain: PlainDataset, shards: Path, row_length: int) -> None:
+    check_equal(plain, ours(shards, side, row_length, exact_pixels=True))
+    loader = DataLoader(plain, BATCH, shuffle=True, collate_fn=collate)
     arms: dict[str, tuple[Iterator[Any], Callable[[Any], tuple[int, int]]]] = {
         "plain": (endless(loader), plain_size),
-        "ours, exact": (iter(ours(shards, side, row_length, True).train_dataloader()), our_size),
-        "ours, fast": (iter(ours(shards, side, row_length, False).train_dataloader()), our_size),
+        "ours": (iter(ours(shards, side, row_length).train_dataloader()), our_size),
+        "ours, exact": (iter(ours(shards, side, row_length, exact_pixels=True).train_dataloader()), our_size),
     }
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for batches, size in arms.values():
         rate(batches, size, seconds / 4)  # warm
-    for _ in range(5):
+    for _ in range(ROUNDS):
         for name, (batches, size) in arms.items():
-            results[name].append(rate(batches, size, seconds / 5))
-    middle = {
-        name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in results.items()
+            results[name].append(rate(batches, size, seconds / ROUNDS))
+    ratios = {
+        name: statistics.median(mine[0] / other[0] for mine, other in zip(found, results["plain"], strict=True))
+        for name, found in results.items()
     }
-    for name, (samples, tokens) in middle.items():
-        faster = samples / middle["plain"][0]
-        print(f"{side:5d}  {name:12s} {samples:10.1f} {tokens:12.0f} {faster:8.2f}x")
-    for exact in (True, False):
-        found = shares(ours(shards, side, row_length, exact), 6)
-        text = ", ".join(f"{label} {100 * share:.0f} %" for label, share in found.items())
-        print(f"       time, {'exact' if exact else 'fast'}: {text}")
-    private, resident = worker_memory(ours(shards, side, row_length, False, workers=2), 8)
-    print(f"       memory of a worker: {private:.0f} MB of its own, {resident:.0f} MB with what it shares")
+    for name, found in results.items():
+        samples, tokens = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{side:5d}  {name:12s} {samples:10.1f} {tokens:12.0f} {ratios[name]:8.2f}x")
+    for name, exact in (("ours", False), ("exact", True)):
+        text = ", ".join(
+            f"{label} {100 * share:.0f} %"
+            for label, share in shares(ours(shards, side, row_length, exact_pixels=exact), 6).items()
+        )
+        print(f"       time, {name}: {text}")
+
+
+def print_pixels(photos: list[bytes], name: str) -> None:
+    """How far the fast resize is from the exact one."""
+    for scale in SCALES:
+        counts = np.zeros(256, np.int64)
+        for photo in photos:
+            pixels = decode(open_image(photo))
+            size = tuple(max(1, round(side * scale / 32)) * 32 for side in pixels.shape[:2])
+            difference = (resize(pixels, size).int() - resize_fast(pixels, size).int()).abs()
+            counts += np.bincount(difference.flatten().numpy(), minlength=256)
+        largest, mean = int(np.flatnonzero(counts).max()), float(counts @ np.arange(256) / counts.sum())
+        print(
+            f"{name:10s} {scale:6.2f}x {100 * (1 - counts[0] / counts.sum()):10.2f} % "
+            f"{largest:10d} {mean:10.4f} {len(photos):8d}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per arm and size")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of the processor, per arm and size")
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 448, 1024])
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs to compare fast with exact pixels on")
+    parser.add_argument("--only", choices=["speed", "memory", "pixels"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = next(
-        (line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
+    facts = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in facts if "model name" in line), "")
     print(f"{model.strip() or platform.machine()}, one thread, torch {torch.__version__}, Pillow {Image.__version__}")
-    print(f"{'side':>5s}  {'loader':12s} {'samples/s':>10s} {'tokens/s':>12s} {'':>9s}")
-    for side in options.sides:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(side, options.seconds, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        written = {side: write(side, Path(folder) / str(side)) for side in options.sides}
+        lengths = {}
+        if options.only in (None, "speed"):
+            print(f"{'side':>5s}  {'loader':12s} {'samples/s':>10s} {'tokens/s':>12s} {'':>9s}   of one core")
+        for side, (images, shards) in written.items():
+            plain = PlainDataset(images, side, load_tokenizer(str(TOKENIZER)))
+            lengths[side] = BATCH * (len(plain[SAMPLES - 1]["ids"]) + 8)
+            if options.only in (None, "speed"):
+                print_speed(side, options.seconds, plain, shards, lengths[side])
+        if options.only in (None, "memory"):
+            print_memory({side: (shards, lengths[side]) for side, (_, shards) in written.items()})
+        if options.only in (None, "pixels"):
+            print(f"{'pixels':10s} {'scale':>7s} {'differ':>12s} {'largest':>10s} {'mean':>10s} {'images':>8s}")
+            print_pixels([photograph(side, 0) for side in options.sides], "synthetic")
+            if options.photos:
+                print_pixels([file.read_bytes() for file in sorted(options.photos.glob("*.jp*g"))], "photos")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from neo_components.data import encode_prompt, load_image, load_tokenizer
 from neo_components.data.conversation import IMAGE_TAG
 from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.evaluation import stop_token_ids
 from neo_components.hub import resolve
 from neo_components.model import NEO
@@ -20,8 +21,6 @@ from neo_components.types import Sample
 from neo_components.weights import read_json, write_text
 
 PREPROCESSOR = "preprocessor_config.json"
-DEFAULT_PIXELS = (256**2, 2048**2)
-"""Fewest and most pixels of an image where a folder does not say (NEO paper, SFT)."""
 
 
 @dataclass
@@ -37,8 +36,8 @@ class Chat:
 
     model: NEO
     tokenizer: Any
-    min_pixels: int = DEFAULT_PIXELS[0]
-    max_pixels: int = DEFAULT_PIXELS[1]
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: str = "float32") -> Chat:
@@ -57,8 +56,8 @@ class Chat:
         return cls(
             NEO.from_pretrained(folder, dtype=dtype),
             load_tokenizer(str(folder)),
-            limits.get("min_pixels", DEFAULT_PIXELS[0]),
-            limits.get("max_pixels", DEFAULT_PIXELS[1]),
+            limits.get("min_pixels", MIN_PIXELS),
+            limits.get("max_pixels", MAX_PIXELS),
         )
 
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -212,13 +212,14 @@ def attach(
 ) -> None:
     """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
     from neo_components.assets import attach as join
-    from neo_components.chat import DEFAULT_PIXELS, Chat
+    from neo_components.chat import Chat
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.data import load_tokenizer
+    from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 
     _register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
-    limits = {"min_pixels": DEFAULT_PIXELS[0], "max_pixels": DEFAULT_PIXELS[1]} | part.info.image
+    limits = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS} | part.info.image
     chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
     typer.echo(chat.save_pretrained(output))
 

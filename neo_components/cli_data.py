@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
+
 if TYPE_CHECKING:
     from neo_components.data.tally import Tally
 
@@ -112,8 +114,8 @@ def text(
 def index(
     shards: Annotated[str, typer.Argument(help="Folder of shards.")],
     tokenizer: Tokenizer,
-    min_pixels: MinPixels = 65536,
-    max_pixels: MaxPixels = 4194304,
+    min_pixels: MinPixels = MIN_PIXELS,
+    max_pixels: MaxPixels = MAX_PIXELS,
     max_length: MaxLength = None,
     factor: Factor = 32,
     workers: Workers = None,
@@ -141,8 +143,8 @@ def inspect(
     tokenizer: Tokenizer,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("inspection"),
     row_length: Annotated[int, typer.Option(help="Tokens of a row, data.row_length.")] = 4096,
-    min_pixels: MinPixels = 65536,
-    max_pixels: MaxPixels = 4194304,
+    min_pixels: MinPixels = MIN_PIXELS,
+    max_pixels: MaxPixels = MAX_PIXELS,
     max_length: MaxLength = None,
     factor: Factor = 32,
     decode: Annotated[bool, typer.Option(help="Decode every image, to find truncated ones.")] = False,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -158,6 +160,53 @@ def test_the_cache_keeps_to_its_limit(local: Path, tmp_path: Path) -> None:
         assert [fresh.read(number) for number in range(30)] == expected
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+def test_without_copies_each_sample_is_fetched_by_itself(local: Path, tmp_path: Path) -> None:
+    """What one process does not read, it does not fetch: several nodes need not fetch every shard each."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(local), "/bucket/shards", recursive=True)
+    expected = list(read_shards(local))
+    try:
+        folder = open_folder("memory://bucket/shards", cache_limit=0)
+        assert [folder.read(number) for number in (0, 29, 15)] == [expected[number] for number in (0, 29, 15)]
+        assert not list(folder.folder.glob("*.tar"))
+        for workers in (0, 2):
+            data = module("memory://bucket/shards", workers=workers, cache_gb=0)
+            assert keys(take(data, 8)) == keys(take(module(local), 8))
+        memory.pipe("/bucket/shards/shard-000001.tar", b"x")
+        with pytest.raises(ShardGoneError, match=r"has 1 bytes instead of \d+: it was changed"):
+            open_folder("memory://bucket/shards", cache_limit=0).read(10)
+        (tmp_path / "cache").rename(tmp_path / "old")
+        memory.rm("/bucket/shards/index.json")
+        memory.put(str(local / "shard-000001.tar"), "/bucket/shards/shard-000001.tar")
+        bare = open_folder("memory://bucket/shards", cache_limit=0)  # looked through one after the other
+        assert [bare.read(number) for number in range(30)] == expected
+        assert len(list(bare.folder.glob("*.tar"))) == 1
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_server_that_sends_no_parts_is_told(server: str) -> None:
+    with pytest.raises(ShardGoneError, match=r"its server cannot send parts of a file \(then keep copies"):
+        open_folder(server, cache_limit=0).read(0)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/shards", "gs://bucket/shards", "hf://datasets/user/name/shards"])
+def test_a_missing_package_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = address.partition("://")[0]
+    package = remote.PACKAGES[kind]
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, kind, raising=False)
+    with pytest.raises(ValueError, match=rf"{address} cannot be read, a package is missing: pip install {package}"):
+        open_folder(address)
+
+
+def test_addresses_of_the_hub() -> None:
+    found, path = RemoteFolder("hf://datasets/user/name/shards")._filesystem()
+    assert type(found).__name__ == "HfFileSystem" and path == "datasets/user/name/shards"
 
 
 def test_an_index_cannot_name_files_outside_the_cache(local: Path, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
-from neo_components.data import llava_to_shards, read_shards, write_shards
+from neo_components.data import llava_to_shards, read_shards, shard_index, write_shards
 from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.tally import SampleError
 
@@ -160,8 +161,9 @@ def test_a_shard_that_ends_in_a_header_or_in_a_file(left: int, tmp_path: Path) -
     """To a reader of tars a header that is cut looks like the end."""
     path = tar(tmp_path / "shard-000000.tar", {"a.json": content(), "b.json": content(), "b.png": png()})
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
-        ShardFolder(tmp_path)
+    for read in (ShardFolder, lambda folder: next(read_shards(folder))):
+        with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged \(unexpected end of data\)"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -262,3 +264,32 @@ def test_llava_faults(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no usable record"):
         llava_to_shards(tmp_path / "bad.jsonl", None, out)
     assert not out.exists()
+
+
+def test_arrays_of_a_large_index_are_kept_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give the same samples, are shared instead of copied, and never outlive their index."""
+    monkeypatch.setenv("NEO_COMPONENTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "PIECE", 100)  # an object of the index reaches over several pieces
+    folder = write(tmp_path / "shards", mixed_samples(25))
+    plain = ShardFolder(folder)
+    assert not list(folder.glob("index-*")) and plain.name(3).endswith("shards/s0003")
+    monkeypatch.setattr(shard_index, "KEPT_FROM", 20)
+    ShardFolder(folder)
+    (kept,) = folder.glob("index-*")
+    monkeypatch.setattr(shard_index, "_rows", lambda *arguments: pytest.fail("the index was read again"))
+    mapped = ShardFolder(folder)
+    assert all(isinstance(getattr(mapped._index, name), np.memmap) for name in ("keys", "shards", "ends", "spans"))
+    assert [mapped.read(n) for n in range(25)] == [plain.read(n) for n in range(25)] == mixed_samples(25)
+    assert mapped.signature() == plain.signature() and mapped.shard_sizes.tolist() == plain.shard_sizes.tolist()
+    monkeypatch.undo()
+    monkeypatch.setenv("NEO_COMPONENTS_CACHE", str(tmp_path / "cache"))
+    (kept / "keys.npy").write_bytes(b"")
+    assert [sample["key"] for sample in map(ShardFolder(folder).read, range(25))] == [f"s{n:04d}" for n in range(25)]
+    assert not kept.exists()
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "samples": index["samples"][:24]}, indent=1))
+    assert len(ShardFolder(folder)) == 24
+    for text in (json.dumps(index)[:-300], json.dumps({**index, "more": 1})):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            ShardFolder(folder)

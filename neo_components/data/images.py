@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.tally import SampleError
 from neo_components.packing import IMAGE_MEAN as IMAGE_MEAN
 from neo_components.packing import IMAGE_STD as IMAGE_STD
@@ -180,14 +181,12 @@ def decode(image: Image.Image, transparency: Transparency = "drop", name: str = 
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def resize(pixels: np.ndarray, size: tuple[int, int], exact: bool = True) -> Tensor:
-    """Resizes by a bicubic filter.
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resizes by Pillow's bicubic filter, as the released model's code does.
 
     Args:
         pixels: [H, W, 3] uint8.
         size: height and width in pixels.
-        exact: by Pillow, as the released model's code does. Otherwise by torch, which takes less time and gives some
-            values that differ by 1 or 2 of 255.
 
     Returns:
         [3, H, W] uint8.
@@ -195,11 +194,8 @@ def resize(pixels: np.ndarray, size: tuple[int, int], exact: bool = True) -> Ten
     height, width = size
     if pixels.shape[:2] == size:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    if exact:
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-    planes = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)
-    return torch.nn.functional.interpolate(planes[None], size, mode="bicubic", antialias=True)[0]
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def to_pixels(
@@ -226,8 +222,8 @@ def to_pixels(
 def load_image(
     source: ImageSource,
     factor: int = 32,
-    min_pixels: int = 65536,
-    max_pixels: int = 4194304,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     transparency: Transparency = "drop",
     *,
     name: str | None = None,

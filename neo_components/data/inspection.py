@@ -11,6 +11,7 @@ import numpy as np
 
 from neo_components.data.images import open_image
 from neo_components.data.lengths import Lengths, folder_lengths
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.samples import SampleMaker
 from neo_components.data.shard_folder import ShardFolder, open_folder
 from neo_components.data.tally import SampleError
@@ -76,8 +77,8 @@ def inspect_folder(
     spec: InputSpec,
     *,
     row_length: int = 4096,
-    min_pixels: int = 65536,
-    max_pixels: int = 4194304,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     max_length: int | None = None,
     decode: bool = False,
     show: int = 10,

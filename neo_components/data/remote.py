@@ -1,7 +1,8 @@
 """Folders of shards that lie elsewhere: read through fsspec, kept in a local cache, fetched again when that fails.
 
-A shard is fetched when its first sample is read. One process fetches it, others of the same machine wait for it. The
-index is fetched first; lengths that lie beside it are used, so that nothing has to be read to plan a run.
+A shard is fetched when its first sample is read. One process fetches it, others of the same machine wait for it. Where
+no copies are to be kept, each sample is fetched by itself instead. The index is fetched first; lengths that lie beside
+it are used, so that nothing has to be read to plan a run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,9 @@ FIRST_WAIT = 0.5
 
 PIPE = "pipe:"
 
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
+"""What has to be installed for addresses of a kind; fsspec says it of others."""
+
 
 class RemoteError(OSError):
     """Something that cannot be fetched."""
@@ -38,14 +43,15 @@ class RemoteFolder:
         address: ``s3://bucket/folder``, ``gs://...``, ``hf://datasets/USER/NAME/FOLDER``, ``https://host/folder``,
             ``memory://...``, or whatever else fsspec knows.
         cache: folder of copies; ``None`` is ``NEO_COMPONENTS_CACHE`` or ``~/.cache/neo_components``.
-        limit: bytes of shards to keep at most; those not read for longest go first. ``None`` keeps all.
+        limit: bytes of shards to keep at most; those not read for longest go first. ``None`` keeps all, 0 none.
 
     Raises:
-        ValueError: if no filesystem is known for the address.
+        ValueError: if no filesystem is known for the address, or the package that reads such addresses is missing.
     """
 
     def __init__(self, address: str, cache: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
         self.address, self._limit = address.rstrip("/"), limit
+        self._checked: set[str] = set()
         self.local = cache_folder(cache) / "shards" / hashlib.sha256(self.address.encode()).hexdigest()[:24]
         self.local.mkdir(parents=True, exist_ok=True)
         self._filesystem()
@@ -57,8 +63,17 @@ class RemoteFolder:
         try:
             found: tuple[Any, str] = fsspec.core.url_to_fs(self.address)
             return found
-        except (ValueError, ImportError) as error:
+        except ImportError as error:
+            package = PACKAGES.get(self.address.partition("://")[0])
+            hint = f"pip install {package}" if package else str(error)
+            raise ValueError(f"{self.address} cannot be read, a package is missing: {hint}") from None
+        except ValueError as error:
             raise ValueError(f"{self.address} cannot be read: {error}") from None
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether samples are fetched one by one, as no copies of shards are kept."""
+        return self._limit == 0
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name, here or there."""
@@ -100,6 +115,37 @@ class RemoteFolder:
         os.utime(copy)
         return copy
 
+    def read(self, name: str, start: int, stop: int, size: int) -> bytes:
+        """A part of a file, which is not kept.
+
+        Args:
+            name: of a file in the folder.
+            start: first byte.
+            stop: behind the last byte.
+            size: bytes that the file must have.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            RemoteError: (an ``OSError``) if the part cannot be fetched, or the file is not as long as it should be.
+        """
+        found: bytes = _patiently(lambda: self._part(name, start, stop, size), f"{self.address}/{name}")
+        return found
+
+    def _part(self, name: str, start: int, stop: int, size: int) -> bytes:
+        filesystem, path = self._filesystem()
+        if name not in self._checked:
+            now = filesystem.size(f"{path}/{name}")
+            if now is not None and now != size:
+                raise RemoteError(f"has {now} bytes instead of {size}: it was changed")
+            self._checked.add(name)
+        found: bytes = filesystem.cat_file(f"{path}/{name}", start=start, end=stop)
+        if len(found) != stop - start:
+            raise RemoteError(
+                f"gave {len(found)} bytes instead of {stop - start}: they did not arrive whole, or its server cannot "
+                "send parts of a file (then keep copies, data.cache_gb over 0)"
+            )
+        return found
+
     def refresh(self, name: str) -> None:
         """Fetches a file again. If it changed or is gone, copies of shards are of an earlier state and are removed.
 
@@ -119,6 +165,8 @@ class RemoteFolder:
                 return
             for stale in [*self.local.glob("*.tar"), *self.local.glob("*.npy"), copy]:
                 stale.unlink(missing_ok=True)
+            for stale in self.local.glob("index-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             if new_bytes is not None:
                 new.replace(copy)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from neo_components.data.augment import Augment
 from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
 from neo_components.data.decoding import decode
-from neo_components.data.images import image_size, max_pixels_per_image, open_image, resize
+from neo_components.data.images import image_size, max_pixels_per_image, open_image
+from neo_components.data.resampling import resize, resize_fast
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError
 from neo_components.types import IGNORED, InputSpec, Sample
@@ -55,7 +56,7 @@ class SampleMaker:
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image; several share it as :func:`max_pixels_per_image` tells.
         max_length: longer samples are cut to this many tokens, in an answer; ``None`` cuts none.
-        exact: resize as the released model's code does, bit by bit; see :func:`~neo_components.data.images.resize`.
+        exact: resize as the released model's code does, bit by bit; see :mod:`neo_components.data.resampling`.
         augment: changes images at random; ``None`` leaves them.
     """
 
@@ -129,7 +130,7 @@ class SampleMaker:
             decoded = decode(image, name=f"image {number}")
             if self.augment is not None:
                 decoded = self.augment(decoded, seed)
-            pixels.append(resize(decoded, size, self.exact))
+            pixels.append(resize(decoded, size) if self.exact else resize_fast(decoded, size))
         return Sample(draft.token_ids, draft.labels, pixels, draft.key)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from neo_components.data.remote import PIPE, RemoteFolder, is_address, run_pipe
+from neo_components.data.shard_index import IndexRow, ShardIndex, read_index
 from neo_components.data.shards import (
-    FORMAT_VERSION,
     INDEX_NAME,
     RawSample,
     check_end,
@@ -28,9 +27,6 @@ from neo_components.data.shards import (
 from neo_components.data.tally import SampleError
 
 _OPEN_FILES = 16
-
-_Row = tuple[str, int, Sequence[Sequence[int]]]
-"""key, number of the shard, [offset, size] of the JSON and of each image"""
 
 
 class ShardGoneError(FileNotFoundError):
@@ -55,43 +51,34 @@ class ShardFolder:
     def __init__(self, folder: str | PathLike[str], remote: RemoteFolder | None = None) -> None:
         self.folder, self._remote = Path(folder), remote
         if remote is None:
-            self._paths = shard_files(folder)
+            shard_files(folder)
         self.indexed = (self.folder / INDEX_NAME).is_file()
         if self.indexed:
-            self._sizes, rows = _read_index(self.folder)
-            self._paths = [self.folder / name for name in self._sizes]
+            self._index = read_index(self.folder)
             if remote is None:
-                _check_shards(self.folder, self._sizes, rows)
-            self._pack(rows)
+                _check_shards(self.folder, self._index)
         else:
-            if remote is not None:  # without an index every shard has to be looked at
-                self._paths = [remote.fetch(name) for name in remote.shards()]
-            self._sizes = {path.name: path.stat().st_size for path in self._paths}
-            self._pack(row for number, path in enumerate(self._paths) for row in _scan(path, number))
+            sizes: dict[str, int] = {}
+            self._index = ShardIndex.of_rows(sizes, self._scan_all(sizes))
+        self._paths = [self.folder / name for name in self._index.sizes]
         self._files: dict[int, IO[bytes]] = {}
         self._process = -1
 
-    def _pack(self, rows: Iterable[_Row]) -> None:
-        """Keeps the rows in arrays: forked workers share those, while they would copy lists of objects."""
-        self._keys: list[str] = []
-        shards: list[int] = []
-        ends: list[int] = []
-        spans: list[Sequence[int]] = []
-        for key, shard, members in rows:
-            self._keys.append(key)
-            shards.append(shard)
-            spans.extend(members)
-            ends.append(len(spans))
-        self._shards = np.array(shards, np.int32)
-        self._ends = np.array(ends, np.int64)
-        self._spans = np.array(spans, np.int64).reshape(-1, 2)
+    def _scan_all(self, sizes: dict[str, int]) -> Iterator[IndexRow]:
+        """The rows of all shards, from their headers; remote ones are fetched one after the other for that."""
+        remote = self._remote
+        names = [path.name for path in shard_files(self.folder)] if remote is None else remote.shards()
+        for number, name in enumerate(names):
+            path = self.folder / name if remote is None else remote.fetch(name)
+            sizes[name] = path.stat().st_size
+            yield from _scan(path, number)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._index.keys)
 
     def name(self, number: int) -> str:
         """Folder and key of a sample, for messages."""
-        return f"{self.address}/{self._keys[number]}"
+        return f"{self.address}/{self._index.key(number)}"
 
     @property
     def address(self) -> str:
@@ -101,24 +88,22 @@ class ShardFolder:
     @property
     def shards(self) -> np.ndarray:
         """Number of the shard of each sample, ascending."""
-        return self._shards
+        return self._index.shards
 
     @property
     def shard_sizes(self) -> np.ndarray:
         """Samples in each shard that has any, int64."""
-        return np.unique(self._shards, return_counts=True)[1].astype(np.int64)
+        counts = np.bincount(self._index.shards, minlength=1)
+        return counts[counts > 0].astype(np.int64)
 
     @property
     def has_images(self) -> bool:
         """Whether any sample has an image."""
-        return len(self._spans) > len(self._keys)
+        return len(self._index.spans) > len(self)
 
     def signature(self) -> str:
         """Changes when samples are added, removed or moved."""
-        found = hashlib.sha256(repr(list(self._sizes.items())).encode())
-        for part in (self._shards, self._ends, self._spans):
-            found.update(part.tobytes())
-        return found.hexdigest()
+        return self._index.signature
 
     def kept(self, name: str) -> Path | None:
         """A further file of the folder, for example lengths; ``None`` if there is none."""
@@ -133,8 +118,8 @@ class ShardFolder:
             SampleError: (a ``ValueError``) if it cannot be read.
             ShardGoneError: (a ``FileNotFoundError``) if its shard is not there any more.
         """
-        content, *images = self._members(number, self._span(number))
-        return parse_sample(self._keys[number], content, images)
+        content, *images = self._members(number, self._index.span(number))
+        return parse_sample(self._index.key(number), content, images)
 
     def outline(self, number: int) -> tuple[RawSample, list[list[int]]]:
         """A sample without its images, and the [height, width] of each that the writer of the shard noted.
@@ -144,32 +129,36 @@ class ShardFolder:
         Raises:
             SampleError: (a ``ValueError``) if it cannot be read.
         """
-        members = self._span(number)
+        members = self._index.span(number)
         (content,) = self._members(number, members[:1])
-        raw = parse_sample(self._keys[number], content, [])
+        raw = parse_sample(self._index.key(number), content, [])
         sizes = json.loads(content).get("image_sizes")
         good = isinstance(sizes, list) and all(
             isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size) for size in sizes
         )
         if not good or len(sizes) != len(members) - 1:
-            raise SampleError(f"{self._keys[number]}.json has image_sizes {sizes!r:.60}", "images")
+            raise SampleError(f"{self._index.key(number)}.json has image_sizes {sizes!r:.60}", "images")
         return raw, sizes
-
-    def _span(self, number: int) -> list[list[int]]:
-        """[offset, size] of each file of a sample."""
-        first = int(self._ends[number - 1]) if number else 0
-        spans: list[list[int]] = self._spans[first : self._ends[number]].tolist()
-        return spans
 
     def _members(self, number: int, members: list[list[int]]) -> list[bytes]:
         start = min(offset for offset, _ in members)
         stop = max(offset + size for offset, size in members)
-        file = self._open(int(self._shards[number]))
+        block = self._block(int(self._index.shards[number]), start, stop)  # a sample's files are neighbours
+        return [block[offset - start : offset - start + size] for offset, size in members]
+
+    def _block(self, shard: int, start: int, stop: int) -> bytes:
+        if self._remote is not None and self._remote.by_sample:
+            name = self._paths[shard].name
+            try:
+                return self._remote.read(name, start, stop, self._index.sizes[name])
+            except OSError as error:
+                raise _gone(f"{self.address}/{name}", error) from None
+        file = self._open(shard)
         file.seek(start)
-        block = file.read(stop - start)  # a sample's files are neighbours
+        block = file.read(stop - start)
         if len(block) < stop - start:
             raise SampleError(f"{file.name} ends before this sample does", "truncated")
-        return [block[offset - start : offset - start + size] for offset, size in members]
+        return block
 
     def _open(self, shard: int) -> IO[bytes]:
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
@@ -180,16 +169,18 @@ class ShardFolder:
             path = self._paths[shard]
             try:
                 if self._remote is not None:
-                    path = self._remote.fetch(path.name, self._sizes[path.name])
+                    path = self._remote.fetch(path.name, self._index.sizes[path.name])
                 self._files[shard] = path.open("rb")
             except OSError as error:
-                raise ShardGoneError(
-                    f"{path} cannot be read any more ({error.strerror or error}); put it back and resume the run"
-                ) from None
+                raise _gone(path, error) from None
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_process": -1}
+
+
+def _gone(path: Path | str, error: OSError) -> ShardGoneError:
+    return ShardGoneError(f"{path} cannot be read any more ({error.strerror or error}); put it back and resume the run")
 
 
 def open_folder(
@@ -203,7 +194,7 @@ def open_folder(
     Args:
         address: a local folder, an address that fsspec knows, or ``pipe:COMMAND`` for the tar that a command writes.
         cache: folder of local copies; ``None`` is ``NEO_COMPONENTS_CACHE`` or ``~/.cache/neo_components``.
-        cache_limit: bytes of copies of this folder to keep at most.
+        cache_limit: bytes of copies of this folder to keep at most; 0 keeps none and fetches each sample by itself.
         allow_pipe: run the command of a ``pipe:`` address.
 
     Raises:
@@ -224,32 +215,20 @@ def open_folder(
     return ShardFolder(remote.local, remote)
 
 
-def _read_index(folder: Path) -> tuple[dict[str, int], list[_Row]]:
-    """Bytes of each shard, and the rows of the samples."""
-    path = folder / INDEX_NAME
-    try:
-        index = json.loads(path.read_bytes())
-        version, shards = index["format_version"], index["shards"]
-        rows: list[_Row] = [(row["key"], row["shard"], row["members"]) for row in index["samples"]]
-        sizes = {str(shard["name"]): int(shard["bytes"]) for shard in shards}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of shards ({error!r}); delete it to index the shards anew") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version}, this library reads {FORMAT_VERSION}; update one of them"
-        )
-    if evil := [name for name in sizes if PurePath(name).name != name or not name.endswith(".tar")]:
-        raise ValueError(f"{path} names shards outside of its folder, {evil[:3]}; it is refused")
-    return sizes, rows
-
-
-def _check_shards(folder: Path, sizes: Mapping[str, int], rows: Sequence[_Row]) -> None:
+def _check_shards(folder: Path, index: ShardIndex) -> None:
     """Checks that an index is that of the shards beside it."""
+    sizes = index.sizes
     found = {file.name: file.stat().st_size for file in shard_files(folder)}
     wrong = {name for name in found.keys() | sizes.keys() if found.get(name) != sizes.get(name)}
-    paths = [folder / name for name in sizes]
-    last = {shard: (key, members) for key, shard, members in rows}
-    wrong |= {paths[shard].name for shard, row in last.items() if not wrong and not _lies_there(paths[shard], *row)}
+    if not wrong:
+        names = list(sizes)
+        numbers, first_from_behind = np.unique(index.shards[::-1], return_index=True)
+        last = len(index.shards) - 1 - first_from_behind
+        wrong = {
+            names[shard]
+            for shard, sample in zip(numbers.tolist(), last.tolist(), strict=True)
+            if not _lies_there(folder / names[shard], index.key(sample), index.span(sample))
+        }
     if wrong:
         raise ValueError(
             f"{folder / INDEX_NAME} does not fit {', '.join(sorted(wrong))}; delete it to index the shards anew"
@@ -263,7 +242,7 @@ def _lies_there(path: Path, key: str, members: Sequence[Sequence[int]]) -> bool:
         return file.read(100).rstrip(b"\0") == f"{key}.json".encode()
 
 
-def _scan(path: Path, shard: int) -> Iterator[_Row]:
+def _scan(path: Path, shard: int) -> Iterator[IndexRow]:
     """The rows of one shard, from its headers."""
     found: dict[str, dict[str, list[int]]] = {}
     try:

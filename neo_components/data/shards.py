@@ -216,9 +216,23 @@ def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
         with path.open("rb") as stream:
             files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=split_member)
             try:
+                _check_headers(path)  # told before any of its samples; webdataset takes a cut header for the end
                 yield from (_from_webdataset(sample) for sample in group_by_keys(files))
             except tarfile.TarError as error:
                 raise ValueError(f"{path}: the shard is damaged ({error}); write it again") from None
+
+
+def _check_headers(path: Path) -> None:
+    """Checks that the headers of a tar are whole, up to its end.
+
+    Raises:
+        TarError: if they are not.
+    """
+    end = 0
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            end = member_end(member)
+    check_end(path, end)
 
 
 def check_end(path: Path, end: int) -> None:

@@ -39,6 +39,9 @@ CHATML = (
 TODAY = datetime.datetime(2024, 7, 26)
 """The day in templates that write one, so that a run is the same tomorrow. Llama 3 takes this day if not told."""
 
+KEPT_PIECES, KEPT_LENGTH = 4096, 256
+"""Pieces of at most so many characters whose token ids are remembered: questions and headers come again and again."""
+
 _HEADER = {role: f"{TURN_START}{name}\n" for role, name in ROLES.items()}
 _FOOTER = f"{TURN_END}\n"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -98,6 +101,7 @@ class Template:
         self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self.blank = "".join(tokenizer.tokenize("x")).startswith(("▁", "Ġ"))
         self.checked: set[tuple[str, ...]] = set()
+        self._known: dict[str, list[int]] = {}
         self.plain = self.text == CHATML or self._writes_chatml()
         self.end = _FOOTER if self.plain else self._find_end()
 
@@ -127,6 +131,17 @@ class Template:
             ConversationError: as in :meth:`pieces`.
         """
         return self.pieces([*turns, ("gpt", _mark(turns, 0), False)])[:-2]
+
+    def encode(self, piece: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of a piece by itself; not to be changed, for they are remembered."""
+        ids = self._known.get(piece)
+        if ids is None:
+            ids = tokenizer.encode(piece, add_special_tokens=False)
+            if len(piece) <= KEPT_LENGTH:
+                if len(self._known) >= KEPT_PIECES:
+                    self._known.clear()
+                self._known[piece] = ids
+        return ids
 
     def _render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the ranges of its ``{% generation %}`` blocks."""

@@ -72,14 +72,14 @@ def piece_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Itera
     does not, so there the text so far is tokenised as a whole, and again with the next piece. Where the two do not
     agree, because a token would reach across the cut, the next piece is tokenised behind a character that stays apart.
     """
-    blank = template_of(tokenizer).blank
+    template = template_of(tokenizer)
     text, ids = "", list[int]()
     for piece in texts:
         if not piece:
             yield []
             continue
-        if not blank:
-            yield tokenizer.encode(piece, add_special_tokens=False)
+        if not template.blank:
+            yield template.encode(piece, tokenizer)
             continue
         text += piece
         whole = tokenizer.encode(text, add_special_tokens=False)

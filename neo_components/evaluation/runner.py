@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neo_components.data.conversation import encode_prompt
 from neo_components.data.images import load_image
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.templates import template_of
 from neo_components.evaluation.metrics import OVERALL, ExactMatch, exact_match
 from neo_components.evaluation.questions import Question, shuffle_images
@@ -87,8 +88,8 @@ def evaluate(
     *,
     batch_size: int = 256,
     max_new_tokens: int = 16,
-    min_pixels: int = 65536,
-    max_pixels: int = 4194304,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     shuffle_images_seed: int | None = None,
     device: torch.device | str | None = None,
     progress: str | None = "evaluating",

@@ -15,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from neo_components.data.conversation import IMAGE_TAG
 from neo_components.data.images import image_size, max_pixels_per_image, open_image, to_pixels
+from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.token_ids import IMAGE_TOKENS
 from neo_components.packing import cut_patches
 
@@ -44,8 +45,8 @@ class NEOImageProcessor(ImageProcessingMixin):
         self,
         patch_size: int = 16,
         fold: int = 2,
-        min_pixels: int = 256**2,
-        max_pixels: int = 2048**2,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

@@ -139,7 +139,7 @@ def test_a_rank_that_stops_stops_the_other(tmp_path: Path) -> None:
     write(tmp_path / "text", mixed_samples(50, "t", images=False))
     (tmp_path / "run").mkdir()
     script = str(Path(__file__).with_name("killed_run.py"))
-    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "0", "200"]
+    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "--steps=200"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert "samples had to be skipped (truncated: " in done.stderr

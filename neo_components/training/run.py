@@ -32,7 +32,13 @@ from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
-from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
+from neo_components.training.checkpoints import (
+    RandomStates,
+    SaveOnSigterm,
+    WholeFiles,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from neo_components.training.module import NEOTraining
 from neo_components.weights import read_json, write_text
 
@@ -136,7 +142,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
     averages = [averaging(stage.ema)] if stage.ema else []
-    return [*averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
+    return [RandomStates(), *averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
 
 
 def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:

@@ -16,14 +16,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from llm_builders import native_model
 
 from neo_components.data import NEODataModule, Source
-from neo_components.training.checkpoints import (
-    RandomStates,
-    SaveOnSigterm,
-    WholeFiles,
-    newest_checkpoint,
-    random_states,
-)
+from neo_components.training.checkpoints import WholeFiles, newest_checkpoint
 from neo_components.training.module import NEOTraining
+from neo_components.training.random_states import RandomStates, random_states
+from neo_components.training.signals import SaveOnSignal
 from neo_components.training.stage import StageConfig
 from neo_components.types import Batch
 
@@ -93,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         devices=options.ranks,
         strategy=options.strategy if options.ranks > 1 else "auto",
         max_steps=options.steps,
-        callbacks=[RandomStates(), saving, Record(options.folder, options.delay), SaveOnSigterm(checkpoints)],
+        callbacks=[RandomStates(), saving, Record(options.folder, options.delay), SaveOnSignal(checkpoints)],
         plugins=[WholeFiles()],
         logger=False,
         enable_progress_bar=False,

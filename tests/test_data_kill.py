@@ -129,7 +129,7 @@ def test_other_ranks_and_workers_repeat_nothing(world: Path) -> None:
     """Real processes: 2 ranks of 2 workers, then 1 of 1, then 2 of 1; each picture once before any comes again."""
     folder = world / "changed"
     steps: list[list[str]] = []
-    for ranks, workers, until in ((2, 2, 6), (1, 1, 15), (2, 1, 30)):
+    for ranks, workers, until in ((2, 2, 6), (1, 1, 15), (2, 1, 48)):
         finish(start(world, folder, ranks=ranks, workers=workers, steps=until), folder)
         lines = recorded(folder)[:ranks]
         for step in range(len(steps) + 1, until + 1):

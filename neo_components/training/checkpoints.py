@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-import signal
-import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +90,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 class SaveOnSigterm(Callback):
-    """Saves ``last.ckpt`` and ends the run when SIGTERM has come; schedulers send it before they take a machine away.
+    """Saves ``last.ckpt`` when SIGTERM has come, as schedulers send it before they take a machine away.
 
-    After each step all processes tell each other whether one of them got the signal, so all save and end together,
-    whichever it was sent to. In the middle of an accumulated step, or of a validation, the run first goes on to the end
-    of a step. Lightning's own handler talks to the other processes wherever the signal comes, also in the middle of a
-    reduction of gradients, where they can wait for each other for ever: this one takes its place during training.
+    Lightning ends the run after the batch with exit code 143. In the middle of an accumulated step, and with several
+    processes, nothing is saved: the run goes on from the last regular checkpoint.
 
     Args:
         folder: of the run's checkpoints.
@@ -108,92 +101,14 @@ class SaveOnSigterm(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._came = False
-        self._before: Any = None
-
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Notes from now on that the signal came; a signal can be taken in the main thread alone."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._came = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and ends if the signal has come to any process.
-
-        Raises:
-            SIGTERMException: on all processes, when all is saved.
-        """
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        came = torch.tensor(float(self._came), device=trainer.strategy.root_device)
-        if not float(trainer.strategy.reduce(came, reduce_op="sum")):
-            return
-        trainer.save_checkpoint(self.folder / LAST)
-        if trainer.is_global_zero:
+        """Looks whether the signal has come."""
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.received_sigterm and whole_step and trainer.world_size == 1:
+            trainer.save_checkpoint(self.folder / LAST)
             log.warning(
                 "SIGTERM: saved %s at step %d; go on with --resume last", self.folder / LAST, trainer.global_step
             )
-        raise SIGTERMException
-
-    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """Gives the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-
-class RandomStates(Callback):
-    """Keeps the state of every process's random numbers in the checkpoints: Python's, numpy's and torch's.
-
-    Lightning keeps none. A run that goes on with another number of processes keeps those that its seed gave it.
-    """
-
-    def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of all processes, in plain values; every process has to ask for it."""
-        states = [random_states()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = states * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, random_states())
-        return {"processes": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """They are set when the first batch begins, as making a loader draws from them."""
-        self._restored = state_dict["processes"]
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Goes on where the checkpoint was saved."""
-        if len(self._restored) == trainer.world_size:
-            set_random_states(self._restored[trainer.global_rank])
-        self._restored = []
-
-
-def random_states() -> dict[str, Any]:
-    """Where the generators of Python, numpy, torch, and this process's GPU are, in plain values."""
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, numbers, following = random.getstate()
-    return {
-        "python": [version, list(numbers), following],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Sets what :func:`random_states` told."""
-    version, numbers, following = states["python"]
-    random.setstate((version, tuple(numbers), following))
-    kind, keys, place, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, gauss))
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())

@@ -32,14 +32,9 @@ from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
-from neo_components.training.checkpoints import (
-    RandomStates,
-    SaveOnSigterm,
-    WholeFiles,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
+from neo_components.training.random_states import RandomStates
 from neo_components.weights import read_json, write_text
 
 PROVENANCE = "provenance.json"

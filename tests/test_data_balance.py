@@ -144,7 +144,7 @@ def easy_vqa(folder: Path, images: int) -> Supply:
     return data._length_of(data.train_sources[0]).supply
 
 
-@pytest.mark.parametrize("images", [600, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("images", [300, pytest.param(4000, marks=pytest.mark.slow)])
 def test_rows_of_easy_vqa_are_full_and_balanced(images: int, tmp_path: Path) -> None:
     supply = easy_vqa(tmp_path / "shards", images)
     assert len(supply.tokens) > 4 * images and supply.tokens.min() > 0 and set(supply.visual) == {16}

@@ -188,7 +188,7 @@ class Balance:
         """
         here, there = place // self._ranks, places // self._ranks
         within = there == here
-        mine, theirs = np.float64(self._loads[place]), self._loads[places].astype(np.float64)
+        mine, theirs = self._loads[[place]].astype(np.float64), self._loads[places].astype(np.float64)
         out, into = _fourth(mine - moved) - _fourth(mine), _fourth(theirs + moved) - _fourth(theirs)
         power, total, powers, totals = self._powers[here], self._totals[here], self._powers[there], self._totals[there]
         after = self._cost(power + out + np.where(within, into, 0.0), total - np.where(within, 0, moved))

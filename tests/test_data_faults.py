@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from shard_builders import mixed_samples, module, png, raw_samples, sample, take
 from neo_components.data import NEODataModule
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardGoneError
+from neo_components.data.shard_folder import ShardFolder, ShardGoneError
 from neo_components.data.tally import TooManySkippedError
 
 OPTIONS = {"row_length": 128, "max_skipped": 1.0}
@@ -139,7 +144,80 @@ def test_a_rank_that_stops_stops_the_other(tmp_path: Path) -> None:
     write(tmp_path / "text", mixed_samples(50, "t", images=False))
     (tmp_path / "run").mkdir()
     script = str(Path(__file__).with_name("killed_run.py"))
-    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "0", "200"]
+    command = [sys.executable, "-W", "ignore", script, str(tmp_path), str(tmp_path / "run"), "--steps=200"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert "samples had to be skipped (truncated: " in done.stderr
+
+
+def test_a_foreign_tar_that_ends_early_stops_the_run(tmp_path: Path) -> None:
+    """Cut anywhere, also between two members, where nothing but the missing end tells it."""
+    path = tar(tmp_path / "shards" / "shard-000000.tar", raw_samples({f"s{n}": [png()] for n in range(9)}))
+    whole = path.read_bytes()
+    with tarfile.open(path) as opened:
+        between = opened.getmembers()[6].offset
+    for cut in (between, between + 100, between + 700, 300):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"shard-000000\.tar: the shard is damaged .*; write it again"):
+            module(path.parent, **OPTIONS).setup()
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """What an action says to a user without rights: root may read everything."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        try:
+            said = f"went on: {action()}"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        said = file.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_what_may_not_be_read_is_told() -> None:
+    # Not below pytest's own folder, which is closed to others.
+    with tempfile.TemporaryDirectory() as base:
+        Path(base).chmod(0o755)
+        folder = write(Path(base) / "shards", mixed_samples(12))
+        (folder / "shard-000001.tar").chmod(0)
+        said = as_nobody(lambda: ShardFolder(folder))
+        assert said.startswith("PermissionError") and f"{folder}/shard-000001.tar" in said
+        folder.chmod(0)
+        said = as_nobody(lambda: ShardFolder(folder))
+        assert said == f"PermissionError: {folder} cannot be read; change its permissions"
+
+
+def test_paths_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, reason in (
+        ("nothing", "No such file or directory"), ("file", "Not a directory"), ("file/shards", "Not a directory"),
+        ("loop", "Too many levels of symbolic links"),
+    ):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=rf"no shards \(\*\.tar\) in .*{name} \({reason}\); write them"):
+            module(tmp_path / name, **OPTIONS).setup()
+    folder = write(tmp_path / "shards", mixed_samples(12))
+    (folder / "shard-000001.tar").unlink()
+    (folder / "shard-000001.tar").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"shard-000001\.tar is no file \(a link to nothing\?\); put it back"):
+        module(folder, **OPTIONS).setup()
+
+
+def test_a_full_disk_leaves_no_half_folder(tmp_path: Path) -> None:
+    """The limit of this process's files stands for the disk's."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"shards could not be written, nothing is left of it .*; make room"):
+            write(tmp_path / "shards", mixed_samples(200), max_per_shard=200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

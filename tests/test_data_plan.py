@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from neo_components.data import step_plan
 from neo_components.data.order import EpochOrder
 from neo_components.data.row_plan import PlannedRow, RowPlan, Supply
 from neo_components.data.step_plan import StepPlan
@@ -169,8 +170,9 @@ def test_ranks_get_equal_work_and_the_same_mixture(ranks: int, rows: int) -> Non
     steps = steps_of(StepPlan(mixed_plan(), ranks, rows), 1200 if ranks == 8 else 96)
     assert all(len(mine) == rows for step in steps for mine in step)
     visual = np.array([[sum(row.visual for row in mine) for mine in step] for step in steps], float)
-    # The slowest rank of each step has at most 5 % more than the mean one, on average, and no rank has more in total.
-    assert visual.max(axis=1).sum() <= 1.05 * visual.mean(axis=1).sum()
+    # Some samples here are as long as a row, so single steps may be uneven (tests/test_data_balance.py: where none is).
+    assert visual.max(axis=1).sum() <= 1.035 * visual.mean(axis=1).sum()
+    assert (visual.max(axis=1) > 1.05 * visual.mean(axis=1)).mean() < (0.01 if ranks == 8 else 0.08)
     assert visual.sum(axis=0).max() <= 1.005 * visual.sum(axis=0).mean()
     for rank in range(ranks):
         amounts = np.cumsum([[0, 0], *(row.amounts for step in steps for row in step[rank])], axis=0)
@@ -185,7 +187,9 @@ def numbers(steps: list[list[list[PlannedRow]]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 31, 32, 33, 50])
-def test_steps_go_on_where_they_stopped(cut: int) -> None:
+def test_steps_go_on_where_they_stopped(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_plan, "ROWS_PER_BLOCK", 1)  # so that 70 steps are three blocks
+
     def fresh(place: Any = None) -> StepPlan:
         return StepPlan(RowPlan([supply(3000, 1)], [1.0], row_length=L, shuffle=100), 3, 2, place)
 

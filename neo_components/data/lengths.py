@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from neo_components.data.remote import cache_folder
@@ -148,7 +149,9 @@ def _count(folder: ShardFolder, maker: SampleMaker, workers: int) -> np.ndarray:
     table = np.zeros((3, len(folder)), np.int32)
     chunks = _Chunks(folder, maker)
     few = len(folder) < SHOWN_FROM
-    loader = DataLoader(chunks, batch_size=None, num_workers=0 if few else workers, collate_fn=_as_it_is)
+    # A generator of its own: counting must not draw from the random numbers of a run.
+    options: dict[str, Any] = {"collate_fn": _as_it_is, "generator": torch.Generator()}
+    loader = DataLoader(chunks, batch_size=None, num_workers=0 if few else workers, **options)
     with progress(None if few else f"lengths of {folder.folder}", total=len(folder)) as bar:
         done = 0
         for part, faults in loader:

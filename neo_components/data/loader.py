@@ -7,6 +7,7 @@ that the trainer took, so a resumed run goes on with the very next batch, whatev
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,11 @@ def _as_it_is(delivery: Any) -> Any:
     return delivery
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to every process of a job: a worker goes on, for its trainer still ends the step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class RowLoader(DataLoader[Delivery]):
     """Yields :class:`~neo_components.types.Batch` and keeps account in ``progress``.
 
@@ -112,6 +118,8 @@ class RowLoader(DataLoader[Delivery]):
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_outlive_sigterm,
+            generator=torch.Generator(),  # else each pass would draw from the random numbers of the training
             pin_memory=torch.cuda.is_available(),
         )
         self._rows, self._progress, self._keep, self._max_skipped = dataset, progress, keep, max_skipped

@@ -27,7 +27,7 @@ from neo_components.types import Batch, InputSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass

@@ -84,6 +84,11 @@ class _Queue:
         self.epoch = self.position = 0
         self.waiting: OrderedDict[int, int] = OrderedDict()
 
+    @property
+    def count(self) -> int:
+        """Samples of an epoch, those that cannot be used among them."""
+        return self._order.count
+
     def refill(self, endless: bool) -> list[tuple[int, int]]:
         """(length, number) of samples that join, as soon as half of the places are free.
 
@@ -166,8 +171,29 @@ class RowPlan:
         if not row.members:
             return None
         self._rows += 1
-        visual = sum(int(self._supplies[source].visual[number]) for source, number, _ in row.members)
+        visual = sum(self.visual(source, number) for source, number, _ in row.members)
         return row._replace(visual=visual, number=self._rows, crosses=self._slowest.epoch != epoch)
+
+    @property
+    def epoch(self) -> int:
+        """Samples of the source that takes longest for an epoch."""
+        return self._slowest.count
+
+    def visual(self, source: int, number: int) -> int:
+        """Visual tokens of a sample."""
+        return int(self._supplies[source].visual[number])
+
+    def with_members(self, row: PlannedRow, members: list[tuple[int, int, int]]) -> PlannedRow:
+        """The row with other samples in it."""
+        amounts = [0] * len(self._supplies)
+        for source, _, length in members:
+            amounts[source] += self._amount(length)
+        visual = sum(self.visual(source, number) for source, number, _ in members)
+        return row._replace(members=members, visual=visual, amounts=amounts)
+
+    def _amount(self, length: int) -> int:
+        """What a sample counts in the shares."""
+        return length if self._by_tokens else 1
 
     def state(self) -> dict[str, Any]:
         """The place between two rows, in plain values."""
@@ -258,7 +284,7 @@ class RowPlan:
         del pool[bisect_right(pool, (length, number)) - 1]
         del self._queues[source].waiting[number]
         self._tokens_waiting -= length
-        amount = length if self._by_tokens else 1
+        amount = self._amount(length)
         self._taken[source] += amount
         row.amounts[source] += amount
         row.members.append((source, number, length))

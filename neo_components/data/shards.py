@@ -10,6 +10,7 @@ Nothing here unpickles: only JSON is decoded, and a shard that holds a pickle is
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -34,6 +35,7 @@ RawSample = dict[str, Any]
 
 _STORED = ("conversations", "image_sizes")
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_KEY = 80  # a tar member's name has 100 bytes without extensions
 
 
@@ -56,6 +58,7 @@ def write_shards(
 
     Raises:
         FileExistsError: if the folder holds something.
+        OSError: if the disk is full.
         ValueError: if a key or value is not allowed.
         ImageError: (a ``ValueError``) if an image cannot be opened; pixels are not decoded.
     """
@@ -73,8 +76,12 @@ def write_shards(
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise OSError(
+                error.errno, f"{folder} could not be written, nothing is left of it ({error.strerror}); make room"
+            ) from error
         raise
     return index
 
@@ -188,11 +195,21 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
             f"shards are read from a local folder here, got {str(folder)!r}; addresses and pipe: are refused, "
             "open_folder reads them"
         )
-    if Path(folder).is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be read; change its permissions")
-    files = sorted(Path(folder).glob("*.tar"))
+    try:
+        files = [Path(folder) / name for name in sorted(os.listdir(folder)) if name.endswith(".tar")]
+        lost = [file.name for file in files if not file.is_file()]
+    except PermissionError:
+        raise PermissionError(f"{folder} cannot be read; change its permissions") from None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no shards (*.tar) in {folder} ({error.strerror}); write them with `neo data` or write_shards"
+        ) from None
     if not files:
         raise FileNotFoundError(f"no shards (*.tar) in {folder}; write them with `neo data` or write_shards")
+    if lost:
+        raise FileNotFoundError(
+            f"{folder}: {', '.join(lost[:3])} is no file (a link to nothing?); put it back or remove it"
+        )
     return files
 
 
@@ -236,19 +253,22 @@ def _check_headers(path: Path) -> None:
 
 
 def check_end(path: Path, end: int) -> None:
-    """Checks that a tar ends where its last member does: a header that is cut looks like the end to ``tarfile``.
+    """Checks that a tar ends where its last member does, and says so: to ``tarfile`` a cut looks like the end.
 
     Args:
         path: of the tar.
         end: offset behind the last member that was found.
 
     Raises:
-        TarError: if something else follows than the zeros that end a tar.
+        TarError: if something else follows than the zeros that end a tar, or not even those.
     """
     with path.open("rb") as file:
         file.seek(end)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError("unexpected end of data")
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError("unexpected end of data")
+    if not block:
+        raise tarfile.ReadError("it ends early: the zeros that close a tar are missing")
 
 
 def member_end(member: tarfile.TarInfo) -> int:

@@ -38,6 +38,7 @@ from neo_components.training.module import NEOTraining
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
 from neo_components.training.stage import StageConfig
+from neo_components.training.random_states import RandomStates
 from neo_components.weights import read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
     averages = [averaging(stage.ema)] if stage.ema else []
-    return [*averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
+    return [RandomStates(), *averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
 
 
 def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:

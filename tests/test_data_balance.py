@@ -1,0 +1,160 @@
+"""At every step all ranks have about the same number of visual tokens, and the rows hold what was planned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_builders import SPEC, TOKENIZER
+
+from neo_components.data import NEODataModule, Source, write_shards
+from neo_components.data.balance import Balance
+from neo_components.data.row_plan import PlannedRow, RowPlan, Supply
+from neo_components.data.step_plan import Step, StepPlan
+from neo_components.quickstart.easy_vqa import read_easy_vqa
+
+
+def long_tailed(count: int) -> list[Supply]:
+    """Images of 64 to 4,096 visual tokens and, three of ten, text alone; both with long tails."""
+    random = np.random.default_rng(0)
+    pictures, texts = count * 7 // 10, count * 3 // 10
+    visual = np.clip(np.exp(random.normal(np.log(400), 1.0, pictures)), 64, 4096).astype(np.int32)
+    words = np.clip(np.exp(random.normal(np.log(80), 0.9, pictures)), 10, 4000).astype(np.int32)
+    text = np.clip(np.exp(random.normal(np.log(300), 1.0, texts)), 20, 8192).astype(np.int32)
+    return [
+        Supply("pictures", visual + words + 2, visual, np.full(pictures // 700, 700)),
+        Supply("text", text, np.zeros(texts, np.int32), np.full(texts // 300, 300)),
+    ]
+
+
+def plan(supplies: list[Supply], row_length: int) -> RowPlan:
+    return RowPlan(supplies, [7, 3][: len(supplies)], row_length=row_length, shuffle=10000)
+
+
+def steps_of(plan: RowPlan, ranks: int, rows: int, count: int) -> list[Step]:
+    steps = StepPlan(plan, ranks, rows)
+    found = [steps.next_step() for _ in range(count)]
+    return [step for step in found if step is not None]
+
+
+def excess(steps: list[Step]) -> np.ndarray:
+    """[steps] visual tokens of the slowest rank over the mean."""
+    visual = np.array([[sum(row.visual for row in mine) for mine in step] for step in steps], float)
+    return np.where(visual.any(axis=1), visual.max(axis=1) / np.maximum(visual.mean(axis=1), 1), 1.0)
+
+
+def fill(rows: list[PlannedRow], row_length: int) -> float:
+    return sum(row.tokens for row in rows) / (len(rows) * row_length)
+
+
+@pytest.mark.parametrize(
+    ("row_length", "ranks", "rows", "count"),
+    [
+        (4096, 2, 1, 1024), (4096, 8, 1, 500), (4096, 64, 1, 32), (4096, 2, 4, 256), (4096, 8, 4, 128),
+        (16384, 2, 1, 512), (16384, 8, 1, 128), (16384, 64, 1, 32), (16384, 8, 4, 64),
+    ],
+)  # fmt: skip
+def test_no_rank_waits_for_the_images_of_another(row_length: int, ranks: int, rows: int, count: int) -> None:
+    """At most 5 % over the mean at every single step; without trades it is up to four times the mean."""
+    supplies = long_tailed(120000)
+    steps = steps_of(plan(supplies, row_length), ranks, rows, count)
+    assert excess(steps).max() <= 1.05
+    assert all(len(mine) == rows for step in steps for mine in step)
+    everyone = [row for step in steps for mine in step for row in mine]
+    assert max(row.tokens for row in everyone) <= row_length
+    assert fill(everyone, row_length) >= 0.985
+    for row in everyone:
+        assert row.visual == sum(supplies[source].visual[number] for source, number, _ in row.members)
+        assert row.amounts == [sum(source == wanted for source, _, _ in row.members) for wanted in (0, 1)]
+        assert all(supplies[source].tokens[number] == length for source, number, length in row.members)
+    assert len({row.number for row in everyone}) == len(everyone)
+    taken = Counter((source, number) for row in everyone for source, number, _ in row.members)
+    assert set(taken.values()) == {1}
+
+
+def test_one_rank_gets_the_rows_as_they_are_planned() -> None:
+    planned = plan(long_tailed(20000), 4096)
+    expected = [planned.next_row() for _ in range(300)]
+    steps = steps_of(plan(long_tailed(20000), 4096), 1, 3, 100)
+    assert [row for step in steps for mine in step for row in mine] == expected
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 1), (4, 2)])
+def test_no_step_holds_a_sample_twice_before_every_other_one_came(ranks: int, rows: int) -> None:
+    """A small source of which a block holds several epochs."""
+    (pictures, _) = long_tailed(3000)
+    counts = np.zeros(len(pictures.tokens), int)
+    usable = pictures.tokens <= 4096
+    fewest = 0
+    for step in steps_of(RowPlan([pictures], [1.0], row_length=4096, shuffle=500), ranks, rows, 2400 // ranks // rows):
+        for mine in step:
+            for row in mine:
+                for _, number, _ in row.members:
+                    counts[number] += 1
+        # Only in the step in which an epoch ends may there be three different counts.
+        fewest, most = counts[usable].min(), counts.max()
+        assert most - fewest <= 1 + any(row.crosses for mine in step for row in mine)
+    assert fewest >= 3
+
+
+def test_trades_keep_to_their_part_and_to_the_length() -> None:
+    """Four steps of two ranks, two parts: what lies in one part stays there."""
+    random = np.random.default_rng(1)
+    lengths, visual, row_of = [], [], []
+    for row in range(8):
+        for length in (10, 20, 30, 40):
+            lengths.append(length)
+            visual.append(int(random.integers(0, length)) * (row % 2))
+            row_of.append(row)
+    parts = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    of = np.array(row_of)
+    balance = Balance(np.array(lengths), np.array(visual), of, np.arange(8), parts, 2, 100)
+    before = balance.excess()
+    assert (before == 2).all()  # one rank of each step has everything
+    assert balance.improve() > 4
+    assert balance.excess().max() < 1.3 and balance.excess().mean() < 1.15
+    assert (parts[balance.row_of] == parts[of]).all()
+    assert sorted(balance.place_of) == list(range(8)) and (balance.place_of // 4 == parts).all()
+    assert (np.bincount(balance.row_of, weights=lengths) <= 100).all()
+
+
+def easy_vqa(folder: Path, images: int) -> Supply:
+    """The package's own pictures with two questions a sample, written as shards and counted as a run does it."""
+    samples = [
+        {
+            "key": f"{image.number}-{first}",
+            "images": [image.path],
+            "conversations": [
+                turn
+                for place, (question, answer) in enumerate(image.questions[first : first + 2])
+                for turn in (
+                    {"from": "human", "value": "<image>\n" * (place == 0) + question},
+                    {"from": "gpt", "value": answer},
+                )
+            ],
+        }
+        for image in read_easy_vqa("train")[:images]
+        for first in range(0, len(image.questions), 2)
+    ]
+    write_shards(samples, folder)
+    data = NEODataModule(TOKENIZER, [Source(str(folder))], min_pixels=16384, max_pixels=16384, workers=0)
+    data.input_spec = SPEC
+    return data._length_of(data.train_sources[0]).supply
+
+
+@pytest.mark.parametrize("images", [300, pytest.param(4000, marks=pytest.mark.slow)])
+def test_rows_of_easy_vqa_are_full_and_balanced(images: int, tmp_path: Path) -> None:
+    supply = easy_vqa(tmp_path / "shards", images)
+    assert len(supply.tokens) > 4 * images and supply.tokens.min() > 0 and set(supply.visual) == {16}
+    for row_length in (4096, 16384):
+        one_pass = RowPlan([supply], [1.0], row_length=row_length, endless=False)
+        rows = list(iter(one_pass.next_row, None))
+        assert sum(len(row.members) for row in rows) == len(supply.tokens)
+        # The last row of a pass holds what is left; it is no row of training.
+        assert fill(rows[:-1], row_length) >= 0.985
+        for ranks in (1, 2, 8):
+            steps = steps_of(plan([supply], row_length), ranks, 1, 400 // ranks)
+            assert fill([row for step in steps for mine in step for row in mine], row_length) >= 0.985
+            assert excess(steps).max() <= 1.05

@@ -254,33 +254,40 @@ class NEO(Component):
         labelled = bool((batch.labels != IGNORED).any())
         return Output(self.post_llm.logits(hidden), self._loss(hidden, batch) if labelled else None, states)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
         """The training path: ``sum(w * nll) / max(sum(w), 1e-5)``, logits formed at labelled tokens only, in chunks.
 
         Args:
             batch: packed rows; 0 is returned (with gradients of 0) if nothing is labelled.
+            nll: filled with one tensor, [n] float32 without gradient: the negative log likelihood of each of the n
+                learnt tokens, row by row.
 
         Returns:
             Scalar float32.
         """
-        return self._loss(self.hidden(batch), batch)
+        return self._loss(self.hidden(batch), batch, nll)
 
-    def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, hidden: Tensor, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
         target, weight = batch.labels[:, 1:], batch.loss_weights[:, 1:]
         learnt = target != IGNORED
         state, target, weight = hidden[:, :-1][learnt], target[learnt], weight[learnt]
         total = state.float().sum() * 0.0
+        each = [total.new_zeros(0)]
         for s, t, w in zip(state.split(LOSS_CHUNK), target.split(LOSS_CHUNK), weight.split(LOSS_CHUNK), strict=True):
             # Recomputed in the backward pass, so that no two chunks' logits exist together.
             if len(t):
-                total = total + recompute(self._weighted_nll, s, t, w, use_reentrant=False)
+                part, values = recompute(self._weighted_nll, s, t, w, use_reentrant=False)
+                total = total + part
+                each.append(values)
+        if nll is not None:
+            nll.append(torch.cat(each))
         if not len(target):
             total = total + self.post_llm.head_weight.sum() * 0.0
         return total / weight.sum().clamp(min=1e-5)
 
-    def _weighted_nll(self, state: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def _weighted_nll(self, state: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         nll = F.cross_entropy(self.post_llm.logits(state).float(), target, reduction="none")
-        return (nll * weight).sum()
+        return (nll * weight).sum(), nll.detach()
 
     @torch.no_grad()
     def generate(

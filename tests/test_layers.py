@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"components"},
     {"generation", "checkpoint"},
     {"model"},
-    {"data", "assets", "program", "training.stage"},
+    {"data", "assets", "program", "estimate", "training.stage"},
     {"evaluation", "viewers"},
     {"chat", "recipe", "hf"},
     {"training"},

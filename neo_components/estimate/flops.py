@@ -1,0 +1,241 @@
+"""FLOPs of a step, split into the parts of the model: what its matrix products need, as the mask has them.
+
+Counted are matrix products only, 2 FLOPs per multiply-add (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B):
+norms, rotary and activation functions are left out. Attention counts the pairs of query and key that the mask shows,
+padding counts nothing, and logits are formed at learnt tokens only. The backward pass counts a gradient only where
+something that trains needs it: frozen weights cost none, and nothing flows below the first part that trains. What
+recomputation does twice is no part of the model's FLOPs and told apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.components.attention import NativeAttention
+from neo_components.components.experts import SparseFeedForward
+from neo_components.components.masks import LayerRule, document_spans, span_mask
+from neo_components.components.primitive import NativePrimitive, PrimitiveStack
+from neo_components.model import NEO
+from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
+
+PARTS = ("patch_embedding", "pre_buffer", "post_llm", "head", "bridge")
+"""The keys of :func:`step_flops`; ``bridge`` only where there is one."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one part of the model.
+
+    Args:
+        forward: of the forward pass.
+        backward: of the backward pass, without what is computed again.
+        again: forward FLOPs that recomputation adds in the backward pass.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    again: int = 0
+
+    @property
+    def model(self) -> int:
+        """Forward and backward: the numerator of a model FLOP utilisation."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+
+
+def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
+    """FLOPs of a training step on a batch.
+
+    What trains is read off ``requires_grad``, what is recomputed off ``recomputed`` of both stacks. Only the ids and
+    labels of the batch are looked at, and one number per document is read from its device; hand it a batch on the CPU
+    where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
+    accumulated batches, add up.
+
+    Args:
+        model: the model; see above.
+        batch: packed rows.
+
+    Returns:
+        ``Flops`` by part: ``patch_embedding``, ``pre_buffer``, ``post_llm``, ``head``, and ``bridge`` where there is
+        one. ``sum(part.model for part in step_flops(model, batch).values())`` over seconds and the device's peak is the
+        model FLOP utilisation.
+    """
+    real = batch.document_ids != PADDING
+    tokens, visual = int(real.sum()), int((batch.image_ids != NO_IMAGE).sum())
+    learnt = int((batch.labels[:, 1:] != IGNORED).sum())
+    documents, images = batch.document_ids, batch.image_ids
+    own_tokens, own = tokens, (documents, images)
+    if model.text == "bypass":  # the pre-Buffer sees each image alone, with its boundary tokens
+        alone = model._own_images(batch)
+        own_tokens, own = int((alone >= 0).sum()), (alone, images)
+    found: dict[str, Flops] = {name: Flops() for name in PARTS if name != "bridge"}
+    found["patch_embedding"], image_flow = _patches(model, len(batch.patches), visual)
+    words_flow = model.post_llm.word_embedding.weight.requires_grad
+    words_enter = words_flow and model.text == "shared"
+    flow = image_flow or words_enter or model.pre_buffer.boundary.requires_grad
+    bridge = Flops()
+    if model.bridge_in is not None:
+        bridge += _linear(model.bridge_in.proj, tokens, words_flow)
+        flow = flow or _trains(model.bridge_in)
+    found["pre_buffer"], flow = stack_flops(model.pre_buffer, *own, own_tokens, flow)
+    if model.bridge_out is not None:
+        bridge += _linear(model.bridge_out.proj, own_tokens, flow)
+        flow = flow or _trains(model.bridge_out)
+    if model.bridge_in is not None or model.bridge_out is not None:
+        found["bridge"] = bridge
+    flow = flow or words_flow
+    found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow)
+    flow = flow or _trains(model.post_llm.norm)
+    head = model.post_llm.head_weight
+    found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad, again=True)
+    return found
+
+
+def stack_flops(
+    stack: PrimitiveStack, document_ids: Tensor, image_ids: Tensor, tokens: int, flow: bool
+) -> tuple[Flops, bool]:
+    """FLOPs of the blocks of a stack.
+
+    Args:
+        stack: pre-Buffer or post-LLM.
+        document_ids: [B, L].
+        image_ids: [B, L].
+        tokens: how many of them are no padding.
+        flow: whether what enters the first block needs a gradient.
+
+    Returns:
+        The sum over the blocks, and whether what leaves the last one needs a gradient.
+    """
+    pairs = {rule: seen_pairs(document_ids, image_ids, rule) for rule in set(stack.layer_rules)}
+    total = Flops()
+    for number, block in enumerate(stack.layers):
+        assert isinstance(block, NativePrimitive)
+        one = block_flops(block, tokens, pairs[block.layer_rule], flow)
+        flow = flow or _trains(block)
+        again = one.forward if number < stack.recomputed and flow else 0
+        total += Flops(one.forward, one.backward, again)
+    return total, flow
+
+
+def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> Flops:
+    """FLOPs of one block.
+
+    Args:
+        block: the block.
+        tokens: that pass it.
+        pairs: of query and key that its mask shows, for one head.
+        flow: whether its input needs a gradient.
+    """
+    attention = block.self_attn
+    norms = [part for name, part in block.named_children() if "norm" in name]
+    before = flow or (block.placement != "after" and _trains(block.input_layernorm))
+    total = _attention(attention, tokens, pairs, before)
+    within = before or _trains(attention) or any(map(_trains, norms))
+    if isinstance(block.mlp, SparseFeedForward):
+        return total + _experts(block.mlp, tokens, within)
+    for name in ("gate_proj", "up_proj"):
+        total += _linear(getattr(block.mlp, name), tokens, within)
+    within = within or _trains(block.mlp.gate_proj) or _trains(block.mlp.up_proj)  # type: ignore[arg-type]
+    return total + _linear(block.mlp.down_proj, tokens, within)  # type: ignore[arg-type]
+
+
+def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Flops:
+    """Projections, and the two products over the pairs: scores 2E wide, values E wide."""
+    groups: dict[str, list[nn.Module | None]] = {
+        "q": [part.q_proj, part.q_proj_hw, part.q_norm_h, part.q_norm_w, getattr(part, "q_norm", None)],
+        "k": [part.k_proj, part.k_proj_hw, part.k_norm_h, part.k_norm_w, getattr(part, "k_norm", None)],
+        "v": [part.v_proj],
+    }
+    q, k, v = (flow or any(_trains(p) for p in group if p is not None) for group in groups.values())
+    heads = part.q_proj.out_features // part.head_width
+    scores, values = 2 * pairs * heads * 2 * part.head_width, 2 * pairs * heads * part.head_width
+    backward = scores * (q + k) + values * (v + (q or k))
+    total = Flops(scores + values, backward)
+    for name in ("q_proj", "k_proj", "v_proj", "q_proj_hw", "k_proj_hw"):
+        total += _linear(getattr(part, name), tokens, flow)
+    return total + _linear(part.o_proj, tokens, q or k or v)
+
+
+def _experts(part: SparseFeedForward, tokens: int, flow: bool) -> Flops:
+    """The router, and of the experts those that a token uses."""
+    total = _linear(part.gate, tokens, flow)
+    used, weights = tokens * part.experts_per_token, part.experts
+    first, second = weights.gate_up_proj, weights.down_proj
+    total += _product(used, first.shape[1], first.shape[2], flow, first.requires_grad)
+    flow = flow or first.requires_grad
+    return total + _product(used, second.shape[1], second.shape[2], flow, second.requires_grad)
+
+
+def _patches(model: NEO, patches: int, visual: int) -> tuple[Flops, bool]:
+    """The patch embedding, and whether visual tokens need a gradient. Pixels need none."""
+    part = model.patch_embedding
+    first = _linear(part.patch_proj, patches, False)
+    second = _linear(part.token_proj, visual, _trains(part.patch_proj))
+    return first + second, _trains(part)
+
+
+def _linear(part: nn.Module, tokens: int, flow: bool) -> Flops:
+    """A linear layer, or one inside another module with adapters beside it, each fed by the one before (LoRA)."""
+    total, fed = Flops(), flow
+    for place, inner in enumerate(inner for inner in part.modules() if isinstance(inner, nn.Linear)):
+        total += _product(tokens, inner.out_features, inner.in_features, fed, inner.weight.requires_grad)
+        fed = flow or (place > 0 and inner.weight.requires_grad)
+    return total
+
+
+def _product(tokens: int, out: int, into: int, flow: bool, trains: bool, again: bool = False) -> Flops:
+    """[tokens, into] x [into, out]: forward, and the gradients of the input and of the weight that are wanted."""
+    once = 2 * tokens * out * into
+    return Flops(once, once * (flow + trains), once if again and (flow or trains) else 0)
+
+
+def _trains(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def seen_pairs(document_ids: Tensor, image_ids: Tensor, rule: LayerRule) -> int:
+    """How many pairs of query and key the mask shows, padding left out.
+
+    The library's own rules are counted from the lengths of documents and images; another rule is asked about every
+    pair of each document.
+
+    Args:
+        document_ids: [B, L].
+        image_ids: [B, L]; the visual tokens of an image lie side by side.
+        rule: mask rule and window of a block.
+    """
+    spans = document_spans(document_ids)
+    if rule.rule not in ("causal", "mixed"):
+        return sum(_pairs_by_mask(image_ids[s.row, s.start : s.start + s.length], rule) for s in spans)
+    total = sum(_causal_pairs(span.length, rule.window) for span in spans)
+    for tokens in _image_lengths(document_ids, image_ids):
+        inside = tokens * tokens if rule.rule == "mixed" else tokens * (tokens + 1) // 2
+        total += inside - _causal_pairs(tokens, rule.window)  # a window does not cut through an image
+    return total
+
+
+def _causal_pairs(length: int, window: int | None) -> int:
+    """Pairs of a document under plain causal order: token n sees the last ``min(n, window)``."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> list[int]:
+    """Visual tokens of every image of the batch."""
+    rows = torch.arange(len(image_ids), device=image_ids.device)[:, None].expand_as(image_ids)
+    visual = (image_ids != NO_IMAGE) & (document_ids != PADDING)
+    places = torch.stack([rows, document_ids, image_ids])[:, visual]
+    if not places.shape[1]:
+        return []
+    lengths: Tensor = torch.unique_consecutive(places, dim=1, return_counts=True)[1]
+    return lengths.tolist()
+
+
+def _pairs_by_mask(image_ids: Tensor, rule: LayerRule) -> int:
+    length = torch.tensor([len(image_ids)], device=image_ids.device)
+    return int(span_mask(image_ids[None], length, rule.rule, rule.window).sum())

@@ -73,12 +73,12 @@ def train(
     """Train a recipe."""
     from neo_components.recipe import load_recipe
     from neo_components.training.run import train as run
+    from neo_components.training.summary import places, table
 
     _register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
-    scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
-    typer.echo(f"{scores}\nmodel: {result.folder}  ({result.seconds / 60:.1f} min)")
+    typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
 
 
 @app.command()

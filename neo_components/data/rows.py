@@ -75,9 +75,9 @@ class RowMaker:
         """A row without any sample: one token that is not learnt, for every block of the model has to take part."""
         spec = self.maker.spec
         sizes = {name: (1, self.row_length) for name in FILLING} | {"positions": (1, self.row_length, 3)}
-        columns = {name: torch.full(sizes[name], value) for name, value in FILLING.items()}
+        columns: dict[str, Any] = {name: torch.full(sizes[name], value) for name, value in FILLING.items()}
         columns["loss_weights"] = columns["loss_weights"].float()
         columns["document_ids"][0, 0] = 0
         patches = torch.zeros(0, spec.channels * spec.patch_size**2)
-        nobody: dict[str, Any] = {name: [[]] for name in TOLD}
-        return Batch(**columns, patches=patches, patch_positions=torch.zeros(0, 2, dtype=torch.int64), **nobody)
+        columns |= {name: [[]] for name in TOLD}
+        return Batch(**columns, patches=patches, patch_positions=torch.zeros(0, 2, dtype=torch.int64))

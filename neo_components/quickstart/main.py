@@ -11,18 +11,17 @@ import typer
 
 from neo_components.assets import export_pre_buffer, provenance_of
 from neo_components.chat import Chat
-from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.pre_buffer import AssetInfo, PreBuffer
+from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data import load_tokenizer
 from neo_components.evaluation import Question, Report, evaluate, questions_from_shards, without_images
-from neo_components.model import NEO
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
 from neo_components.quickstart.report import ask_more, draw_pictures, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.run import train
+from neo_components.training.text import language_model_alone
 
 STAGES = ("pretrain", "midtrain", "sft")
 VALIDATION_IMAGES = 400
@@ -139,10 +138,7 @@ def _ask(chat: Chat, questions: list[Question], title: str, **options: Any) -> R
 
 def text_only(folder: Path) -> Chat:
     """The language model alone, as a NEO without pre-Buffer: text passes unchanged, images are never given."""
-    llm = PostLLM.from_pretrained(folder)
-    h = llm.hparams
-    nothing = PreBuffer(0, h.hidden_size, h.num_heads, h.num_kv_heads, h.head_width, h.feed_forward_size)
-    return Chat(NEO(PatchEmbedding(h.hidden_size, width=4), nothing, llm), load_tokenizer(str(folder)))
+    return Chat(language_model_alone(PostLLM.from_pretrained(folder)), load_tokenizer(str(folder)))
 
 
 def _reuse(root: Path, found: Findings) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from neo_components.training.loggers import log_once
 from neo_components.training.lora import adapted_weights, lora_parameters, with_change
 from neo_components.training.module import NEOTraining
 
@@ -54,8 +55,7 @@ class Drift(Callback):
             assert isinstance(module, NEOTraining)
             self._measured = step
             self.values = drift(module, self.start)
-            for name, value in self.values.items():
-                module.log(f"drift/{name}", value, rank_zero_only=True)
+            log_once(trainer, self.values, step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The start, for a checkpoint."""
@@ -90,7 +90,7 @@ def _sample(name: str, weight: Tensor) -> Tensor:
 
 
 def drift(module: NEOTraining, start: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative distance of each group that learns from its start; a group of zeros has no length and is left out.
+    """``drift/GROUP`` of each group that learns; a group of zeros has no length and is left out.
 
     Args:
         module: the training.
@@ -109,5 +109,5 @@ def drift(module: NEOTraining, start: Mapping[str, Tensor]) -> dict[str, float]:
         mine = [squares[id(parameter)] for parameter in parameters if id(parameter) in squares]
         moved, length = (sum(column) for column in zip(*mine, strict=True))
         if length > 0:
-            found[name] = (moved / length) ** 0.5
+            found[f"drift/{name}"] = (moved / length) ** 0.5
     return found

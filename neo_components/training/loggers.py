@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
+import lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -24,6 +26,20 @@ def run_loggers(output: Path, done: int) -> list[Logger]:
     table = CSVLogger(str(output), name=LOGS, version="", flush_logs_every_n_steps=1)
     _begin(table, output / LOGS / CSV, done)
     return [board, table]
+
+
+def log_once(trainer: lightning.Trainer, values: Mapping[str, float], step: int) -> None:
+    """Writes values that are new now. What goes through ``LightningModule.log`` is written again with every later
+    entry, as if it were measured again.
+
+    Args:
+        trainer: of the run.
+        values: by name.
+        step: counted from 0, as Lightning counts entries.
+    """
+    if values:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(values), step=step)
 
 
 @rank_zero_only

@@ -62,13 +62,13 @@ class LossParts:
         """[parts + 1, 2]; the last one takes what is no part."""
         return torch.zeros(len(self.names) + 1, 2, dtype=torch.float64, device=device)
 
-    def take(self, device: torch.device, add_up: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def take(self, device: torch.device, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The loss of every part that had a learnt token since the last call, by name; counting begins anew.
 
         Args:
             device: of the training, needed where nothing was added.
             add_up: adds a tensor over all processes.
         """
-        sums = add_up(self._empty(device) if self._sums is None else self._sums)[:-1]
+        sums = add_up(self._empty(device) if self._sums is None else self._sums)[:-1].tolist()
         self._sums = None
         return {name: total / weight for name, (total, weight) in zip(self.names, sums, strict=True) if weight > 0}

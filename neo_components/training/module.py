@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from neo_components.model import NEO
 from neo_components.training.groups import train_only
+from neo_components.training.loggers import log_once
 from neo_components.training.lora import add_lora
 from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
@@ -41,6 +42,9 @@ class NEOTraining(lightning.LightningModule):
     Args:
         model: what is trained, in place.
         stage: what of it, how long and how fast.
+
+    Attributes:
+        losses_by_part: the last entry's losses by source and by modality.
     """
 
     def __init__(self, model: NEO, stage: StageConfig) -> None:
@@ -59,6 +63,7 @@ class NEOTraining(lightning.LightningModule):
         }
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
+        self.losses_by_part: dict[str, float] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._keys: list[str] = []
@@ -115,8 +120,8 @@ class NEOTraining(lightning.LightningModule):
             if group["params"]:
                 self.log(f"lr/{group['name']}", group["lr"])
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            for name, value in self.loss_parts.take(self.device, self._add_up).items():
-                self.log(name, value)
+            self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
+            log_once(self.trainer, self.losses_by_part, self.global_step)
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
             self._skipped_in_a_row = 0
         else:

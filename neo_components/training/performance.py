@@ -40,16 +40,15 @@ Source: NVIDIA's data sheets, whose figures "with sparsity" are halved; for the 
 REASONS_IN_ORDER = sorted(REASONS)
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOPs per second of which the device is capable, or ``None`` where that is not known.
+def peak_flops(name: str, precision: str) -> float | None:
+    """FLOPs per second of which a device is capable, or ``None`` where that is not known.
 
     Args:
-        device: of the training.
+        name: of the device, as torch tells it.
         precision: Lightning's; anything but half precision has no known peak.
     """
-    if device.type != "cuda" or not precision.startswith(("bf16", "16")):
+    if not precision.startswith(("bf16", "16")):
         return None
-    name = torch.cuda.get_device_name(device)
     return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
 
 
@@ -124,7 +123,8 @@ class Performance(Callback):
         module.log("perf/fill", new["tokens"] / new["places"])
         module.log("perf/data_wait", new["waited"] / seconds)
         module.log("perf/tflops", rate / 1e12)
-        if peak := peak_flops(module.device, str(trainer.precision)):
+        device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
+        if peak := peak_flops(device, str(trainer.precision)):
             module.log("perf/mfu", rate / peak)
         for name, value in {**self._memory(trainer, module), **self._skipped(trainer, module)}.items():
             module.log(name, value)

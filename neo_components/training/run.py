@@ -101,7 +101,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException as stop:
         raise SystemExit(128 + signal.SIGTERM) from stop  # Lightning's own exit looks like success to a scheduler
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | drift.values
     merge_lora(chat.model)
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
     result.summary = Summary(

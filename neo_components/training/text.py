@@ -14,6 +14,7 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.data.module import NEODataModule
 from neo_components.model import NEO
+from neo_components.training.loggers import log_once
 from neo_components.training.module import NEOTraining, mean_nll
 
 
@@ -55,8 +56,7 @@ class TextBefore(Callback):
             with torch.random.fork_rng():  # its empty pre-Buffer draws random numbers
                 alone = language_model_alone(module.model.post_llm)
             self.values["val/text_perplexity_of_llm"] = self._perplexity(trainer, alone)
-        for logger in trainer.loggers:
-            logger.log_metrics(self.values, step=0)
+        log_once(trainer, self.values, 0)
 
     def _perplexity(self, trainer: lightning.Trainer, model: NEO) -> float:
         """Over all processes, of as many batches as a validation reads."""

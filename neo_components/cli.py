@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
@@ -262,8 +263,9 @@ def recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         from neo_components.recipe import list_recipes
 
+        width = max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else sys.maxsize
         for name, _, what in list_recipes():
-            typer.echo(f"{name:26s} {what}")
+            typer.echo(textwrap.fill(what, width, initial_indent=f"{name:26s} ", subsequent_indent=" " * 27))
 
 
 @recipes_app.command()

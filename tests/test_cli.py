@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer.main
 from builders import same_outputs, same_tensors, weights_of
-from commands import good, installed_neo
+from commands import good, installed_neo, neo
 from shard_builders import turns
 
 from neo_components import NEO, PreBuffer, load_recipe
@@ -90,6 +90,13 @@ def test_chat_answers(world: Path) -> None:
     tagged = "<image> or <image>?"
     both = good("chat", world / "neo", tagged, "--image", picture, "--image", picture, "--max-new-tokens", "6")
     assert both == f"{chat.ask(tagged, [picture, picture], 6)}\n"
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_refused(world: Path, question: str) -> None:
+    done = neo("chat", world / "neo", question, "--image", world / "red.png")
+    assert done.status == 1 and not done.out
+    assert done.err.startswith("error: the question is empty")
 
 
 def test_evaluate_writes_scores_and_answers(world: Path, tmp_path: Path) -> None:

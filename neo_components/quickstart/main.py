@@ -51,7 +51,7 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
     _clear(root)
     found = Findings(seed, scale, baselines=baselines())
     with found.step("data", "easy-VQA becomes shards"):
-        found.data = write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
+        write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
     with found.step("llm", "two small language models learn text alone"):
         _train_llms(root, found)
     with found.step("training", "pre-training, mid-training, SFT"):
@@ -87,8 +87,8 @@ def _train_llms(root: Path, found: Findings) -> None:
     """The stand-ins for pretrained language models: the quickstart's own, and a wider one with another tokenizer."""
     conversations = text_conversations(split_images(VALIDATION_IMAGES, found.seed)[0], found.seed)
     steps = _scaled(LLM_STEPS, found.scale)
-    found.llms["llm"] = train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
-    found.llms["llm_b"] = train_text_llm(
+    train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
+    train_text_llm(
         conversations, root / "llm_b", hidden_size=192, heads=6, kv_heads=3, feed_forward=512, vocab_size=330,
         steps=steps, seed=found.seed + 1, title="second LLM",
     )  # fmt: skip

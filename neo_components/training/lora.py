@@ -18,15 +18,12 @@ ADAPTER = "default"
 """peft's name of the only adapter."""
 
 
-def add_lora(model: NEO, lora: LoRA) -> list[nn.Parameter]:
+def add_lora(model: NEO, lora: LoRA) -> None:
     """Puts adapters beside linear layers of the post-LLM's blocks. They start as no change at all.
 
     Args:
         model: changed in place.
         lora: which layers, and how.
-
-    Returns:
-        The adapters' parameters.
 
     Raises:
         ModuleNotFoundError: if peft is not installed.
@@ -38,7 +35,6 @@ def add_lora(model: NEO, lora: LoRA) -> list[nn.Parameter]:
         raise ModuleNotFoundError(
             "stage.lora needs the package peft: run `pip install 'neo-components[lora]'`, or take stage.lora away"
         ) from error
-    blocks = model.post_llm.layers
     _check_targets(model, lora)
     inject_adapter_in_model(
         LoraConfig(
@@ -47,9 +43,8 @@ def add_lora(model: NEO, lora: LoRA) -> list[nn.Parameter]:
             lora_dropout=lora.dropout,
             target_modules=list(lora.targets),
         ),
-        blocks,
+        model.post_llm.layers,
     )
-    return lora_parameters(model)
 
 
 def _check_targets(model: NEO, lora: LoRA) -> None:

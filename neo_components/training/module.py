@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from neo_components.model import NEO
 from neo_components.training.groups import train_only
 from neo_components.training.loggers import log_once
-from neo_components.training.lora import add_lora
+from neo_components.training.lora import add_lora, lora_parameters
 from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.stage import StageConfig
@@ -51,16 +51,11 @@ class NEOTraining(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.stage = stage
-        adapters = add_lora(model, stage.lora) if stage.lora else []
-        self.trainable = train_only(model, stage.train, adapters)
+        if stage.lora is not None:
+            add_lora(model, stage.lora)
         for stack in (model.pre_buffer, model.post_llm):
             stack.recomputed = round(stage.recompute * len(stack.layers))
-        learning = {id(parameter) for parameter in self.trainable}
-        self.groups = {
-            name: parameters
-            for name, parameters in (model.groups() | {"post_llm.lora": adapters}).items()
-            if any(id(parameter) in learning for parameter in parameters)
-        }
+        self.choose_trained()
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
@@ -68,6 +63,17 @@ class NEOTraining(lightning.LightningModule):
         self._skipped_in_a_row = 0
         self._keys: list[str] = []
         self._totals: list[Tensor] = []
+
+    def choose_trained(self) -> None:
+        """Lets what the stage names and the adapters learn, and freezes the rest."""
+        adapters = lora_parameters(self.model)
+        self.trainable = train_only(self.model, self.stage.train, adapters)
+        learning = {id(parameter) for parameter in self.trainable}
+        self.groups = {
+            name: parameters
+            for name, parameters in (self.model.groups() | {"post_llm.lora": adapters}).items()
+            if any(id(parameter) in learning for parameter in parameters)
+        }
 
     @property
     def divided(self) -> bool:

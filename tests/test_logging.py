@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,27 @@ def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
     for name in wanted:
         assert [step for step, _ in board[name]] == [step for step, _ in table[name]], name
         assert [v for _, v in board[name]] == pytest.approx([v for _, v in table[name]], rel=1e-6), name
+    assert_the_training_page_names(wanted)
     assert len(board["train/loss"]) == 6 and len(board["val/text_perplexity"]) == 3
     assert [value for _, value in board["data/skipped"]] == [0.0] * 6
     assert all(0 < value <= 1 for _, value in board["perf/fill"])
     assert result.summary.metrics["val/text_perplexity"] == pytest.approx(board["val/text_perplexity"][-1][1], rel=1e-5)
+
+
+def assert_the_training_page_names(logged: set[str]) -> None:
+    """Every value that is logged, and no other but those of a GPU, of several images and of skipped samples."""
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    named = {"val/text_perplexity_of_llm"} if "`val/text_perplexity_of_llm`" in page else set()
+    for line in page.splitlines():
+        if re.match(r"\| `\w+/", line):
+            words = re.findall("`([^`]+)`", line.split("|")[1])
+            named |= {word if not word.startswith("/") else words[0].split("/")[0] + word for word in words}
+    patterns = {name: re.sub("GROUP|NAME|REASON", "[a-z_.]+", name) for name in named}
+    assert [name for name in logged if not any(re.fullmatch(p, name) for p in patterns.values())] == []
+    rest = {name for name, p in patterns.items() if not any(re.fullmatch(p, seen) for seen in logged)}
+    assert rest == {
+        "loss_by_modality/images", "perf/mfu", "memory/device_gb", "data/skipped_REASON", "val/answers"
+    }  # fmt: skip
 
 
 def text_perplexity(root: Path, model: NEO) -> float:
@@ -310,7 +328,7 @@ def test_neo_train_ends_with_a_table(root: Path) -> None:
     """Its figures are those of the run, and every place that it names is there."""
     output = good("train", str(watched(root, "table")))
     lines = dict(line.split(":", 1) for line in output.splitlines())
-    lines = {name: value.strip() for name, value in lines.items()}
+    lines = {name.strip(): value.strip() for name, value in lines.items()}
     told, folder = figures(root / "table"), root / "table"
     losses = [value for _, value in told["train/loss"]]
     assert lines["training loss"] == f"{losses[0]:.4f} at step 1, {losses[-1]:.4f} at step 6"

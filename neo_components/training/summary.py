@@ -93,6 +93,6 @@ def places(output: Path) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns as plain text."""
+    """Two columns as plain text, joined at the colon."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name + ':':{width + 1}s} {value}" for name, value in rows)
+    return "\n".join(f"{name:>{width}s}: {value}" for name, value in rows)

@@ -51,6 +51,14 @@ class Export(StrEnum):
     program = "program"
 
 
+class Strategy(StrEnum):
+    """How devices share a model."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+
+
 @app.command()
 def quickstart(
     output: Out = Path("outputs/quickstart"),
@@ -239,22 +247,35 @@ def convert(
 def inspect(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
     overrides: Overrides = None,
+    settings: Annotated[bool, typer.Option("--settings", help="Print the complete recipe first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    strategy: Annotated[Strategy | None, typer.Option(help="How devices share the model; else the recipe's.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="All devices; else the recipe's.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every block.")] = 1,
+    device_memory: Annotated[float | None, typer.Option(min=0, help="GB of a device; else what is found.")] = None,
+    image_tokens: Annotated[int | None, typer.Option(min=0, help="Visual tokens of a document.")] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Other tokens of a document, half of them learnt.")] = 128,
+    tflops: Annotated[float, typer.Option(min=1e-9, help="Peak of a device, 10^12 FLOPs a second; an A100's.")] = 312,
+    mfu: Annotated[float, typer.Option(min=1e-9, max=1, help="Share of the peak that a run reaches.")] = 0.4,
     imports: Imports = None,
 ) -> None:
-    """Print a recipe's complete settings, and the parameters of each group of its model."""
-    from neo_components.recipe import build, load_recipe
-    from neo_components.training.groups import train_only
+    """Tell what a recipe's run needs, without loading a weight.
+
+    Parameters by group, FLOPs by part, memory of a device by kind, hours; a warning if it will not fit.
+    """
+    from neo_components import inspection
+    from neo_components.recipe import load_recipe
 
     _register(imports)
     loaded = load_recipe(recipe, overrides or [])
-    typer.echo(loaded.to_yaml())
-    model = build(loaded.model)
-    for name, group in model.groups().items():
-        typer.echo(f"{name:24s} {sum(p.numel() for p in group):>14,d}")
-    if loaded.given_stage is not None:
-        trainable = sum(p.numel() for p in train_only(model, loaded.given_stage.train))
-        total = sum(p.numel() for p in model.parameters())
-        typer.echo(f"{'trained in this stage':24s} {trainable:>14,d} of {total:,d}")
+    assumed = inspection.Assumed(
+        image_tokens, text_tokens, strategy.value if strategy else None, devices, tensor_parallel, device_memory,
+        tflops, mfu,
+    )  # fmt: skip
+    report = inspection.inspect_recipe(loaded, assumed, overrides or [])
+    if settings and not as_json:
+        typer.echo(loaded.to_yaml())
+    typer.echo(inspection.as_json(report) if as_json else inspection.as_text(report))
 
 
 @recipes_app.callback()

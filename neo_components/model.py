@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from neo_components.checkpoint import (
     layout_of,
@@ -26,6 +24,7 @@ from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.primitive import Prepared
+from neo_components.components.token_loss import token_loss
 from neo_components.generation import generate
 from neo_components.hub import resolve
 from neo_components.packing import pack
@@ -34,8 +33,6 @@ from neo_components.weights import TensorFiles, as_dtype, load_strict, read_conf
 
 TEXT = ("shared", "bypass")
 """Where text goes: through the pre-Buffer like the images (NEO), or around it."""
-LOSS_CHUNK = 256
-"""Labelled tokens whose logits exist at the same time on the training path."""
 
 
 class NEO(Component):
@@ -271,23 +268,10 @@ class NEO(Component):
         target, weight = batch.labels[:, 1:], batch.loss_weights[:, 1:]
         learnt = target != IGNORED
         state, target, weight = hidden[:, :-1][learnt], target[learnt], weight[learnt]
-        total = state.float().sum() * 0.0
-        each = [total.new_zeros(0)]
-        for s, t, w in zip(state.split(LOSS_CHUNK), target.split(LOSS_CHUNK), weight.split(LOSS_CHUNK), strict=True):
-            # Recomputed in the backward pass, so that no two chunks' logits exist together.
-            if len(t):
-                part, values = recompute(self._weighted_nll, s, t, w, use_reentrant=False)
-                total = total + part
-                each.append(values)
+        total, each = token_loss(state, self.post_llm.head_weight, target, weight, self.post_llm.hparams.logits_divisor)
         if nll is not None:
-            nll.append(torch.cat(each))
-        if not len(target):
-            total = total + self.post_llm.head_weight.sum() * 0.0
+            nll.append(each)
         return total / weight.sum().clamp(min=1e-5)
-
-    def _weighted_nll(self, state: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        nll = F.cross_entropy(self.post_llm.logits(state).float(), target, reduction="none")
-        return (nll * weight).sum(), nll.detach()
 
     @torch.no_grad()
     def generate(

@@ -152,18 +152,21 @@ def test_convert_to_the_released_layout_and_back(world: Path, tmp_path: Path) ->
 
 
 def test_inspect_shows_the_whole_recipe_and_the_groups(world: Path, tmp_path: Path) -> None:
-    out = good("inspect", world / "run.yaml", "stage.steps=7", "model.pre_buffer.depth=2")
+    out = good("inspect", world / "run.yaml", "stage.steps=7", "model.pre_buffer.depth=2", "--settings")
     text, _, table = out.partition("\n\n")
     (tmp_path / "complete.yaml").write_text(text)
     assert load_recipe(tmp_path / "complete.yaml") == load_recipe(
         world / "run.yaml", ["stage.steps=7", "model.pre_buffer.depth=2"]
     )
-    counts = {line[:24].strip(): int(line[24:].split()[0].replace(",", "")) for line in table.splitlines()}
+    lines = table.partition("parameters  ")[2].partition("\n\n")[0].splitlines()[1:]
+    counts = {line.split("  ")[0]: int(line[28:].split()[0].replace(",", "")) for line in lines}
+    trained = {line.split("  ")[0]: int(line[28:].split()[1].replace(",", "")) for line in lines}
     model = NEO.from_pretrained(world / "neo")
     assert counts["post_llm"] == sum(p.numel() for p in model.post_llm.parameters())
     assert counts["patch_embedding"] == sum(p.numel() for p in model.patch_embedding.parameters())
     assert counts["pre_buffer"] == 2 * sum(p.numel() for p in model.pre_buffer.layers.parameters()) + 64
-    assert counts["trained in this stage"] == counts["patch_embedding"] + counts["pre_buffer"]
+    assert trained["whole model"] == counts["patch_embedding"] + counts["pre_buffer"]
+    assert counts["whole model"] == trained["whole model"] + counts["post_llm"]
 
 
 def test_llava_becomes_shards(world: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"chat", "recipe", "hf"},
     {"training"},
     {"__init__"},
-    {"quickstart"},
+    {"quickstart", "inspection"},
     {"cli_data"},
     {"cli"},
 )
@@ -37,12 +37,15 @@ ONLY: dict[str, set[str]] = {"data": {"types", "packing", "progress", "hub"}}
 # The parts that each component is made of; it imports no other sibling.
 PARTS: dict[str, set[str]] = {
     "component": set(),
-    "layers": set(),
+    "recomputed": set(),
+    "token_loss": {"recomputed"},
+    "layers": {"recomputed"},
+    "spans": {"masks", "recomputed"},
     "scaling": set(),
     "rotary": {"scaling"},
     "experts": {"layers"},
     "masks": set(),
-    "backends": {"masks"},
+    "backends": {"masks", "recomputed", "spans"},
     "attention": {"backends", "layers", "rotary"},
     "primitive": {"component", "attention", "backends", "experts", "layers", "masks", "rotary"},
     "patch_embedding": {"component"},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from builders import SIZES, VOCAB, random_batch, random_sample, randomize, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import neo_components.model
 from neo_components import (
     NEO,
     Batch,
@@ -18,24 +20,31 @@ from neo_components import (
     PreBuffer,
     pack,
 )
+from neo_components.components import token_loss
 from neo_components.types import IGNORED
 
 
-def logit_counts(monkeypatch: pytest.MonkeyPatch, model: NEO) -> list[int]:
-    """Filled with the number of vectors of each call of the head."""
-    counts: list[int] = []
-    head = model.post_llm.logits
+class Logits(TorchDispatchMode):
+    """Counts the vectors of every tensor of V columns that an operation makes, other than the head and its gradient."""
 
-    def counted(hidden: Tensor) -> Tensor:
-        counts.append(hidden.numel() // hidden.shape[-1])
-        return head(hidden)
+    def __init__(self, model: NEO) -> None:
+        super().__init__()
+        self.head = tuple(model.post_llm.head_weight.shape)
+        self.products: list[int] = []
+        self.most = 0
 
-    monkeypatch.setattr(model.post_llm, "logits", counted)
-    return counts
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[-1:] == self.head[:1] and tuple(out.shape) != self.head[::-1]:
+            vectors = out.numel() // out.shape[-1]
+            self.most = max(self.most, vectors)
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                self.products.append(vectors)
+        return out
 
 
 def test_training_forms_logits_at_labelled_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks, each once forward and once again backward; the loss and gradients are those of all logits at once."""
+    """In chunks, and each once; the loss and gradients are those of all logits at once."""
     model = tiny_model()
     batch, _ = random_batch(model.input_spec, seed=4)
     out = model(batch)
@@ -46,32 +55,60 @@ def test_training_forms_logits_at_labelled_tokens_only(monkeypatch: pytest.Monke
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
 
-    monkeypatch.setattr(neo_components.model, "LOSS_CHUNK", 4)
-    counts = logit_counts(monkeypatch, model)
-    loss = model.loss(batch)
+    monkeypatch.setattr(token_loss, "CHUNK", 4)
+    monkeypatch.setattr(token_loss, "LOGITS", 0)
     labelled = int((batch.labels != IGNORED).sum())
     chunks = [4] * (labelled // 4) + [labelled % 4] * bool(labelled % 4)
     assert 4 < labelled < batch.labels.numel()
-    assert counts == chunks
-    loss.backward()
-    assert sorted(counts) == sorted(chunks * 2)
+    with Logits(model) as logits:
+        loss = model.loss(batch)
+        assert logits.products == chunks
+        loss.backward()
+    assert logits.products == chunks
+    assert logits.most == 4
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
     assert float(out.loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-6), name
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        again = model.loss(batch)
+        again.backward(retain_graph=True)
+        again.backward()
+
+
+def test_a_frozen_head_costs_no_gradient() -> None:
+    """Nothing of the head's shape is made; neither are logits kept for the validation loss."""
+    model = tiny_model()
+    batch, _ = random_batch(model.input_spec, seed=4)
+    for learns in (True, False):
+        model.post_llm.lm_head.requires_grad_(learns)
+        made: list[tuple[int, ...]] = []
+
+        class Shapes(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                if func is torch.ops.aten.mm.default and isinstance(out, Tensor):
+                    made.append(tuple(out.shape))  # noqa: B023
+                return out
+
+        with Shapes():
+            model.loss(batch).backward()
+        assert (tuple(model.post_llm.head_weight.shape) in made) == learns
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_nothing_labelled(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+def test_nothing_labelled(images: int) -> None:
     """The loss is 0 and its gradients are 0, no logits are formed, and ``forward`` says that there is no loss."""
     model = tiny_model()
     batch, _ = random_batch(model.input_spec, seed=5, images=images, learn=False)
-    assert model(batch).loss is None
-    counts = logit_counts(monkeypatch, model)
-    loss = model.loss(batch)
-    loss.backward()
+    with Logits(model) as logits:
+        assert model(batch).loss is None
+    assert logits.products == [batch.token_ids.numel()]
+    with Logits(model) as logits:
+        loss = model.loss(batch)
+        loss.backward()
     assert loss.item() == 0
-    assert counts == []
+    assert logits.products == []
     reached = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(reached) > 40
     assert not any(gradient.any() for gradient in reached)

@@ -8,12 +8,17 @@ Source: NEO paper section 3.1 and equation 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from neo_components.components.backends import Attend
-from neo_components.components.layers import RMSNorm
+from neo_components.components.backends import Attend, attend_over
+from neo_components.components.layers import RMSNorm, linears_after
 from neo_components.components.rotary import rotate
+
+Norm = Callable[[Tensor], Tensor]
 
 QK_NORMS = ("head", "whole", "none")
 """Norm of the T channels of queries and keys: over each head, over all heads together (OLMo 2), or none."""
@@ -87,31 +92,40 @@ class NativeAttention(nn.Module):
         """The parts that NEO adds to a language model's attention: H/W projections and norms."""
         return [self.q_proj_hw, self.k_proj_hw, self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w]
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, norm: nn.Module | None = None
+    ) -> Tensor:
         """Attention over x.
 
         Args:
             x: [B, L, D].
             rotary: cosines and sines, [B, L, 1, E] each.
             attend: prepared backend.
+            norm: what x passes first, given here so that its output need not be kept; ``None``: nothing.
 
         Returns:
             [B, L, D].
         """
-        q_norm, k_norm = (None, None) if self.qk_norm == "none" else (self.q_norm, self.k_norm)
-        q = self._heads(self.q_proj(x), self.q_proj_hw(x), q_norm, self.q_norm_h, self.q_norm_w, rotary)
-        k = self._heads(self.k_proj(x), self.k_proj_hw(x), k_norm, self.k_norm_h, self.k_norm_w, rotary)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_width))
-        return self.o_proj(attend(q, k, v, self.scale).flatten(-2))
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.q_proj_hw, self.k_proj_hw)
+        q, k, v, q_hw, k_hw = linears_after(norm, x, projections)
+        v = v.unflatten(-1, (-1, self.head_width))
+        norms = [self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w]
+        if self.qk_norm != "none":
+            norms += [self.q_norm, self.k_norm]
+
+        def turned(q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor]:
+            normed = [partial(norm.by, weight=gain) for norm, gain in zip(norms, gains, strict=True)]
+            q_norm, k_norm = normed[4:] or (None, None)
+            return (
+                self._heads(q, q_hw, q_norm, *normed[:2], rotary),
+                self._heads(k, k_hw, k_norm, *normed[2:4], rotary),
+            )
+
+        out = attend_over(attend, turned, (q, q_hw, k, k_hw, *(norm.weight for norm in norms)), v, self.scale)
+        return self.o_proj(out.flatten(-2))
 
     def _heads(
-        self,
-        t: Tensor,
-        hw: Tensor,
-        norm: nn.Module | None,
-        norm_h: nn.Module,
-        norm_w: nn.Module,
-        rotary: tuple[Tensor, Tensor],
+        self, t: Tensor, hw: Tensor, norm: Norm | None, norm_h: Norm, norm_w: Norm, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Queries or keys: [B, L, heads * E] of T and of H/W -> [B, L, heads, 2E], normed and rotated."""
         if norm is not None and self.qk_norm == "whole":

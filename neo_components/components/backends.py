@@ -7,7 +7,6 @@ the mask rule of ``masks.py``; a padded token's output is unspecified (finite, n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,19 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neo_components.components.masks import LayerRule, Span, block_mask, dense_mask, document_spans, span_mask
-from neo_components.types import NO_IMAGE
+from neo_components.components.masks import LayerRule, block_mask, dense_mask
+from neo_components.components.recomputed import Compute, keeps_inputs
+from neo_components.components.spans import Bucket, SpanAttention, make_buckets, sdpa
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
-
-FUSED = 256
-"""Length of documents from which SDPA's fused kernel is used on CPU."""
 
 
 class Attend(Protocol):
     """What a layer calls: q [B, L, N, 2E], k [B, L, K, 2E], v [B, L, K, E], scale -> [B, L, N, E]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
+
+
+def attend_over(attend: Attend, compute: Compute, inputs: Sequence[Tensor], v: Tensor, scale: float) -> Tensor:
+    """``attend(*compute(*inputs), v, scale)``; where the backend can, only ``inputs`` and ``v`` are kept for the
+    backward pass.
+
+    Args:
+        attend: prepared backend.
+        compute: gives queries and keys; see ``recomputed.py``.
+        inputs: every tensor that it computes with and that may need a gradient.
+        v: [B, L, K, E].
+        scale: factor of the scores.
+    """
+    if keeps_inputs() and isinstance(attend, SpanAttention):
+        return attend.over(compute, inputs, v, scale)
+    q, k = compute(*inputs)
+    return attend(q, k, v, scale)
 
 
 def prepare_attention(
@@ -58,106 +72,17 @@ def prepare_attention(
     return kinds[backend](document_ids, image_ids, rule, window)
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Documents of similar length, to be computed together.
+def flex_attention() -> Any:
+    """Torch's FlexAttention, which is slow to import."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
 
-    Args:
-        index: [n, m] place of each token in the flattened [B * L] batch; filling points at the document's start.
-        lengths: [n] tokens of each document.
-        mask: [n, 1, m, m] bool, or ``None`` where plain causal order says the same.
-    """
-
-    index: Tensor
-    lengths: Tensor
-    mask: Tensor | None
-
-    @property
-    def valid(self) -> Tensor:
-        """[n, m] bool: not filling."""
-        return torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[B * L, ...] -> [n, m, ...]. Selecting has a faster gradient than indexing by a matrix."""
-        return x.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+    return flex
 
 
-def make_buckets(
-    document_ids: Tensor, image_ids: Tensor, rule: str, window: int | None = None, one: bool = False
-) -> list[Bucket]:
-    """Groups the documents of a batch by length, so that filling stays below an eighth for those over 64 tokens.
-
-    Args:
-        document_ids: [B, L].
-        image_ids: [B, L].
-        rule: registered name of the mask rule.
-        window: how many tokens back a query sees; ``None``: all.
-        one: put all documents into a single bucket, in order.
-    """
-    spans = document_spans(document_ids)
-    groups: dict[int, list[Span]] = {}
-    for span in spans:
-        groups.setdefault(0 if one else _rounded(span.length), []).append(span)
-    return [_bucket(group, image_ids, rule, window) for group in groups.values()]
-
-
-def _rounded(length: int) -> int:
-    """The next size at which a bucket ends: multiples of 8, above 64 eight steps per octave."""
-    step = max(8, 1 << max(0, length.bit_length() - 4))
-    return -(-length // step) * step
-
-
-def _bucket(spans: list[Span], image_ids: Tensor, rule: str, window: int | None) -> Bucket:
-    device, row_length = image_ids.device, image_ids.shape[1]
-    starts = torch.tensor([span.row * row_length + span.start for span in spans], device=device)
-    lengths = torch.tensor([span.length for span in spans], device=device)
-    place = torch.arange(max(span.length for span in spans), device=device)
-    index = starts[:, None] + torch.where(place < lengths[:, None], place, 0)
-    images = image_ids.flatten()[index]
-    # Filling lies behind its document, so plain causal order hides it from every real token.
-    only_text = bool((images == NO_IMAGE).all())
-    plain = rule == "causal" or (rule == "mixed" and only_text)
-    if window is not None and window >= len(place):
-        window = None
-    mask = None if plain and window is None else span_mask(images, lengths, rule, window)[:, None]
-    return Bucket(index, lengths, mask)
-
-
-class SpanAttention:
-    """Scaled dot-product attention inside each document; cost is the sum of the squared document lengths.
-
-    Args:
-        document_ids: [B, L].
-        image_ids: [B, L].
-        rule: registered name of the mask rule.
-        window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
-    """
-
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
-        self.buckets = make_buckets(document_ids, image_ids, rule, window)
-        self.places = [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rows, length = q.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        out = v.new_zeros(rows * length, q.shape[1], v.shape[-1])
-        for bucket, (place, valid) in zip(self.buckets, self.places, strict=True):
-            part = sdpa(bucket.gather(q), bucket.gather(k), bucket.gather(v), bucket.mask, scale)
-            out = out.index_copy(0, place, part[valid].to(out.dtype))
-        return out.unflatten(0, (rows, length))
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Torch's SDPA on [n, m, heads, channels]; ``mask`` ``None`` means causal. Returns [n, m, N, E]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    width = v.shape[-1]
-    # The fused kernels want values as wide as keys; the unfused path forms every score, and keeps them for the backward
-    # pass; short documents have few.
-    if q.shape[-2] >= FUSED and not q.is_cuda:
-        v = F.pad(v, (0, q.shape[-1] - width))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-    return out[..., :width].transpose(1, 2)
+@lru_cache(maxsize=1)
+def compiled_flex_attention() -> Any:
+    """The same compiled, for blocks that are not."""
+    return torch.compile(flex_attention(), dynamic=False)
 
 
 class FlexAttention:
@@ -173,15 +98,9 @@ class FlexAttention:
         if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("FlexAttention has no backward on CPU; use attention backend 'sdpa' for training there")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = _flex(q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        flex = flex_attention() if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex_attention()
+        out = flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
-
-
-@lru_cache(maxsize=2)
-def _flex(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 class EagerAttention:

@@ -70,17 +70,16 @@ class SparseFeedForward(nn.Module):
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(hidden_size, expert_size, num_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """x [..., D] -> [..., D]; ``norm`` is what x passes first."""
+        x = x if norm is None else norm(x)
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(tokens)
         # Slots sorted by expert, so that each expert reads one run of tokens.
         order = chosen.flatten().argsort(stable=True)
         rows = order // self.experts_per_token
-        counts = chosen.flatten().bincount(minlength=self.gate.out_features).tolist()
-        parts = [
-            self._expert(number, part) for number, part in enumerate(tokens[rows].split(counts)) if part.shape[0] > 0
-        ]
+        split = tokens[rows].split(self.tokens_of(chosen))
+        parts = [self._expert(number, part) for number, part in enumerate(split) if part.shape[0] > 0]
         if not parts:
             return x * 0.0
         weighted = torch.cat(parts) * weights.flatten()[order, None]
@@ -94,6 +93,10 @@ class SparseFeedForward(nn.Module):
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(scores.dtype), chosen
+
+    def tokens_of(self, chosen: Tensor) -> list[int]:
+        """Chosen experts [n, experts_per_token] -> how many tokens each expert gets."""
+        return chosen.flatten().bincount(minlength=self.gate.out_features).tolist()
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.experts.gate_up_proj[number]).chunk(2, dim=-1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from neo_components.components.recomputed import keeps_inputs, linears_of, plain
 
 NORMS = ("weight", "one_plus_weight")
 """How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""
@@ -54,12 +56,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and type."""
-        gain = self.weight.float()
+        return self.by(x, self.weight)
+
+    def by(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same with the weight given, as a function of two tensors."""
+        gain = weight.float()
         if self.offset:
             gain = gain + self.offset
-        if x.is_cpu:
+        if x.is_cpu and not torch.compiler.is_compiling():
             return _NormOnCPU.apply(x, gain, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), weight.shape, gain, self.eps).to(x.dtype)
+
+
+def linears_after(norm: nn.Module | None, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """``[linear(norm(x)) for linear in linears]``; what the norm gives is computed again in the backward pass.
+
+    Args:
+        norm: ``None``: x as it is.
+        x: [..., D].
+        linears: modules that take [..., D].
+    """
+    if keeps_inputs() and isinstance(norm, RMSNorm) and plain(norm):
+        return linears_of(norm.by, (x, norm.weight), linears)
+    x = x if norm is None else norm(x)
+    return tuple(linear(x) for linear in linears)
 
 
 class _NormOnCPU(torch.autograd.Function):
@@ -111,6 +131,10 @@ class GatedFeedForward(nn.Module):
         self.up_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
         self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """x [..., D] -> [..., D]; ``norm`` is what x passes first, given here so that its output need not be kept."""
+        gate, up = linears_after(norm, x, (self.gate_proj, self.up_proj))
+        return linears_of(self._gated, (gate, up), (self.down_proj,))[0]
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up

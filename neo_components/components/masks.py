@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,10 +128,18 @@ def dense_mask(
     return seeing(rule, window)(query, key)
 
 
-def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> BlockMask:
-    """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(
+    document_ids: Tensor,
+    image_ids: Tensor,
+    rule: str = "mixed",
+    window: int | None = None,
+    compiled: bool | None = None,
+) -> BlockMask:
+    """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`.
 
+    Args:
+        compiled: whether it is built by a compiled function, which never forms the [B, L, L] matrix; ``None``: on CUDA.
+    """
     see = seeing(rule, window)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -139,7 +148,15 @@ def block_mask(document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", win
         return see(query, key)
 
     rows, length = document_ids.shape
-    return create_block_mask(mask_mod, rows, None, length, length, device=str(document_ids.device))
+    create = _create_block_mask(document_ids.is_cuda if compiled is None else compiled)
+    return create(mask_mod, rows, None, length, length, device=str(document_ids.device))  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=2)
+def _create_block_mask(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=False) if compiled else create_block_mask
 
 
 @dataclass(frozen=True)

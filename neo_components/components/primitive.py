@@ -136,14 +136,14 @@ class NativePrimitive(Component):
             [B, L, D].
         """
         if self.placement == "before":
-            x = self._add(x, self.self_attn(self.input_layernorm(x), rotary, attend))
-            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+            x = self._add(x, self.self_attn(x, rotary, attend, self.input_layernorm))
+            return self._add(x, self.mlp(x, self.post_attention_layernorm))
         if self.placement == "after":
             x = self._add(x, self.post_attention_layernorm(self.self_attn(x, rotary, attend)))
             return self._add(x, self.post_feedforward_layernorm(self.mlp(x)))
-        attended = self.self_attn(self.input_layernorm(x), rotary, attend)
+        attended = self.self_attn(x, rotary, attend, self.input_layernorm)
         x = self._add(x, self.post_attention_layernorm(attended))
-        return self._add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+        return self._add(x, self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm)))
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         return x + change if self.residual_multiplier == 1.0 else x + change * self.residual_multiplier
@@ -270,6 +270,16 @@ class PrimitiveStack(Component):
             if hidden_states is not None:
                 hidden_states[f"layer_{first + number}"] = x
         return x
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block in place (``torch.compile``): names of weights stay. Blocks that are alike share the
+        compiled code, and rows of one length never make it compile again.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        for layer in self.layers:
+            layer.compile(backend=backend, dynamic=False)  # type: ignore[operator]
 
     def hw_modules(self) -> list[nn.Module]:
         """The H/W projections and norms of all blocks."""

@@ -92,7 +92,7 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow)
     flow = flow or _trains(model.post_llm.norm)
     head = model.post_llm.head_weight
-    found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad, again=True)
+    found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad)
     return found
 
 
@@ -188,10 +188,10 @@ def _linear(part: nn.Module, tokens: int, flow: bool) -> Flops:
     return total
 
 
-def _product(tokens: int, out: int, into: int, flow: bool, trains: bool, again: bool = False) -> Flops:
+def _product(tokens: int, out: int, into: int, flow: bool, trains: bool) -> Flops:
     """[tokens, into] x [into, out]: forward, and the gradients of the input and of the weight that are wanted."""
     once = 2 * tokens * out * into
-    return Flops(once, once * (flow + trains), once if again and (flow or trains) else 0)
+    return Flops(once, once * (flow + trains))
 
 
 def _trains(part: nn.Module) -> bool:

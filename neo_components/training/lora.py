@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.model import NEO
-from neo_components.training.stage import LoRA
+from neo_components.training.groups import train_only
+from neo_components.training.stage import LoRA, StageConfig
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
@@ -45,6 +46,21 @@ def add_lora(model: NEO, lora: LoRA) -> None:
         ),
         model.post_llm.layers,
     )
+
+
+def choose_trained(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
+    """Lets learn what a stage names, and its adapters, which are added if they are not there yet; freezes the rest.
+
+    Returns:
+        The trainable parameters.
+
+    Raises:
+        ModuleNotFoundError: as :func:`add_lora`.
+        ValueError: as :func:`add_lora` and ``groups.train_only``.
+    """
+    if stage.lora is not None and not lora_layers(model):
+        add_lora(model, stage.lora)
+    return train_only(model, stage.train, lora_parameters(model))
 
 
 def _check_targets(model: NEO, lora: LoRA) -> None:

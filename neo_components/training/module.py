@@ -12,11 +12,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from neo_components.model import NEO
-from neo_components.training.groups import train_only
 from neo_components.training.loggers import log_once
-from neo_components.training.lora import add_lora, lora_parameters
+from neo_components.training.lora import choose_trained, lora_parameters
 from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
+from neo_components.training.recompute import blocks_of
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, Batch
 
@@ -51,11 +51,13 @@ class NEOTraining(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.stage = stage
-        if stage.lora is not None:
-            add_lora(model, stage.lora)
-        for stack in (model.pre_buffer, model.post_llm):
-            stack.recomputed = round(stage.recompute * len(stack.layers))
+        if stage.recompute == "auto":
+            raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
         self.choose_trained()
+        for stack in (model.pre_buffer, model.post_llm):
+            stack.recomputed = blocks_of(stage.recompute, len(stack.layers))
+            if stage.compile:
+                stack.compile_blocks()
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
@@ -66,8 +68,8 @@ class NEOTraining(lightning.LightningModule):
 
     def choose_trained(self) -> None:
         """Lets what the stage names and the adapters learn, and freezes the rest."""
+        self.trainable = choose_trained(self.model, self.stage)
         adapters = lora_parameters(self.model)
-        self.trainable = train_only(self.model, self.stage.train, adapters)
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters

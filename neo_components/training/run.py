@@ -8,6 +8,7 @@ the start of the next stage).
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
@@ -38,9 +39,14 @@ from neo_components.training.loggers import run_loggers
 from neo_components.training.lora import merge_lora
 from neo_components.training.module import NEOTraining
 from neo_components.training.performance import Performance
+from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
+from neo_components.training.recompute import blocks_of, settle
+from neo_components.training.stage import StageConfig
 from neo_components.training.summary import Summary
 from neo_components.training.text import TextBefore
 from neo_components.weights import read_json, write_text
+
+log = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
 
@@ -86,7 +92,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     chat = _start(recipe)
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
-    module = NEOTraining(chat.model, recipe.stage)
+    module = NEOTraining(chat.model, _settled(recipe, chat.model))
     checkpoint, done = _checkpoint(output, resume, module)
     history, performance, predictions = History(), Performance(), _predictions(recipe, chat)
     drift = Drift(recipe.stage.validate_every, recipe.stage.steps)
@@ -120,6 +126,21 @@ def _start(recipe: Recipe) -> Chat:
     data = recipe.data
     tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
     return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
+
+
+def _settled(recipe: Recipe, model: NEO) -> StageConfig:
+    """The stage with a number for ``recompute``, chosen by what fits if the recipe says ``auto``."""
+    if recipe.stage.recompute != "auto":
+        return recipe.stage
+    plan = plan_of(recipe)
+    setting = setting_of(recipe, plan)
+    stage = settle(
+        recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan, accumulates(recipe)
+    )
+    depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
+    counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
+    log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)
+    return stage
 
 
 def _whiten(recipe: Recipe, chat: Chat) -> None:

@@ -26,6 +26,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "min_lr_ratio": (0, 1),
     "ema": (0, 1),
     "recompute": (0, 1),
+    "activation_gb": (0, float("inf")),
     "warmup_steps": (0, float("inf")),
     "eps": (0, float("inf")),
     "weight_decay": (0, float("inf")),
@@ -106,7 +107,12 @@ class StageConfig:
             (``PatchEmbedding.whiten``), 0: none. For a first stage; it forgets what the patch embedding has learnt.
         predictions: validation questions that are answered at each validation, and logged with their pictures.
         recompute: share of the blocks, from the first on, that are computed again in the backward pass instead of
-            keeping what they computed: less memory for more time. The result is the same.
+            keeping what they computed: less memory for more time. The result is the same. ``auto``: the least share
+            that fits the device's memory, or ``activation_gb``.
+        activation_gb: GB (10^9 bytes) that the activations of a device's rows may take under ``recompute: auto``; 0:
+            what the device's memory leaves.
+        compile: compile every block in place (``torch.compile``). The first steps take minutes, those after are faster
+            on a GPU; rows of one length (``data.row_length``) never make it compile again.
         ema: decay of an exponential average of the weights (for example 0.999), which validation, checkpoints and the
             trained model then use; 0: none.
         max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.
@@ -132,7 +138,9 @@ class StageConfig:
     log_every: int = 10
     whiten_patches: int = 0
     predictions: int = 4
-    recompute: float = 0.0
+    recompute: float | Literal["auto"] = 0.0
+    activation_gb: float = 0.0
+    compile: bool = False
     ema: float = 0.0
     max_skipped_steps: int = 10
 
@@ -146,7 +154,9 @@ class StageConfig:
         """What is wrong with the values of a stage, by key. Values that are not there are not looked at."""
         found = {}
         for key, (least, most) in LIMITS.items():
-            if key in values and not least <= values[key] <= most:
+            if key == "recompute" and values.get(key) == "auto":
+                continue
+            if key in values and not (not isinstance(values[key], str) and least <= values[key] <= most):
                 room = f"from {least} to {most}" if most < float("inf") else f"{least} or more"
                 found[key] = f"got {values[key]}, must be {room}"
         lora, train = values.get("lora"), values.get("train")
@@ -159,6 +169,8 @@ class StageConfig:
             )
         if not all(0 <= beta < 1 for beta in values.get("betas", ())):
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
+        if values.get("activation_gb") and values.get("recompute") != "auto":
+            found["activation_gb"] = "says nothing without stage.recompute auto"
         steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
         if steps is not None and warmup > steps:
             found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"

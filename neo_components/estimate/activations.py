@@ -1,0 +1,199 @@
+"""How many bytes of activations a training step keeps for its backward pass, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.components.bridge import Bridge
+from neo_components.components.primitive import NativePrimitive, PrimitiveStack
+from neo_components.estimate.tracing import Setting, evenly_routed, fake, kept_by, traced_attention
+from neo_components.model import NEO
+from neo_components.types import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes that one block keeps.
+
+    Args:
+        whole: all that its backward pass needs.
+        input: its input alone, kept where the rest is computed again.
+    """
+
+    whole: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a step keeps for its backward pass.
+
+    Args:
+        patch_embedding: by the patch embedding.
+        bridges: by the bridges.
+        pre_buffer: by each block of the pre-Buffer.
+        post_llm: by each block of the post-LLM.
+        head: by the final norm.
+        loss: gradients of the learnt tokens' states and of the head, which the loss computes beside the logits; the
+            logits themselves are made in chunks and not kept.
+        shared: rotary tables, masks and indices that blocks share.
+    """
+
+    patch_embedding: int = 0
+    bridges: int = 0
+    pre_buffer: list[Block] = field(default_factory=list)
+    post_llm: list[Block] = field(default_factory=list)
+    head: int = 0
+    loss: int = 0
+    shared: int = 0
+
+    def total(self, pre_recomputed: int = 0, post_recomputed: int = 0) -> int:
+        """Bytes kept if the first blocks of both stacks keep only their input."""
+        kept = self.patch_embedding + self.bridges + self.head + self.loss + self.shared
+        for blocks, again in ((self.pre_buffer, pre_recomputed), (self.post_llm, post_recomputed)):
+            kept += sum(block.input if n < again else block.whole for n, block in enumerate(blocks))
+        return kept
+
+    def largest(self, pre_recomputed: int, post_recomputed: int) -> int:
+        """Bytes of the largest block among those that are computed again: for a moment it is kept whole."""
+        again = [*self.pre_buffer[:pre_recomputed], *self.post_llm[:post_recomputed]]
+        return max((block.whole for block in again), default=0)
+
+
+def kept_activations(model: NEO, batch: Batch, setting: Setting) -> Activations:
+    """Bytes of activations of a step on a batch, by tracing the model's own code on fake tensors.
+
+    What trains is read off ``requires_grad``. Experts are taken to be used evenly.
+
+    Args:
+        model: its weights may lie on the meta device.
+        batch: packed rows; the ids and labels are looked at, of the patches only how many there are.
+        setting: device and precision of the step.
+    """
+    trace = _Trace(model, batch, setting)
+    with evenly_routed(model):
+        return trace.run()
+
+
+class _Trace:
+    """One tracing of a model: equal blocks are traced once."""
+
+    def __init__(self, model: NEO, batch: Batch, setting: Setting) -> None:
+        self.model, self.batch, self.setting = model, batch, setting
+        self.known: dict[Any, int] = {}
+        self.shared: dict[Any, int] = {}
+        self.attention: dict[Any, Any] = {}
+
+    def run(self) -> Activations:
+        model, batch = self.model, self.batch
+        words, images = _trains(model.post_llm.word_embedding), _trains(model.patch_embedding)
+        rows, length = batch.token_ids.shape
+        ids = batch.document_ids, batch.image_ids
+        own, own_shape = ids, (rows, length)
+        flow = images or model.pre_buffer.boundary.requires_grad
+        if model.text == "bypass":
+            own = self._alone()
+            own_shape = tuple(own[0].shape)  # type: ignore[assignment]
+        else:
+            flow = flow or words or (model.bridge_in is not None and _trains(model.bridge_in))
+        bridges = self._linear(model.bridge_in, (rows, length), words)
+        pre, flow = self._stack(model.pre_buffer, *own, own_shape, flow)
+        bridges += self._linear(model.bridge_out, own_shape, flow)
+        flow = flow or words or (model.bridge_out is not None and _trains(model.bridge_out))
+        post, flow = self._stack(model.post_llm, *ids, (rows, length), flow)
+        patches = self._patches() if len(batch.patches) else 0
+        head, loss = self._head(rows, length, flow)
+        return Activations(patches, bridges, pre, post, head, loss, sum(self.shared.values()))
+
+    def _alone(self) -> tuple[Tensor, Tensor]:
+        """Document and image ids of the pre-Buffer's one row where it sees each image alone."""
+        own = self.model._own_images(self.batch)
+        places = (own >= 0).flatten().nonzero()[:, 0]
+        return own.flatten()[places][None], self.batch.image_ids.flatten()[places][None]
+
+    def _stack(
+        self, stack: PrimitiveStack, document_ids: Tensor, image_ids: Tensor, shape: tuple[int, int], flow: bool
+    ) -> tuple[list[Block], bool]:
+        found = []
+        for layer in stack.layers:
+            assert isinstance(layer, NativePrimitive)
+            whole = self._block(layer, document_ids, image_ids, shape, flow, stack.backend)
+            flow = flow or _trains(layer)
+            entering = shape[0] * shape[1] * stack.hparams.hidden_size * self._size(layer)
+            found.append(Block(whole, entering if flow else 0))
+        return found, flow
+
+    def _block(
+        self, block: NativePrimitive, document_ids: Tensor, image_ids: Tensor, shape: tuple[int, int], flow: bool,
+        backend: str,
+    ) -> int:  # fmt: skip
+        if backend == "auto":
+            backend = "flex" if self.setting.device == "cuda" else "sdpa"
+        rule = block.layer_rule
+        weights = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+        key = (weights, repr(block.hparams), rule, shape, flow, backend)
+        if key not in self.known:
+            where = (rule, backend, shape)
+            if where not in self.attention:
+                self.attention[where] = traced_attention(document_ids, image_ids, rule, backend)
+            self.known[key] = self._trace(block, where, shape, flow)
+        return self.known[key]
+
+    def _trace(self, block: NativePrimitive, where: tuple[Any, ...], shape: tuple[int, int], flow: bool) -> int:
+        hidden, width = block.hparams.hidden_size, block.hparams.head_width
+        dtype = self._dtype(block)
+
+        def inputs() -> tuple[Any, ...]:
+            attend, shared = self.attention[where](self.setting)
+            x = fake((*shape, hidden), dtype, self.setting, flow)
+            turn = [fake((*shape, 1, width), torch.float32, self.setting) for _ in range(2)]
+            self.shared[where] = sum(tensor.nbytes for tensor in shared)
+            self.shared["rotary", shape, width] = 2 * turn[0].nbytes
+            self.apart = [*shared, *turn]
+            return x, tuple(turn), attend
+
+        return kept_by(block, self.setting, inputs, lambda _: self.apart)
+
+    def _patches(self) -> int:
+        part, count = self.model.patch_embedding, len(self.batch.patches)
+
+        def inputs() -> tuple[Any, ...]:
+            pixels = fake(self.batch.patches.shape, self.batch.patches.dtype, self.setting)
+            return pixels, fake((count, 2), torch.int64, self.setting)
+
+        return kept_by(part, self.setting, inputs, lambda arguments: arguments)
+
+    def _linear(self, part: Bridge | None, shape: tuple[int, int], flow: bool) -> int:
+        if part is None:
+            return 0
+        width, dtype = part.hparams.in_width, self._dtype(part)
+        return kept_by(part, self.setting, lambda: (fake((*shape, width), dtype, self.setting, flow),), lambda _: ())
+
+    def _head(self, rows: int, length: int, flow: bool) -> tuple[int, int]:
+        norm, hidden = self.model.post_llm.norm, self.model.post_llm.hparams.hidden_size
+        dtype = self._dtype(norm)
+        kept = kept_by(norm, self.setting, lambda: (fake((rows, length, hidden), dtype, self.setting, flow),), _none)
+        learnt = int((self.batch.labels[:, 1:] != IGNORED).sum())
+        head, states = self.model.post_llm.head_weight, flow or _trains(norm)
+        kept += rows * (length - 1) * states  # which tokens are learnt
+        loss = learnt * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
+        return kept, loss
+
+    def _dtype(self, part: nn.Module) -> torch.dtype:
+        """Of what enters a part: the type of the weights, which autocast leaves to the residual stream."""
+        return self.setting.weights or next(part.parameters()).dtype
+
+    def _size(self, part: nn.Module) -> int:
+        return self._dtype(part).itemsize
+
+
+def _none(_: Any) -> tuple[Tensor, ...]:
+    return ()
+
+
+def _trains(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())

@@ -1,0 +1,197 @@
+"""Memory of one device by kind, for a step of one process, data-parallel or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from neo_components.components.experts import SparseFeedForward
+from neo_components.components.primitive import NativePrimitive
+from neo_components.components.token_loss import CHUNK, LOGITS
+from neo_components.estimate.activations import Activations
+from neo_components.estimate.tracing import Setting
+from neo_components.model import NEO
+from neo_components.types import Batch
+
+STRATEGIES = ("single", "ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is laid over devices.
+
+    Args:
+        strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimiser states
+            are divided among the devices and put together block by block.
+        devices: all of them.
+        tensor_parallel: devices that share the heads and feed-forward channels of every block.
+
+    Raises:
+        ValueError: if the numbers are not possible.
+    """
+
+    strategy: str = "single"
+    devices: int = 1
+    tensor_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.devices < 1 or self.tensor_parallel < 1 or self.devices % self.tensor_parallel:
+            raise ValueError(
+                f"devices must be 1 or more and a multiple of tensor_parallel, got {self.devices} and "
+                f"{self.tensor_parallel}"
+            )
+        if self.strategy == "single" and self.devices != 1:
+            raise ValueError(f"strategy single has one device, got {self.devices}; choose ddp or fsdp2")
+        if self.tensor_parallel > 1 and self.strategy != "fsdp2":
+            raise ValueError("tensor_parallel needs strategy fsdp2, which divides the model")
+
+    @property
+    def replicas(self) -> int:
+        """Devices, or groups of them, that read rows of their own."""
+        return self.devices // self.tensor_parallel
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts weights, gradients and states are divided."""
+        return self.replicas if self.strategy == "fsdp2" else 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Args:
+        kinds: what each kind takes at its own peak; all are there at once only where gradients stay between batches.
+        peak: of all together: a block's gradients come when its activations go.
+    """
+
+    kinds: dict[str, int]
+    peak: int
+
+
+def step_memory(
+    model: NEO,
+    batch: Batch,
+    setting: Setting,
+    plan: Plan,
+    activations: Activations,
+    single_moment: Collection[Tensor] = (),
+    average: bool = False,
+    accumulates: bool = False,
+) -> Memory:
+    """Bytes on one device in a training step.
+
+    Weights, gradients, states and activations are those of the code as it stands; working space is a rule: the
+    gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
+
+    Args:
+        model: what one device computes: under tensor parallelism with its share of heads and channels. What trains is
+            read off ``requires_grad``, what is recomputed off ``recomputed``.
+        batch: rows of one device.
+        setting: device and precision.
+        plan: how the model is laid over devices.
+        activations: of the model, batch and setting (``kept_activations``).
+        single_moment: weights whose optimiser keeps one number each (Muon); the others are AdamW's, which keeps two.
+        average: whether an average of the weights is kept.
+        accumulates: whether gradients stay from batch to batch.
+    """
+    single = {id(weight) for weight in single_moment}
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    # What FSDP keeps divided has the model's own type, and what it gathers the setting's.
+    kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
+    gradients = _bytes(trained, kept)
+    states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
+    again = model.pre_buffer.recomputed, model.post_llm.recomputed
+    always = {
+        "weights": _bytes(parameters, kept) // plan.shards,
+        "optimiser states": states // plan.shards,
+        "average of weights": _bytes(parameters, kept) // plan.shards if average else 0,
+        "gradient buckets": gradients if plan.strategy == "ddp" else 0,
+        "gathered parts": _gathered(model, setting) if plan.strategy == "fsdp2" else 0,
+        "batch": sum(t.nbytes for t in vars(batch).values() if isinstance(t, Tensor)),
+    }
+    passing = {
+        "gradients": gradients // plan.shards,
+        "activations": activations.total(*again),
+        "one recomputed block": activations.largest(*again),
+        "autocast copies": _autocast_copies(model, setting),
+        "logits of one chunk": _chunk(model, batch, setting),
+        "working space": _working(model, batch, setting),
+    }
+    moving = _peak_of_backward(model, kept, plan, activations, passing, accumulates)
+    kinds = {kind: size for kind, size in (always | passing).items() if size}
+    return Memory(kinds, sum(always.values()) + moving)
+
+
+def _peak_of_backward(
+    model: NEO, kept: Setting, plan: Plan, activations: Activations, passing: dict[str, int], accumulates: bool
+) -> int:
+    """The most that activations, gradients and what comes and goes take together, from the loss back to the pixels."""
+    stacks = ((model.pre_buffer, activations.pre_buffer), (model.post_llm, activations.post_llm))
+    left = passing["activations"]
+    made = passing["gradients"] if accumulates else 0
+    most = left + made + max(passing["logits of one chunk"], passing["autocast copies"])
+    for stack, blocks in reversed(stacks):
+        for number in reversed(range(len(blocks))):
+            again = number < stack.recomputed
+            inside = blocks[number].whole if again else 0
+            most = max(most, left + made + inside + passing["working space"])
+            left -= blocks[number].input if again else blocks[number].whole
+            if not accumulates:
+                trained = [p for p in stack.layers[number].parameters() if p.requires_grad]
+                made += _bytes(trained, kept) // plan.shards
+    return max(most, passing["gradients"])
+
+
+def _bytes(parameters: list[nn.Parameter], setting: Setting) -> int:
+    return sum(p.numel() * (setting.weights or p.dtype).itemsize for p in parameters)
+
+
+def _gathered(model: NEO, setting: Setting) -> int:
+    """Two blocks put together, the present and the next one, and all that is in no block; and of the largest of them
+    the gradient before it is divided, once as computed and once in float32 for the sum."""
+    blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
+    inside = {id(p) for block in blocks for p in block}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    trained = [[p for p in part if p.requires_grad] for part in (*blocks, rest)]
+    gradient = max(_bytes(part, setting) + 4 * sum(p.numel() for p in part) for part in trained)
+    return 2 * max((_bytes(block, setting) for block in blocks), default=0) + _bytes(rest, setting) + gradient
+
+
+def _autocast_copies(model: NEO, setting: Setting) -> int:
+    """Autocast keeps its copies of the weights that train until the forward pass ends, also those of blocks that keep
+    nothing else; of the other blocks they count as activations."""
+    if setting.autocast is None:
+        return 0
+    stacks = (model.pre_buffer, model.post_llm)
+    blocks = [block for stack in stacks for block in list(stack.layers)[: stack.recomputed]]
+    weights = [p for block in blocks for p in block.parameters() if p.requires_grad and p.ndim > 1]
+    return sum(p.numel() for p in weights) * setting.autocast.itemsize
+
+
+def _chunk(model: NEO, batch: Batch, setting: Setting) -> int:
+    """Logits in float32, which become their gradients in place, and these once more in a half-precision compute type;
+    under autocast a copy of the head; and, if the head trains, its gradient from one chunk."""
+    weight = model.post_llm.head_weight
+    size = (setting.autocast or setting.weights or weight.dtype).itemsize
+    learnt = min(max(CHUNK, LOGITS // len(weight)), int((batch.loss_weights > 0).sum()))
+    logits = learnt * len(weight) * (4 if size == 4 else 4 + size)
+    return logits + weight.numel() * (size * weight.requires_grad + size * (setting.autocast is not None))
+
+
+def _working(model: NEO, batch: Batch, setting: Setting) -> int:
+    """Gradients of the three wide tensors of the widest feed-forward, and of its input and output."""
+    widest = 0
+    for stack in (model.pre_buffer, model.post_llm):
+        for block in stack.layers:
+            assert isinstance(block, NativePrimitive)
+            h = block.hparams
+            times = h.experts_per_token if isinstance(block.mlp, SparseFeedForward) else 1
+            widest = max(widest, 3 * times * h.feed_forward_size + 2 * h.hidden_size)
+    dtype = setting.autocast or setting.weights or model.post_llm.norm.weight.dtype
+    return widest * batch.token_ids.numel() * dtype.itemsize

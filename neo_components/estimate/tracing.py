@@ -1,0 +1,202 @@
+"""Runs modules without numbers, to see what they would keep for the backward pass.
+
+The modules' own code runs on fake tensors, which have shapes and no values, so what is counted is what the code does:
+there is no formula to fall behind it. Nothing is allocated, and a GPU is not needed to trace for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from neo_components.components.backends import Attend, EagerAttention
+from neo_components.components.experts import SparseFeedForward
+from neo_components.components.masks import LayerRule
+from neo_components.components.spans import Bucket, SpanAttention, make_buckets
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which precision a step runs.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        autocast: type of the matrix products under autocast; ``None``: all in the weights' own type.
+        weights: type of the weights; ``None``: that of each parameter.
+    """
+
+    device: str = "cpu"
+    autocast: torch.dtype | None = None
+    weights: torch.dtype | None = None
+
+
+class SavedBytes:
+    """Context that counts what autograd keeps for the backward pass, in bytes: every storage once.
+
+    Storages are held until the object goes, so that none is counted twice or missed because its address is used again.
+
+    Args:
+        apart: tensors that are there anyway and do not count: weights, the batch.
+    """
+
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
+        self.bytes = 0
+        self._held: dict[int, Any] = {}
+        for tensor in apart:
+            storage = tensor.untyped_storage()
+            self._held[storage._cdata] = storage
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._held[storage._cdata] = storage
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+
+@contextmanager
+def tracing(setting: Setting) -> Iterator[None]:
+    """Tensors made inside are fake, and autocast is as the setting says, whether or not its device is there."""
+    before = torch.is_autocast_enabled(setting.device), torch.get_autocast_dtype(setting.device)
+    try:
+        with FakeTensorMode():
+            # torch.autocast("cuda") switches itself off on a machine without a GPU.
+            torch.set_autocast_enabled(setting.device, setting.autocast is not None)
+            if setting.autocast is not None:
+                torch.set_autocast_dtype(setting.device, setting.autocast)
+            torch.autocast_increment_nesting()
+            yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(setting.device, before[0])
+        torch.set_autocast_dtype(setting.device, before[1])
+
+
+def fake(shape: Iterable[int], dtype: torch.dtype, setting: Setting, grad: bool = False) -> Tensor:
+    """A tensor of that shape without values; inside :func:`tracing`."""
+    return torch.empty(tuple(shape), dtype=dtype, device=setting.device, requires_grad=grad)
+
+
+def weights_of(module: nn.Module, setting: Setting) -> dict[str, Tensor]:
+    """Fake weights of a module whose own may lie anywhere; inside :func:`tracing`."""
+    made: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        dtype = setting.weights or parameter.dtype
+        made[id(parameter)] = fake(parameter.shape, dtype, setting, parameter.requires_grad)
+    return {name: made[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+
+
+def kept_by(
+    module: nn.Module, setting: Setting, inputs: Callable[[], tuple[Any, ...]], apart: Callable[[Any], Iterable[Tensor]]
+) -> int:
+    """Bytes that a module's forward pass keeps for the backward pass.
+
+    Args:
+        module: whose code is run; its weights may lie on the meta device.
+        setting: where it runs.
+        inputs: makes its fake arguments.
+        apart: of them, the tensors that other modules share and that count elsewhere.
+    """
+    with tracing(setting):
+        weights, arguments = weights_of(module, setting), inputs()
+        with SavedBytes([*weights.values(), *apart(arguments)]) as saved:
+            torch.func.functional_call(module, weights, arguments)
+    return saved.bytes
+
+
+def traced_attention(
+    document_ids: Tensor, image_ids: Tensor, rule: LayerRule, backend: str
+) -> Callable[[Setting], tuple[Attend, list[Tensor]]]:
+    """An attention backend for :func:`kept_by`, and the tensors that all its blocks share.
+
+    Args:
+        document_ids: [B, L], with values: they decide what is computed together.
+        image_ids: [B, L].
+        rule: mask rule and window.
+        backend: ``sdpa``, ``flex`` or ``eager``.
+
+    Returns:
+        A function that makes the backend inside :func:`tracing`.
+    """
+    if backend == "eager":
+        shape = document_ids.shape
+
+        def eager(setting: Setting) -> tuple[Attend, list[Tensor]]:
+            ids = fake(shape, torch.int64, setting)
+            made = EagerAttention(ids, ids, *rule)
+            return made, [made.mask]
+
+        return eager
+    if backend == "flex":
+        return lambda setting: (_Fused.attend, [])
+    buckets = make_buckets(document_ids, image_ids, *rule)
+    shapes = [(b, int(b.valid.sum()), b.mask is not None) for b in buckets]
+
+    def spans(setting: Setting) -> tuple[Attend, list[Tensor]]:
+        made = SpanAttention.__new__(SpanAttention)
+        made.buckets, shared = [], []
+        # What is computed from values elsewhere is given here: no unit of pairs, and of the real tokens their number.
+        made.__dict__ |= {"units": [], "places": []}
+        for bucket, real, masked in shapes:
+            count, length = bucket.index.shape
+            index, images = (fake((count, length), torch.int64, setting) for _ in range(2))
+            mask = fake((count, 1, length, length), torch.bool, setting) if masked else None
+            place, *both = (fake((real,), torch.int64, setting) for _ in range(3))
+            one = Bucket(index, fake((count,), torch.int64, setting), images, rule.rule, rule.window)
+            one.__dict__["mask"] = mask
+            made.buckets.append(one)
+            made.places.append((place, tuple(both)))  # type: ignore[arg-type]
+            shared += [index, place, *both, *([] if mask is None else [mask])]
+        return made, shared
+
+    return spans
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused kernel such as FlexAttention's keeps: its inputs, its output, one number per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return _Fused.apply(q, k, v)
+
+
+@contextmanager
+def evenly_routed(module: nn.Module) -> Iterator[None]:
+    """Experts get equal numbers of tokens: fake tokens choose none."""
+    parts = [part for part in module.modules() if isinstance(part, SparseFeedForward)]
+
+    def even(part: SparseFeedForward) -> Callable[[Tensor], list[int]]:
+        def tokens_of(chosen: Tensor) -> list[int]:
+            experts = part.gate.out_features
+            return [(chosen.numel() + n) // experts for n in range(experts)]
+
+        return tokens_of
+
+    for part in parts:
+        part.tokens_of = even(part)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.tokens_of

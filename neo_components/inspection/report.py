@@ -1,0 +1,205 @@
+"""What a recipe's run would need: parameters, FLOPs and memory, computed from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.estimate.activations import kept_activations
+from neo_components.estimate.flops import Flops, step_flops
+from neo_components.estimate.memory import Plan, step_memory
+from neo_components.estimate.rows import Document, assumed_rows
+from neo_components.inspection.shape import empty_model
+from neo_components.model import NEO
+from neo_components.recipe import Recipe
+from neo_components.training.lora import choose_trained
+from neo_components.training.optimizers import hidden_matrices
+from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
+from neo_components.training.recompute import blocks_of, settle
+from neo_components.weights import unfilled
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What a recipe does not say, and an answer needs.
+
+    Args:
+        visual: visual tokens of a document's image; ``None``: of a square in the middle of the recipe's pixel range.
+        text: other tokens of a document.
+        strategy: ``single``, ``ddp``, ``fsdp2``; ``None``: the recipe's.
+        devices: all of them; ``None``: the recipe's.
+        tensor_parallel: devices that share every block.
+        device_memory: GB (10^9 bytes) of one device; ``None``: what is found on this machine.
+        tflops: peak of a device in 10^12 FLOPs a second, for the hours.
+        mfu: share of the peak that a run is taken to reach.
+    """
+
+    visual: int | None = None
+    text: int = 128
+    strategy: str | None = None
+    devices: int | None = None
+    tensor_parallel: int = 1
+    device_memory: float | None = None
+    tflops: float = 312.0
+    mfu: float = 0.4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run would need.
+
+    Args:
+        recipe: its file.
+        groups: by group: parameters, and how many of them train.
+        total: the same of the whole model, each parameter once.
+        assumptions: by name, what the figures rest on.
+        flops: of a step of all devices, by part.
+        tokens: of a step of all devices.
+        memory: bytes of one device by kind, each at its own peak; empty without a stage.
+        peak: bytes of one device at the peak of all together.
+        device_memory: bytes of one device; ``None`` if not known.
+        hours: of all steps at the assumed utilisation; ``None`` without a stage.
+        notes: what else is to be known.
+        warnings: what speaks against running it so.
+    """
+
+    recipe: str
+    groups: dict[str, tuple[int, int]]
+    total: tuple[int, int]
+    assumptions: dict[str, Any] = field(default_factory=dict)
+    flops: dict[str, Flops] = field(default_factory=dict)
+    tokens: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+    device_memory: int | None = None
+    hours: float | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Sequence[str] = ()) -> Report:
+    """Computes a report; no weight is loaded or allocated.
+
+    Args:
+        recipe: from ``load_recipe``; without stage or data only parameters are told.
+        assumed: what it does not say.
+        overrides: that it was loaded with.
+
+    Raises:
+        FileNotFoundError: if the shape of its model cannot be known.
+        ValueError: if it cannot run so.
+    """
+    assumed = assumed or Assumed()
+    model, notes = empty_model(recipe, overrides)
+    model.train()
+    if recipe.given_stage is None or recipe.given_data is None:
+        model.requires_grad_(recipe.given_stage is None)
+        groups, total = _parameters(model)
+        return Report(str(recipe.path), groups, total, notes=[*notes, "no stage and data: parameters only"])
+    choose_trained(model, recipe.stage)
+    groups, total = _parameters(model)
+    plan = plan_of(recipe, assumed.strategy, assumed.devices, assumed.tensor_parallel)
+    setting = setting_of(recipe, plan)
+    document, told = document_of(recipe, model, assumed)
+    mine = _share(model, plan.tensor_parallel)
+    choose_trained(mine, recipe.stage)
+    batch = assumed_rows(mine, document, recipe.data["rows"], recipe.data["row_length"])
+    memory_limit, source = device_memory(setting.device)
+    if assumed.device_memory is not None:
+        memory_limit, source = int(assumed.device_memory * 1e9), "given"
+    stage = settle(recipe.stage, mine, recipe.data, setting, memory_limit, _stored(plan), accumulates(recipe))
+    for both in (mine, model):
+        for stack in (both.pre_buffer, both.post_llm):
+            stack.recomputed = blocks_of(float(stage.recompute), len(stack.layers))
+    memory = step_memory(
+        mine, batch, setting, _stored(plan), kept_activations(mine, batch, setting),
+        hidden_matrices(mine) if stage.optimizer == "muon" else (), bool(stage.ema),
+        accumulates(recipe),
+    )  # fmt: skip
+    batches = plan.replicas * int(recipe.trainer.get("accumulate_grad_batches") or 1)
+    flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}
+    used = sum(part.model + part.again for part in flops.values())
+    hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
+    assumptions = told | {
+        "rows": f"{recipe.data['rows']} of {recipe.data['row_length']} tokens on a device, {batches} batches a step",
+        "strategy": f"{plan.strategy}, {plan.devices} devices, tensor parallel {plan.tensor_parallel}",
+        "precision": str(recipe.trainer.get("precision") or "32-true"),
+        "device": setting.device,
+        "recomputed": f"{mine.pre_buffer.recomputed} + {mine.post_llm.recomputed} blocks",
+        "hours": f"{assumed.mfu:.0%} of {assumed.tflops:g} TFLOP/s a device, {stage.steps} steps",
+        "device memory": source,
+    }
+    report = Report(
+        str(recipe.path), groups, total, assumptions, flops, batches * batch.token_ids.numel(), memory.kinds,
+        memory.peak, memory_limit, hours, notes,
+    )  # fmt: skip
+    return replace(report, warnings=_warnings(report))
+
+
+def _warnings(report: Report) -> list[str]:
+    need, have = report.peak, report.device_memory
+    if have is None:
+        return []
+    ways = "lower data.rows or data.row_length, raise stage.recompute, or divide the weights (fsdp2) over more devices"
+    if need > have:
+        return [f"will not fit: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB; {ways}"]
+    if need > 0.9 * have:
+        return [f"will be tight: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB, driver not counted; {ways}"]
+    return []
+
+
+def _parameters(model: NEO) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
+    def count(parameters: Any) -> tuple[int, int]:
+        listed = list(parameters)
+        return sum(p.numel() for p in listed), sum(p.numel() for p in listed if p.requires_grad)
+
+    return {name: count(group) for name, group in model.groups().items()}, count(model.parameters())
+
+
+def _times(one: Flops, times: int) -> Flops:
+    return Flops(one.forward * times, one.backward * times, one.again * times)
+
+
+def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document, dict[str, str]]:
+    """What each document is taken to be, and that in words."""
+    data, spec = recipe.data, model.input_spec
+    longest = min(data["row_length"], data["max_length"] or data["row_length"])
+    visual = assumed.visual
+    how = "given"
+    if visual is None:
+        side = (data["min_pixels"] ** 0.5 + data["max_pixels"] ** 0.5) / 2
+        visual = min(round(side / spec.factor) ** 2, max(longest - assumed.text - 2, 0))
+        how = f"a square in the middle of {data['min_pixels']} to {data['max_pixels']} pixels"
+    document = Document(visual, min(assumed.text, longest))
+    text = f"{document.length} tokens: {visual} visual ({how}), {document.text} text, half of it learnt"
+    return document, {"document": text}
+
+
+def _share(model: NEO, parts: int) -> NEO:
+    """What one of ``parts`` devices computes of a model whose heads and feed-forward channels they share.
+
+    Raises:
+        ValueError: if these cannot be shared evenly.
+    """
+    if parts == 1:
+        return model
+    changed = []
+    for stack in (model.pre_buffer, model.post_llm):
+        sizes = {name: stack.hparams[name] for name in ("num_heads", "num_kv_heads", "feed_forward_size")}
+        if uneven := [f"{name} {size}" for name, size in sizes.items() if size % parts]:
+            raise ValueError(f"tensor parallel {parts} does not divide {', '.join(uneven)}")
+        changed.append(dict(stack.hparams) | {name: size // parts for name, size in sizes.items()})
+    with unfilled():
+        patches = PatchEmbedding(**model.patch_embedding.hparams)
+        made = NEO(patches, PreBuffer(**changed[0]), PostLLM(**changed[1]), model.bridge_in, model.bridge_out)
+    made.text = model.text
+    return made.to(model.post_llm.norm.weight.dtype)
+
+
+def _stored(plan: Plan) -> Plan:
+    """The plan as one device of a tensor-parallel group sees it: its share of the model, divided among the replicas."""
+    return replace(plan, devices=plan.replicas, tensor_parallel=1) if plan.tensor_parallel > 1 else plan

@@ -1,0 +1,127 @@
+"""The model of a recipe without its weights: shapes on the meta device, from configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from neo_components.checkpoint import layout_of, parts_from_own, parts_from_released
+from neo_components.components.bridge import Bridge
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.hub import resolve
+from neo_components.llms import arguments_of, family_of
+from neo_components.llms.known import KNOWN
+from neo_components.model import NEO
+from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, PretrainedLLM, Recipe, load_recipe
+from neo_components.recipe.building import BLOCKS
+from neo_components.recipe.faults import RecipeError
+from neo_components.recipe.load import complete
+from neo_components.weights import as_dtype, read_config, unfilled
+
+
+def empty_model(recipe: Recipe, overrides: Sequence[str] = ()) -> tuple[NEO, list[str]]:
+    """The model that a recipe describes, on the meta device, and notes on where its shape comes from.
+
+    A folder or hub repository is asked for its configs only. What is not there is known all the same if it is a
+    language model of ``llms.known``, or what another recipe beside this one makes (``OUTPUT/neo``).
+
+    Args:
+        recipe: the recipe.
+        overrides: that it was loaded with; those of ``variables`` are handed to the recipe beside it.
+
+    Raises:
+        FileNotFoundError: if the shape cannot be known; says what to do.
+        ValueError: if what is there does not fit.
+    """
+    model = complete(recipe.model)
+    with unfilled():
+        if isinstance(model, Checkpoint):
+            made, notes = _checkpoint(recipe, model, overrides)
+        elif isinstance(model.pre_buffer, PreBufferAsset):
+            made, notes = _attached(model, model.pre_buffer)
+        else:
+            made, notes = _composed(model)
+    made.pre_buffer.backend = made.post_llm.backend = model.backend
+    return made.to(as_dtype(model.dtype)), notes
+
+
+def _checkpoint(recipe: Recipe, model: Checkpoint, overrides: Sequence[str]) -> tuple[NEO, list[str]]:
+    try:
+        folder = resolve(model.from_pretrained, weights=False)
+    except FileNotFoundError as error:
+        if (maker := _maker(recipe, model.from_pretrained, overrides)) is None:
+            raise FileNotFoundError(
+                f"{error}; without it the shape of this model is not known, and no recipe beside {recipe.path} makes it"
+            ) from error
+        made, notes = empty_model(maker, overrides)
+        return made, [*notes, f"{model.from_pretrained} is not there yet: shape of what {maker.path} makes"]
+    config = read_config(folder)
+    parts = parts_from_released if layout_of(config, folder) == "released" else parts_from_own
+    return NEO(**parts(config, folder)), []
+
+
+def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe in the same folder whose run leaves that model."""
+    shared = [text for text in overrides if text.startswith("variables.")]
+    for path in sorted(recipe.path.parent.glob("*.yaml")):
+        if path.resolve() == recipe.path.resolve():
+            continue
+        try:
+            other = load_recipe(path, shared)
+        except (RecipeError, OSError):  # a file that is no recipe makes nothing
+            continue
+        if Path(other.output) / "neo" == Path(wanted):
+            return other
+    return None
+
+
+def _composed(model: Compose) -> tuple[NEO, list[str]]:
+    sizes, notes = _llm_sizes(model)
+    assert model.patch_embedding and not isinstance(model.pre_buffer, PreBufferAsset)
+    own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
+    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own)
+    patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
+    return NEO(patch_embedding, pre_buffer, PostLLM(**sizes), text=model.text), notes
+
+
+def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
+    folder = resolve(asset.from_pretrained, weights=False)
+    config = read_config(folder)
+    if config.get("kind") != "pre_buffer":
+        raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
+    pre_buffer = PreBuffer(**config["pre_buffer"])
+    h = pre_buffer.hparams
+    sizes, notes = _llm_sizes(model, {name: h[name] for name in ("rope", "base_h", "base_w", "attention")})
+    inner, outer = h.hidden_size, sizes["hidden_size"]
+    identity = model.bridge == "identity" or (model.bridge == "auto" and inner == outer)
+    if model.bridge == "auto" and identity:
+        notes = [*notes, "bridge auto: taken as identity, as the widths are equal"]
+    bridge_in = None if identity or model.text == "bypass" else Bridge(outer, inner)
+    bridge_out = None if identity else Bridge(inner, outer)
+    patches = PatchEmbedding(**config["patch_embedding"])
+    return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
+
+
+def _llm_sizes(model: Compose, inherited: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of the post-LLM: the recipe's, or those of the language model's config, here, known or on the hub."""
+    rope = model.rope
+    said: dict[str, Any] = dict(inherited or {})
+    if rope is not None:
+        said |= {"rope": rope.kind, "base_h": rope.base_h, "base_w": rope.base_w}
+    if model.attention is not None:
+        said["attention"] = model.attention
+    if not isinstance(model.post_llm, PretrainedLLM):
+        return asdict(model.post_llm) | said | ({"base_t": rope.base_t} if rope and rope.base_t else {}), []
+    source = model.post_llm.from_pretrained
+    notes = []
+    if source in KNOWN and not Path(source).is_dir():
+        config, folder = KNOWN[source], Path(source)
+        notes = [f"{source}: shape as this library knows it, nothing was asked of the hub"]
+    else:
+        folder = resolve(source, weights=False)
+        config = read_config(folder)
+    return arguments_of(family_of(config), config, folder) | said, notes

@@ -1,0 +1,141 @@
+"""Compiled blocks: the same loss and gradients, names of weights stay, nothing compiles after the first batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from builders import random_sample, set_backend, tiny_model
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import BlockMask
+
+from neo_components import NEO, Batch, pack
+from neo_components.components.masks import block_mask
+from neo_components.training.groups import train_only
+from neo_components.training.module import NEOTraining
+from neo_components.training.stage import StageConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+ROW = 256
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing compiled before counts."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(model: NEO, count: int) -> Iterator[Batch]:
+    """Rows of one length, of documents and images of other sizes in each."""
+    for seed in range(count):
+        samples = [random_sample(model.input_spec, 10 * seed + n, text=(1, 8 + seed)) for n in range(3 + seed % 3)]
+        yield pack(samples, model.input_spec, row_length=ROW)
+
+
+def staged(groups: list[str]) -> NEO:
+    model = tiny_model(post={"depth": 3}, pre={"depth": 2})
+    train_only(model, groups)
+    return model
+
+
+def compiled(model: NEO, backend: str) -> NEO:
+    for stack in (model.pre_buffer, model.post_llm):
+        stack.compile_blocks(backend)
+    return model
+
+
+def check_against_plain(groups: list[str], backend: str, count: int) -> list[int]:
+    """Steps of a compiled and a plain model are equal; returns how many graphs there were after each batch."""
+    plain, other = staged(groups), compiled(staged(groups), backend)
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    graphs = []
+    for batch in batches(plain, count):
+        losses = []
+        for model in (plain, other):
+            model.zero_grad()
+            losses.append(model.loss(batch))
+            losses[-1].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert torch.allclose(*losses, atol=1e-5)
+        for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-4), name
+    return graphs
+
+
+def test_nothing_is_compiled_after_the_first_batch() -> None:
+    """Ten batches of other documents and images; alike blocks share one graph, so five blocks need few."""
+    graphs = check_against_plain(["patch_embedding", "pre_buffer", "post_llm.hw"], "aot_eager", 10)
+    assert 0 < graphs[0] <= 8
+    assert graphs == graphs[:1] * 10
+
+
+def test_whole_blocks_with_flex_attention() -> None:
+    """The path of a GPU, here without gradients: one graph for each kind of block, no break, none later."""
+    plain, other = staged(["all"]), compiled(staged(["all"]), "eager")
+    graphs = []
+    for model in (plain, other):
+        set_backend(model, "flex")
+    for batch in batches(plain, 10):
+        with torch.no_grad():
+            assert torch.allclose(plain.loss(batch), other.loss(batch), atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 10 or graphs == [2] * 10
+    assert sum(counters["graph_break"].values()) == 0
+
+
+def test_a_block_mask_is_built_once_per_batch_and_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not per layer, nor by each stack anew."""
+    from neo_components.components import backends
+
+    made: list[Any] = []
+
+    def counted(*where: Any) -> BlockMask:
+        made.append(block_mask(*where))
+        return made[-1]
+
+    monkeypatch.setattr(backends, "block_mask", counted)
+    model = tiny_model(post={"depth": 3, "window": 5, "window_layers": [1]}, pre={"depth": 2})
+    set_backend(model, "flex")
+    with torch.no_grad():
+        for number, batch in enumerate(batches(model, 3), 1):
+            model.loss(batch)
+            assert len(made) == 2 * number
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on CPU"
+)
+
+
+@needs_compiler
+def test_compiled_block_masks() -> None:
+    """Equal to the plain ones, and compiled once for rows of one length."""
+    model = tiny_model()
+    graphs = []
+    for batch in batches(model, 4):
+        where = (batch.document_ids, batch.image_ids)
+        assert torch.equal(block_mask(*where, compiled=True).to_dense(), block_mask(*where).to_dense())
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 4
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_inductor_compiles_once() -> None:
+    graphs = check_against_plain(["all"], "inductor", 10)
+    assert graphs == graphs[:1] * 10
+
+
+def test_a_stage_compiles_the_blocks() -> None:
+    module = NEOTraining(tiny_model(), StageConfig(train=("all",), compile=True))
+    layers = [*module.model.pre_buffer.layers, *module.model.post_llm.layers]
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+    module = NEOTraining(tiny_model(), StageConfig(train=("all",)))
+    assert all(layer._compiled_call_impl is None for layer in module.model.post_llm.layers)

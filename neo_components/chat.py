@@ -81,7 +81,14 @@ class Chat:
         """The model's input for a question about images (paths, bytes or PIL images).
 
         Images without an ``<image>`` tag in the question are put in front of it, a line each.
+
+        Raises:
+            ValueError: if the question is empty, or an image cannot be read.
         """
+        if not question.strip():
+            raise ValueError(
+                f"the question is empty, got {question!r}; ask something, such as 'What is in the picture?'"
+            )
         factor = self.model.input_spec.factor
         limit = max_pixels_per_image(len(images), self.min_pixels, self.max_pixels)
         pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
@@ -102,7 +109,7 @@ class Chat:
             options: of ``NEO.generate``.
 
         Raises:
-            ValueError: if an image cannot be read, or tags and images do not agree in number.
+            ValueError: if the question is empty, an image cannot be read, or tags and images do not agree in number.
         """
         with torch.inference_mode():
             answer = self.model.generate(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
@@ -81,12 +82,12 @@ def train(
     """Train a recipe."""
     from neo_components.recipe import load_recipe
     from neo_components.training.run import train as run
+    from neo_components.training.summary import places, table
 
     _register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
-    scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
-    typer.echo(f"{scores}\nmodel: {result.folder}  ({result.seconds / 60:.1f} min)")
+    typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
 
 
 @app.command()
@@ -284,8 +285,9 @@ def recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         from neo_components.recipe import list_recipes
 
+        width = max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else sys.maxsize
         for name, _, what in list_recipes():
-            typer.echo(f"{name:26s} {what}")
+            typer.echo(textwrap.fill(what, width, initial_indent=f"{name:26s} ", subsequent_indent=" " * 27))
 
 
 @recipes_app.command()

@@ -251,22 +251,26 @@ class NEO(Component):
         labelled = bool((batch.labels != IGNORED).any())
         return Output(self.post_llm.logits(hidden), self._loss(hidden, batch) if labelled else None, states)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
         """The training path: ``sum(w * nll) / max(sum(w), 1e-5)``, logits formed at labelled tokens only, in chunks.
 
         Args:
             batch: packed rows; 0 is returned (with gradients of 0) if nothing is labelled.
+            nll: filled with one tensor, [n] float32 without gradient: the negative log likelihood of each of the n
+                learnt tokens, row by row.
 
         Returns:
             Scalar float32.
         """
-        return self._loss(self.hidden(batch), batch)
+        return self._loss(self.hidden(batch), batch, nll)
 
-    def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, hidden: Tensor, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
         target, weight = batch.labels[:, 1:], batch.loss_weights[:, 1:]
         learnt = target != IGNORED
         state, target, weight = hidden[:, :-1][learnt], target[learnt], weight[learnt]
-        total = token_loss(state, self.post_llm.head_weight, target, weight, self.post_llm.hparams.logits_divisor)
+        total, each = token_loss(state, self.post_llm.head_weight, target, weight, self.post_llm.hparams.logits_divisor)
+        if nll is not None:
+            nll.append(each)
         return total / weight.sum().clamp(min=1e-5)
 
     @torch.no_grad()

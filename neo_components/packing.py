@@ -58,7 +58,14 @@ def pack(
     images = [image for sample in samples for image in sample.images]
     patches, places = patchify(images, spec)
     rows = {name: column[None] for name, column in columns.items()}
-    return Batch(**rows, patches=patches, patch_positions=places, keys=[[sample.key for sample in samples]])
+    return Batch(
+        **rows,
+        patches=patches,
+        patch_positions=places,
+        keys=[[sample.key for sample in samples]],
+        sources=[[sample.source for sample in samples]],
+        image_counts=[[len(sample.images) for sample in samples]],
+    )
 
 
 FILLING = {

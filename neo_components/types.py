@@ -76,12 +76,14 @@ class Sample:
         images: tensors [C, H, W] float, normalised, sides a multiple of ``InputSpec.factor``; in order of appearance.
             Raw pixels, uint8 of 0 to 255, are normalised as ``load_image`` does when they are packed.
         key: name of the sample in its source, used in messages.
+        source: name of its source, by which the training loss is told apart.
     """
 
     token_ids: Tensor
     labels: Tensor | None = None
     images: Sequence[Tensor] = ()
     key: str = ""
+    source: str = ""
 
 
 @dataclass
@@ -98,7 +100,9 @@ class Batch:
         patches: [P, C * patch_size**2] float32; the patches of all images in order of their visual tokens, the
             ``fold**2`` patches of one visual token next to each other; each row is (channel, y, x).
         patch_positions: [P, 2] int64; row and column of each patch in its image's grid of patches.
-        keys: names of the samples of each row.
+        keys: names of the samples of each row, in the order of their documents.
+        sources: names of their sources.
+        image_counts: how many images each of them has.
     """
 
     token_ids: Tensor
@@ -110,6 +114,8 @@ class Batch:
     patches: Tensor
     patch_positions: Tensor
     keys: list[list[str]] = field(default_factory=list)
+    sources: list[list[str]] = field(default_factory=list)
+    image_counts: list[list[int]] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy with every tensor on ``device``."""
@@ -120,7 +126,7 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "keys"}
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _columns()}
         return replace(self, **changed)
 
     @staticmethod
@@ -135,9 +141,17 @@ class Batch:
         lengths = {row.token_ids.shape[1] for row in rows}
         if len(lengths) != 1:
             raise ValueError(f"rows of one batch must be equally long, got lengths {sorted(lengths)}; set row_length")
-        tensors = [f.name for f in fields(Batch) if f.name != "keys"]
-        joined = {name: torch.cat([getattr(row, name) for row in rows]) for name in tensors}
-        return Batch(**joined, keys=[keys for row in rows for keys in row.keys])
+        joined: dict[str, Any] = {name: torch.cat([getattr(row, name) for row in rows]) for name in _columns()}
+        joined |= {name: [told for row in rows for told in getattr(row, name)] for name in TOLD}
+        return Batch(**joined)
+
+
+TOLD = ("keys", "sources", "image_counts")
+"""What a batch tells of its samples in lists; all else in it is tensors."""
+
+
+def _columns() -> list[str]:
+    return [f.name for f in fields(Batch) if f.name not in TOLD]
 
 
 @dataclass

@@ -104,7 +104,7 @@ def test_options_exist() -> None:
         own = {option for parameter in command.params for option in parameter.opts}
         return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
 
-    known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir"}  # the last two are ruff's and hf's
+    known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir", "--logdir"}  # of ruff, hf and tensorboard
     for page in PAGES:
         named = {
             word for code in [*inline(page), *bash_lines(page)] for word in re.findall(r"(?<!\S)--[a-z][\w-]*", code)
@@ -185,19 +185,25 @@ def test_the_commands_of_the_data_page_in_their_order(
 
 
 def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
-    """All stages one after the other, the accumulated run and the resumed one, cut short by further overrides."""
+    """All stages one after the other, what is done with the result, adapters, the accumulated run and the resumed one;
+    the training is cut short by further overrides."""
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
     short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
     lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/training.md")]
-    assert [words[1] for words in lines] == [f"quickstart/{name}" for name in ("pretrain", "midtrain", "sft")] + [
-        "quickstart/pretrain"
-    ] * 2
-    for words in lines:
-        resumed = "--resume" in words
-        good(*words, *(["stage.steps=3", *short[1:]] if resumed else short))
-        left = Path("outputs/quickstart") / words[1].split("/")[1]
+    names = ["pretrain", "midtrain", "sft", None, None, None, "sft", "pretrain", "pretrain"]
+    assert [words[1].removeprefix("quickstart/") for words in lines if words[0] == "train"] == [n for n in names if n]
+    assert [words[0] for words in lines if words[0] != "train"] == ["chat", "evaluate", "convert"]
+    for words, name in zip(lines, names, strict=True):
+        if name is None:
+            assert good(*words).strip()
+            continue
+        resumed, adapted = "--resume" in words, any("lora" in word for word in words)
+        told = good(*words, *(["stage.steps=3", *short[1:]] if resumed else short))
+        left = Path("outputs/quickstart") / (f"{name}_lora" if adapted else name)
+        assert f"model: {left}/neo" in told
         assert torch.load(left / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2 + resumed
         assert NEO.from_pretrained(left / "neo").post_llm.hparams.depth >= 1
+    assert NEO.from_pretrained("outputs/quickstart/released").input_spec.factor == 32
 
 
 def test_python_of_the_readme() -> None:

@@ -38,7 +38,7 @@ def poisoned(batch: Batch) -> Batch:
 
 
 def fit(model: NEO, batches: list[Batch], **options: Any) -> NEOTraining:
-    stage = StageConfig(train=("all",), steps=len(batches), lr=1e-2, **options.pop("stage", {}))
+    stage = StageConfig(**{"train": ("all",), "steps": len(batches), "lr": 1e-2} | options.pop("stage", {}))
     module = NEOTraining(model, stage)
     trainer = lightning.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",

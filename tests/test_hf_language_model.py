@@ -20,7 +20,6 @@ from neo_components.components.masks import MASK_RULES, register_mask
 from neo_components.components.rotary import ROPE_VARIANTS, RopeVariant, register_rope, rope_variant
 from neo_components.hf.language_model import (
     language_model_config,
-    text_logits_without_hw,
     what_is_lost,
     write_language_model,
 )
@@ -42,6 +41,15 @@ def trained(folder: Path, seed: int = 5) -> PostLLM:
         for (name, weight), other in zip(llm.named_parameters(), noise.parameters(), strict=True):
             weight.add_(other - 1 if "norm" in name else other)
     return llm
+
+
+def text_logits_without_hw(llm: PostLLM, token_ids: torch.Tensor) -> torch.Tensor:
+    """``PostLLM.text_logits`` with its H/W keys at zero: what the exported model computes, [B, L, V]."""
+    llm = copy.deepcopy(llm)
+    with torch.no_grad():
+        for layer in llm.layers:
+            layer.self_attn.k_proj_hw.weight.zero_()
+    return llm.text_logits(token_ids)
 
 
 @pytest.mark.parametrize(("family", "case"), [(family, case) for family in CASES for case in CASES[family]])

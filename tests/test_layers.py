@@ -55,7 +55,7 @@ PARTS: dict[str, set[str]] = {
 }
 
 OUTSIDE = {"tests", "benchmarks", "recipes", "conftest"}
-HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib", "pyarrow", "av"}
+HEAVY = {"transformers", "tensorboard", "webdataset", "matplotlib", "pyarrow", "av", "peft"}
 # What transformers itself loads, from an exported folder; nothing of the library does.
 FOR_TRANSFORMERS = {f"{PACKAGE}.hf.{name}_neo" for name in ("configuration", "modeling", "processing")}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from neo_components import Batch, InputSpec, Sample, pack
 from neo_components.components.rotary import native_positions
 from neo_components.packing import patchify
+from neo_components.types import TOLD
 
 SPEC = InputSpec(
     image_token_id=10, image_start_id=11, image_end_id=12, vocab_size=10, patch_size=2, fold=2, channels=1,
@@ -156,7 +157,8 @@ def test_stack_refuses_rows_of_different_lengths() -> None:
 def test_to_moves_every_tensor() -> None:
     batch, _ = random_batch(tiny_model().input_spec, seed=0)
     moved = batch.to("meta")
-    assert all(getattr(moved, field.name).is_meta for field in fields(Batch) if field.name != "keys")
+    assert all(getattr(moved, field.name).is_meta for field in fields(Batch) if field.name not in TOLD)
+    assert all(getattr(moved, name) == getattr(batch, name) for name in TOLD)
     assert moved.keys == batch.keys
     assert not batch.token_ids.is_meta
 

@@ -133,6 +133,7 @@ def test_splits_of_easy_vqa(shards: dict[str, EasyVQAPart]) -> None:
     assert shards["train_text"].questions == shards["train_all"].questions
     assert shards["train_text"].images == 0
     assert shards["train_text"].kinds == shards["train_all"].kinds
+    assert (shards["validation_text"].images, shards["validation_text"].kinds) == (0, shards["validation"].kinds)
     open_kinds = {kind: shards["train_all"].kinds[kind] for kind in ("shape", "color")}
     assert shards["train_open"].kinds == open_kinds
 

@@ -149,6 +149,9 @@ def test_recipes_that_ship_are_listed_with_what_they_do() -> None:
     assert all(len(recipe.summary) > 10 and "#" not in recipe.summary for recipe in listed)
     assert [find_recipe(recipe.name) for recipe in listed] == SHIPPED
     assert find_recipe(f"{listed[0].name}.yaml") == SHIPPED[0]
+    told = {recipe.name: recipe.summary for recipe in listed}
+    assert "the LLM is frozen. Pictures come with open questions only, " in told["quickstart/pretrain"]
+    assert told["quickstart/pretrain"].endswith("30 % is text of all kinds.")
 
 
 def test_an_unknown_recipe_proposes_the_nearest() -> None:

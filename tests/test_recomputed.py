@@ -147,11 +147,13 @@ def test_loss_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         for way in (False, True):
             state.grad = head.grad = None
             if way:
-                loss = losses.token_loss(state, head, target, weight, divisor)
+                loss, each = losses.token_loss(state, head, target, weight, divisor)
+                assert not each.requires_grad
             else:
-                loss = (F.cross_entropy(state @ head.T / divisor, target, reduction="none") * weight).sum()
+                each = F.cross_entropy(state @ head.T / divisor, target, reduction="none")
+                loss = (each * weight).sum()
             (3 * loss).backward()
-            results.append([loss.detach(), state.grad, head.grad])
+            results.append([loss.detach(), each.detach(), state.grad, head.grad])
         for plain, ours in zip(*results, strict=True):
             assert torch.allclose(plain, ours, atol=1e-5)
 

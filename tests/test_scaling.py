@@ -17,10 +17,18 @@ from test_faults import fit, rows
 
 from neo_components import Batch
 from neo_components.training.callbacks import averaging
+from neo_components.training.module import NEOTraining
+from neo_components.training.performance import Performance
 
 
 def losses_of(module: lightning.LightningModule) -> float:
     return float(module.trainer.callback_metrics["train/loss"])
+
+
+def told(module: lightning.LightningModule) -> dict[str, float]:
+    """What must not depend on how rows are divided among processes."""
+    assert isinstance(module, NEOTraining)
+    return module.losses_by_part | {"perf/fill": float(module.trainer.callback_metrics["perf/fill"])}
 
 
 CONSTANT: dict[str, Any] = {"min_lr_ratio": 1.0, "eps": 1e-3}
@@ -38,8 +46,11 @@ def process(rank: int, port: int, folder: Path) -> None:
         model = tiny_model()
         mine = rows(model.input_spec, 4)[rank::2]
         options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+        counted = Performance()
+        options |= {"log_every_n_steps": 1, "callbacks": [counted]}
         module = fit(model, mine, stage=CONSTANT, accumulate_grad_batches=accumulate, **options)
-        torch.save((model.state_dict(), losses_of(module)), folder / f"{accumulate}-{rank}.pt")
+        seen = losses_of(module), told(module), counted.tokens, counted.images
+        torch.save((model.state_dict(), seen), folder / f"{accumulate}-{rank}.pt")
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -57,10 +68,15 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for accumulate in (1, 2):
         one = tiny_model()
         made, size = rows(one.input_spec, 4), 2 * accumulate
-        module = fit(one, [Batch.stack(made[n : n + size]) for n in range(0, 4, size)], stage=CONSTANT)
+        counted = Performance()
+        options: dict[str, Any] = {"log_every_n_steps": 1, "callbacks": [counted]}
+        module = fit(one, [Batch.stack(made[n : n + size]) for n in range(0, 4, size)], stage=CONSTANT, **options)
+        assert set(told(module)) == {"loss_by_modality/text", "loss_by_modality/image", "perf/fill"}
         for rank in range(2):
-            state, loss = torch.load(tmp_path / f"{accumulate}-{rank}.pt", weights_only=True)
+            state, (loss, parts, tokens, images) = torch.load(tmp_path / f"{accumulate}-{rank}.pt", weights_only=True)
             assert loss == pytest.approx(losses_of(module), abs=1e-5)
+            assert parts == pytest.approx(told(module), abs=1e-5)
+            assert (tokens, images) == (counted.tokens, counted.images) == (counted.tokens, 4)
             for name, weight in one.state_dict().items():
                 assert torch.allclose(weight, state[name], atol=1e-5), name
 

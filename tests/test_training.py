@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import signal
 import struct
 import zipfile
@@ -17,13 +16,12 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from PIL import Image, ImageDraw
+from PIL import Image
+from run_builders import MUON, picture, pretraining, recipe_file, small_world, started
 
-from neo_components import NEO, load_recipe
+from neo_components import load_recipe
 from neo_components.chat import Chat
-from neo_components.data import load_image, write_shards
-from neo_components.quickstart.text_llm import train_text_llm
-from neo_components.recipe import build
+from neo_components.data import load_image
 from neo_components.training import run
 from neo_components.training.groups import train_only
 from neo_components.training.module import lr_factor
@@ -31,83 +29,10 @@ from neo_components.training.optimizers import Joined, build_optimizer
 from neo_components.training.run import train
 from neo_components.training.stage import StageConfig
 
-COLORS = ("red", "blue", "green", "black")
-
-
-def picture(color: str, seed: int) -> bytes:
-    image = Image.new("RGB", (64, 64), "white")
-    x, y = random.Random(seed).sample(range(4, 36), 2)
-    ImageDraw.Draw(image).rectangle((x, y, x + 20, y + 20), fill=color)
-    data = io.BytesIO()
-    image.save(data, "png")
-    return data.getvalue()
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text-only language model and shards of coloured squares."""
-    root = tmp_path_factory.mktemp("run")
-    text = [
-        [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": color}]
-        for color in COLORS
-        for _ in range(8)
-    ]
-    train_text_llm(text, root / "llm", hidden_size=32, depth=2, heads=2, kv_heads=1, head_width=16, feed_forward=48,
-                   vocab_size=300, steps=5, title=None)  # fmt: skip
-    for name, count, shown in (("train", 48, True), ("text", 16, False), ("validation", 8, True)):
-        samples = [
-            {
-                "key": f"{name}{n:03d}",
-                "conversations": [
-                    {"from": "human", "value": "<image>\n" * shown + "what color?"},
-                    {"from": "gpt", "value": COLORS[n % 4]},
-                ],
-                "images": [picture(COLORS[n % 4], n)] * shown,
-                "kind": "color",
-            }
-            for n in range(count)
-        ]
-        write_shards(samples, root / name)
-    return root
-
-
-MUON = ", optimizer: muon, muon_lr: 0.01"
-
-
-def recipe_file(root: Path, name: str, model: str, stage: str) -> Path:
-    path = root / f"{name}.yaml"
-    path.write_text(
-        f"""
-seed: 3
-output: {root}/{name}
-model: {model}
-stage: {{steps: 6, validate_every: 3, checkpoint_every: 3, log_every: 1, predictions: 4, {stage}}}
-data:
-  tokenizer: {root}/llm
-  train: [{{shards: {root}/train, share: 0.7}}, {{shards: {root}/text, share: 0.3}}]
-  validation: [{{shards: {root}/validation}}]
-  row_length: 256
-  min_pixels: 4096
-  max_pixels: 4096
-  workers: 0
-trainer: {{accelerator: cpu}}
-"""
-    )
-    return path
-
-
-def pretraining(
-    root: Path, name: str, train: str = "[patch_embedding, pre_buffer, post_llm.hw]", more: str = ", lr: 1.0e-3"
-) -> Path:
-    model = f"{{patch_embedding: {{width: 16}}, pre_buffer: {{depth: 1}}, post_llm: {{from_pretrained: {root}/llm}}}}"
-    return recipe_file(root, name, model, f"name: {name}, train: {train}{more}")
-
-
-def started(path: Path) -> NEO:
-    """The model that a recipe starts from, with the same random weights as in the run."""
-    recipe = load_recipe(path)
-    lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    return build(recipe.model)
+    return small_world(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("groups", [["patch_embedding", "pre_buffer", "post_llm.hw"], ["all"], ["post_llm.head"]])
@@ -163,7 +88,7 @@ def test_what_a_run_leaves(root: Path) -> None:
     assert load_recipe(folder / "recipe.yaml").stage == load_recipe(root / "left.yaml").stage
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
     events.Reload()
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/images_per_s", "perf/fill"}
+    wanted = {"train/loss", "lr/adamw", "train/grad_norm", "perf/tokens_per_s", "perf/images_per_s", "perf/fill"}
     assert wanted | {"val/loss", "val/exact_match"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Images("val/answers")] == [3, 6]
     assert [step for step, _, _ in result.scores] == [3, 6]

@@ -21,7 +21,9 @@ LOGITS = 1 << 23
 """Logits that may exist at the same time where ``CHUNK`` tokens have fewer."""
 
 
-def token_loss(state: Tensor, head: Tensor, target: Tensor, weight: Tensor, divisor: float = 1.0) -> Tensor:
+def token_loss(
+    state: Tensor, head: Tensor, target: Tensor, weight: Tensor, divisor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """``sum(weight * cross_entropy((state @ head.T) / divisor, target))``.
 
     Args:
@@ -32,11 +34,11 @@ def token_loss(state: Tensor, head: Tensor, target: Tensor, weight: Tensor, divi
         divisor: of the logits.
 
     Returns:
-        Scalar float32. A gradient can be taken once.
+        Scalar float32, whose gradient can be taken once; and each row's cross entropy, [n] float32, without gradient.
     """
     wanted = torch.is_grad_enabled()
-    total: Tensor = _TokenLoss.apply(state, head, target, weight, divisor, autocast_type(state), wanted)
-    return total
+    total, each = _TokenLoss.apply(state, head, target, weight, divisor, autocast_type(state), wanted)
+    return total, each
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -44,8 +46,9 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, state: Tensor, head: Tensor, target: Tensor, weight: Tensor, divisor: float,
         dtype: torch.dtype | None, wanted: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         total = torch.zeros((), dtype=torch.float32, device=state.device)
+        each = torch.empty(len(target), dtype=torch.float32, device=state.device)
         of_state = torch.empty_like(state) if wanted and ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(head, dtype=torch.float32) if wanted and ctx.needs_input_grad[1] else None
         with torch.autocast(state.device.type, enabled=False):
@@ -58,9 +61,9 @@ class _TokenLoss(torch.autograd.Function):
                 x = state[rows].to(factor.dtype)
                 logits = F.linear(x, factor)
                 logits = (logits if divisor == 1.0 else logits / divisor).float()
-                nll = logits.logsumexp(-1, keepdim=True)
-                of_logits = logits.sub_(nll)  # log-probabilities, in place
-                total -= of_logits.gather(1, target[rows, None])[:, 0] @ weight[rows].float()
+                of_logits = logits.sub_(logits.logsumexp(-1, keepdim=True))  # log-probabilities, in place
+                each[rows] = -of_logits.gather(1, target[rows, None])[:, 0]
+                total += each[rows] @ weight[rows].float()
                 if of_state is None and of_head is None:
                     continue
                 of_logits = of_logits.exp_()
@@ -72,10 +75,11 @@ class _TokenLoss(torch.autograd.Function):
                     of_head += of_logits.T @ x.to(back.dtype)
         ctx.found = of_state, of_head
         ctx.head_type = head.dtype
-        return total
+        ctx.mark_non_differentiable(each)
+        return total, each
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.found is None:
             raise RuntimeError("the gradient of token_loss can be taken once; compute the loss again for a second one")
         of_state, of_head = ctx.found

@@ -19,6 +19,20 @@ class Source:
     share: float = 1.0
 
 
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """A short name for each source, for logs: the last part of its address, and more of it where two end alike.
+
+    The same folder named twice has one name.
+    """
+    parts = [source.shards.rstrip("/").split("/") for source in sources]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        taken = next(n for n in range(1, len(own) + 1) if n == len(own) or all(o[-n:] != own[-n:] for o in others))
+        names.append("/".join(own[-taken:]))
+    return names
+
+
 def mixture(
     sources: Sequence[Source],
     sizes: Sequence[int],

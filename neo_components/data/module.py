@@ -14,7 +14,7 @@ from neo_components.data.conversation import load_tokenizer
 from neo_components.data.lengths import Lengths, folder_lengths
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.loader import Progress, RowDataset, RowLoader
-from neo_components.data.mixture import Source, mixture
+from neo_components.data.mixture import Source, mixture, source_names
 from neo_components.data.row_plan import RowPlan, Supply, check_usable
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
@@ -60,6 +60,8 @@ class NEODataModule(lightning.LightningDataModule):
         chat_template: how conversations are written: ``auto``, ``chatml`` or a file (see ``load_tokenizer``).
         train: sources of training, mixed by their shares.
         validation: sources of validation, one after the other; shares do not count.
+        text_validation: sources of held-out text, on which the language model is watched; a sample with an image is
+            refused.
         row_length: tokens of a row, L. A longer sample is skipped.
         rows: rows of a step on each device, B.
         min_pixels: smallest area of an image after resizing, in pixels; a smaller image is scaled up.
@@ -91,6 +93,7 @@ class NEODataModule(lightning.LightningDataModule):
         tokenizer: str,
         train: list[Source],
         validation: list[Source] = [],  # noqa: B006 - copied, never changed; a recipe shows this default
+        text_validation: list[Source] = [],  # noqa: B006 - as above
         row_length: int = 4096,
         rows: int = 1,
         min_pixels: int = MIN_PIXELS,
@@ -114,6 +117,7 @@ class NEODataModule(lightning.LightningDataModule):
         super().__init__()
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.train_sources, self.validation_sources = list(train), list(validation)
+        self.text_sources = list(text_validation)
         self.row_length, self.rows, self.workers = row_length, rows, workers
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
         self.shuffle, self.seed = shuffle, seed
@@ -126,7 +130,7 @@ class NEODataModule(lightning.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._folders: dict[str, ShardFolder] = {}
         self._lengths: dict[str, Lengths] = {}
-        self._progress = {"train": Progress(), "validation": Progress()}
+        self._progress = {"train": Progress(), "validation": Progress(), "text_validation": Progress()}
         self._restored: Mapping[str, Any] | None = None
         self._now: dict[str, Any] = {}  # settings of the training loader
 
@@ -150,10 +154,25 @@ class NEODataModule(lightning.LightningDataModule):
             )
             if not right
         ]
-        sources = [*self.train_sources, *self.validation_sources]
-        wrong += [f"share of {s.shards} must be over 0, got {s.share}" for s in sources if not s.share > 0]
+        wrong += [f"share of {s.shards} must be over 0, got {s.share}" for s in self.sources if not s.share > 0]
         if wrong:
             raise ValueError("; ".join(wrong))
+
+    @property
+    def sources(self) -> list[Source]:
+        """All sources: of training, validation and held-out text."""
+        return [*self.train_sources, *self.validation_sources, *self.text_sources]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Short names of the training sources, which batches tell with their samples."""
+        return source_names(self.train_sources)
+
+    @property
+    def validation_names(self) -> list[str]:
+        """What each loader of :meth:`val_dataloader` is: ``validation`` or ``text_validation``."""
+        named = {"validation": self.validation_sources, "text_validation": self.text_sources}
+        return [name for name, sources in named.items() if sources]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -164,13 +183,16 @@ class NEODataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Counts the lengths that are not kept yet. Lightning calls it in one process of each node."""
-        for source in [*self.train_sources, *self.validation_sources]:
+        for source in self.sources:
             self._length_of(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens every source, so that a missing one is told before a run begins."""
-        for source in [*self.train_sources, *self.validation_sources]:
+        for source in self.sources:
             self._folder(source)
+        for source in self.text_sources:
+            if self._folder(source).has_images:
+                raise ValueError(f"data.text_validation is of text alone, but {source.shards} has samples with images")
 
     def train_dataloader(self) -> RowLoader:
         """Endless; begins behind the batches that were taken before.
@@ -187,11 +209,16 @@ class NEODataModule(lightning.LightningDataModule):
         # Under a trainer a batch counts when the trainer takes it, because Lightning fetches one batch ahead.
         return self._loader("train", self.train_sources, endless=True, keep=self.trainer is None)
 
-    def val_dataloader(self) -> RowLoader | list[Any]:
-        """One pass over the validation sources; an empty list if there are none."""
-        if not self.validation_sources:
-            return []
-        return self._loader("validation", self.validation_sources, endless=False, keep=False)
+    def val_dataloader(self) -> RowLoader | list[RowLoader]:
+        """One pass over the validation sources; with held-out text a list of two, as :attr:`validation_names` tells; an
+        empty list if there are none."""
+        loaders = [self.validation_dataloader(name) for name in self.validation_names]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def validation_dataloader(self, name: str) -> RowLoader:
+        """One pass over the sources of ``validation`` or ``text_validation``."""
+        sources = {"validation": self.validation_sources, "text_validation": self.text_sources}[name]
+        return self._loader(name, sources, endless=False, keep=False)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Lightning's hook: counts a training batch as taken."""
@@ -200,7 +227,7 @@ class NEODataModule(lightning.LightningDataModule):
         return batch
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Samples read, and skipped by reason, of this rank's ``train`` and (last or current) ``validation`` stream.
+        """Samples read, and skipped by reason, of this rank's ``train`` and (last or current) validation streams.
 
         Samples that were known to be unusable are counted once, by rank 0; those that turned out to be so each time.
         """
@@ -313,7 +340,7 @@ class NEODataModule(lightning.LightningDataModule):
         if endless:
             maker.augment = self.augment
         folders = [self._folder(source) for source in sources]
-        rows = RowMaker(folders, maker, self.row_length, self.loss_reduction, self.seed)
+        rows = RowMaker(folders, maker, self.row_length, self.loss_reduction, self.seed, source_names(sources))
         progress = self._progress[name] if endless else Progress()
         progress.known = Tally(known.skipped.total(), known.skipped) if rank == 0 else Tally()
         self._progress[name] = progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from neo_components.data.samples import Draft, SampleMaker
 from neo_components.data.shard_folder import ShardFolder
 from neo_components.data.tally import SampleError, Tally
 from neo_components.packing import FILLING, pack
-from neo_components.types import Batch, Sample
+from neo_components.types import TOLD, Batch, Sample
 
 
 @dataclass
@@ -25,6 +26,7 @@ class RowMaker:
         row_length: tokens of a row, L.
         loss_reduction: see ``pack``.
         seed: of augmentation.
+        names: of the sources, told with their samples; empty: none is told.
     """
 
     folders: Sequence[ShardFolder]
@@ -32,6 +34,7 @@ class RowMaker:
     row_length: int
     loss_reduction: str = "square"
     seed: int = 0
+    names: Sequence[str] = ()
 
     def batch(self, rows: Sequence[PlannedRow]) -> tuple[Batch, Tally]:
         """The rows, and what happened to their samples.
@@ -49,7 +52,9 @@ class RowMaker:
             tally.read += 1
             try:
                 draft = self._draft(source, number, length)
-                samples.append(self.maker.finish(draft, (self.seed, row.number, place)))
+                sample = self.maker.finish(draft, (self.seed, row.number, place))
+                sample.source = self.names[source] if self.names else ""
+                samples.append(sample)
             except SampleError as error:
                 tally.skip(self.folders[source].name(number), error)
         if not samples:
@@ -70,8 +75,9 @@ class RowMaker:
         """A row without any sample: one token that is not learnt, for every block of the model has to take part."""
         spec = self.maker.spec
         sizes = {name: (1, self.row_length) for name in FILLING} | {"positions": (1, self.row_length, 3)}
-        columns = {name: torch.full(sizes[name], value) for name, value in FILLING.items()}
+        columns: dict[str, Any] = {name: torch.full(sizes[name], value) for name, value in FILLING.items()}
         columns["loss_weights"] = columns["loss_weights"].float()
         columns["document_ids"][0, 0] = 0
         patches = torch.zeros(0, spec.channels * spec.patch_size**2)
-        return Batch(**columns, patches=patches, patch_positions=torch.zeros(0, 2, dtype=torch.int64), keys=[[]])
+        columns |= {name: [[]] for name in TOLD}
+        return Batch(**columns, patches=patches, patch_positions=torch.zeros(0, 2, dtype=torch.int64))

@@ -222,12 +222,3 @@ def _card(llm: PostLLM, config: dict[str, Any], license: str) -> str:
         f"The T path of the post-LLM of a NEO model (arXiv 2510.14979), {llm.hparams.depth} blocks, as "
         f"{config['model_type']}, written by neo-components.\n\n{lost}"
     )
-
-
-def text_logits_without_hw(llm: PostLLM, token_ids: Tensor) -> Tensor:
-    """``PostLLM.text_logits`` with its H/W keys at zero: what the exported model computes, [B, L, V]."""
-    llm = copy.deepcopy(llm)
-    with torch.no_grad():
-        for layer in llm.layers:
-            layer.self_attn.k_proj_hw.weight.zero_()  # type: ignore[operator, union-attr]
-    return llm.text_logits(token_ids)

@@ -16,7 +16,7 @@ from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.inspection.shape import empty_model
 from neo_components.model import NEO
 from neo_components.recipe import Recipe
-from neo_components.training.groups import train_only
+from neo_components.training.lora import choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
@@ -100,13 +100,13 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         model.requires_grad_(recipe.given_stage is None)
         groups, total = _parameters(model)
         return Report(str(recipe.path), groups, total, notes=[*notes, "no stage and data: parameters only"])
-    train_only(model, recipe.stage.train)
+    choose_trained(model, recipe.stage)
     groups, total = _parameters(model)
     plan = plan_of(recipe, assumed.strategy, assumed.devices, assumed.tensor_parallel)
     setting = setting_of(recipe, plan)
     document, told = document_of(recipe, model, assumed)
     mine = _share(model, plan.tensor_parallel)
-    train_only(mine, recipe.stage.train)
+    choose_trained(mine, recipe.stage)
     batch = assumed_rows(mine, document, recipe.data["rows"], recipe.data["row_length"])
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:

@@ -106,8 +106,8 @@ def write_easy_vqa(
     ``train_all``: every training question; a sample is one picture and some questions about it, so a picture is in
     several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
     captions. ``train_text``: every training question once, without pictures. ``validation``: pictures held out of the
-    training split, one question a sample. ``test``: the whole test split, one question a sample. Training samples are
-    in random order, the others ordered by picture.
+    training split, one question a sample. ``validation_text``: their questions without them. ``test``: the whole test
+    split, one question a sample. Training samples are in random order, the others ordered by picture.
 
     Each sample's ``kind`` lists the kind of each of its questions.
 
@@ -133,6 +133,7 @@ def write_easy_vqa(
         "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
         "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
         "validation": list(_conversations(validation, 1)),
+        "validation_text": list(_conversations(validation, 1, pictures=False)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),
     }
     if mirror:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 import typer
 
 from neo_components.evaluation import Question, Report
-from neo_components.quickstart.easy_vqa import EasyVQAPart
-from neo_components.quickstart.text_llm import TextLLM
 from neo_components.training.run import RunResult
 
 
@@ -23,8 +21,6 @@ class Findings:
         seed: of everything random.
         scale: share of the full steps and questions.
         minutes: time of each step.
-        data: what was written as shards.
-        llms: the two text-only language models.
         stages: the runs of the three stages, in order.
         reports: evaluations on the test split: ``neo``, ``blind``, ``shuffled``, ``reused`` and ``random``.
         baselines: scores of answers that never look, from :func:`baselines`.
@@ -34,8 +30,6 @@ class Findings:
     seed: int
     scale: float
     minutes: dict[str, float] = field(default_factory=dict)
-    data: dict[str, EasyVQAPart] = field(default_factory=dict)
-    llms: dict[str, TextLLM] = field(default_factory=dict)
     stages: dict[str, RunResult] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)

@@ -11,18 +11,17 @@ import typer
 
 from neo_components.assets import export_pre_buffer, provenance_of
 from neo_components.chat import Chat
-from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.pre_buffer import AssetInfo, PreBuffer
+from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data import load_tokenizer
 from neo_components.evaluation import Question, Report, evaluate, questions_from_shards, without_images
-from neo_components.model import NEO
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
 from neo_components.quickstart.report import ask_more, draw_pictures, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.run import train
+from neo_components.training.text import language_model_alone
 
 STAGES = ("pretrain", "midtrain", "sft")
 VALIDATION_IMAGES = 400
@@ -52,7 +51,7 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
     _clear(root)
     found = Findings(seed, scale, baselines=baselines())
     with found.step("data", "easy-VQA becomes shards"):
-        found.data = write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
+        write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
     with found.step("llm", "two small language models learn text alone"):
         _train_llms(root, found)
     with found.step("training", "pre-training, mid-training, SFT"):
@@ -88,8 +87,8 @@ def _train_llms(root: Path, found: Findings) -> None:
     """The stand-ins for pretrained language models: the quickstart's own, and a wider one with another tokenizer."""
     conversations = text_conversations(split_images(VALIDATION_IMAGES, found.seed)[0], found.seed)
     steps = _scaled(LLM_STEPS, found.scale)
-    found.llms["llm"] = train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
-    found.llms["llm_b"] = train_text_llm(
+    train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
+    train_text_llm(
         conversations, root / "llm_b", hidden_size=192, heads=6, kv_heads=3, feed_forward=512, vocab_size=330,
         steps=steps, seed=found.seed + 1, title="second LLM",
     )  # fmt: skip
@@ -139,10 +138,7 @@ def _ask(chat: Chat, questions: list[Question], title: str, **options: Any) -> R
 
 def text_only(folder: Path) -> Chat:
     """The language model alone, as a NEO without pre-Buffer: text passes unchanged, images are never given."""
-    llm = PostLLM.from_pretrained(folder)
-    h = llm.hparams
-    nothing = PreBuffer(0, h.hidden_size, h.num_heads, h.num_kv_heads, h.head_width, h.feed_forward_size)
-    return Chat(NEO(PatchEmbedding(h.hidden_size, width=4), nothing, llm), load_tokenizer(str(folder)))
+    return Chat(language_model_alone(PostLLM.from_pretrained(folder)), load_tokenizer(str(folder)))
 
 
 def _reuse(root: Path, found: Findings) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ PACKAGE = Path(neo_components.__file__).parent
 
 
 class Shipped(NamedTuple):
-    """A recipe that ships: its name, its file, and the first line of its opening comment, without ``what:``."""
+    """A recipe that ships: its name, its file, and what its opening comment says under ``what:``."""
 
     name: str
     path: Path
@@ -39,9 +40,12 @@ def list_recipes() -> list[Shipped]:
 
 
 def _summary(file: Path) -> str:
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    comment = next((line for line in lines if line), "")
-    return comment.lstrip("# ").removeprefix("what:").strip() if comment.startswith("#") else ""
+    """The first line of the comment, and those under it that are set in."""
+    lines = file.read_text(encoding="utf-8").strip().splitlines() or [""]
+    if not lines[0].startswith("#"):
+        return ""
+    more = takewhile(lambda line: line.startswith("#  "), lines[1:])
+    return " ".join(line.lstrip("# ").strip() for line in [lines[0].replace("what:", "", 1), *more])
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -59,11 +59,17 @@ def averaging(decay: float) -> Callback:
 
 
 class History(Callback):
-    """Keeps (step, seconds since the start, training loss) of every step."""
+    """Keeps (step, seconds since the start, training loss) of every step, and (step, values) of every validation."""
 
     def __init__(self) -> None:
         self.losses: list[tuple[int, float, float]] = []
+        self.validations: list[tuple[int, dict[str, float]]] = []
         self.began = time.monotonic()
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Adds a validation."""
+        found = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.validations.append((trainer.global_step, found))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

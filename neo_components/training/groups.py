@@ -10,12 +10,13 @@ from torch import nn
 from neo_components.model import NEO
 
 
-def train_only(model: NEO, names: Sequence[str]) -> list[nn.Parameter]:
+def train_only(model: NEO, names: Sequence[str], adapters: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
     """Lets the named groups learn and freezes all else.
 
     Args:
         model: the model.
         names: groups of ``NEO.groups()``, or ``all``.
+        adapters: parameters that learn whatever is named (``lora.add_lora``).
 
     Returns:
         The trainable parameters.
@@ -33,6 +34,8 @@ def train_only(model: NEO, names: Sequence[str]) -> list[nn.Parameter]:
     for name in names:
         for parameter in groups[name]:
             parameter.requires_grad_(True)
+    for parameter in adapters:
+        parameter.requires_grad_(True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"stage.train: the groups {list(names)} have no parameters in this model")

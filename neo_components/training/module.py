@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
 import lightning
@@ -13,11 +12,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from neo_components.model import NEO
-from neo_components.training.groups import train_only
+from neo_components.training.loggers import log_once
+from neo_components.training.lora import choose_trained, lora_parameters
+from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.recompute import blocks_of
 from neo_components.training.stage import StageConfig
-from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
+from neo_components.types import IGNORED, Batch
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +26,12 @@ log = logging.getLogger(__name__)
 class NEOTraining(lightning.LightningModule):
     """Trains one stage.
 
-    Logs, per step: ``train/loss``, ``train/grad_norm``, ``train/lr``, ``train/skipped_steps``, ``perf/tokens_per_s``,
-    ``perf/images_per_s``, ``perf/fill`` (share of the row that is no padding), and ``grad_norm/GROUP`` of each group
-    that learns; that of ``post_llm.hw`` starts high, as the first gradient of the zero keys passes their norm. Per
-    validation ``val/loss``, the mean over all learnt tokens.
+    Logs, of the step: ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
+    ``grad_norm/GROUP`` of each group that learns; that of ``post_llm.hw`` starts high, as the first gradient of the
+    zero keys passes their norm. Of all steps since the last entry ``loss_by_source/SOURCE`` and
+    ``loss_by_modality/text``, ``/image`` and ``/images``. Per validation ``val/loss``, the mean over all learnt tokens,
+    and on held-out text ``val/text_perplexity``, the exponential of that mean. Speed and memory are logged by
+    ``performance.Performance``.
 
     The loss of a step is the weighted mean over all learnt tokens of its batches, on all processes together: however a
     step's rows are divided into accumulated batches and processes, the gradient is the same.
@@ -39,50 +42,78 @@ class NEOTraining(lightning.LightningModule):
     Args:
         model: what is trained, in place.
         stage: what of it, how long and how fast.
+
+    Attributes:
+        losses_by_part: the last entry's losses by source and by modality.
     """
 
     def __init__(self, model: NEO, stage: StageConfig) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
-        self.trainable = train_only(model, stage.train)
         if stage.recompute == "auto":
             raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
+        self.choose_trained()
         for stack in (model.pre_buffer, model.post_llm):
             stack.recomputed = blocks_of(stage.recompute, len(stack.layers))
             if stage.compile:
                 stack.compile_blocks()
+        self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
+        self.loss_parts = LossParts([])
+        self.losses_by_part: dict[str, float] = {}
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._keys: list[str] = []
+        self._totals: list[Tensor] = []
+
+    def choose_trained(self) -> None:
+        """Lets what the stage names and the adapters learn, and freezes the rest."""
+        self.trainable = choose_trained(self.model, self.stage)
+        adapters = lora_parameters(self.model)
         learning = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters
-            for name, parameters in model.groups().items()
+            for name, parameters in (self.model.groups() | {"post_llm.lora": adapters}).items()
             if any(id(parameter) in learning for parameter in parameters)
         }
-        self.val_loss = MeanMetric()
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
-        self._step_began = 0.0
-        self._keys: list[str] = []
-        self._totals: list[Tensor] = []
 
     @property
     def divided(self) -> bool:
         """Whether a step's gradient is put together from several batches, accumulated or on several processes."""
         return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
 
+    def on_fit_start(self) -> None:
+        """Asks the data for the names of its sources; data that tells none is told apart by modality alone."""
+        self.loss_parts = LossParts(getattr(self._data, "source_names", []))
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one batch; where a step has several, the sum over its tokens, still to be divided (see the class)."""
-        loss = self.model.loss(batch)
+        nll: list[Tensor] = []
+        loss = self.model.loss(batch, nll)
+        self.loss_parts.add(batch, nll[0])
         self._keys += [key for row in batch.keys for key in row]
         weight = loss_weight(batch) if self.divided else loss.new_ones(())
         self._totals.append(torch.stack([loss.detach() * weight, weight]).double())
         return loss * weight if self.divided else loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Adds a batch to the validation loss, weighted by its learnt tokens so that packing does not matter."""
-        batch.loss_weights = (batch.labels != IGNORED).float()
-        self.val_loss.update(self.model.loss(batch), weight=batch.loss_weights.sum())
-        self.log("val/loss", self.val_loss, prog_bar=True, batch_size=1)
+    def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the validation loss, or to that of held-out text."""
+        names = getattr(self._data, "validation_names", [])
+        if names[dataloader_idx : dataloader_idx + 1] == ["text_validation"]:
+            self.text_loss.update(*mean_nll(self.model, batch))
+        else:
+            self.val_loss.update(*mean_nll(self.model, batch))
+            self.log("val/loss", self.val_loss, prog_bar=True, batch_size=1, add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the perplexity of held-out text, if there is any."""
+        if self.text_loss.update_called:
+            self.log("val/text_perplexity", self.text_loss.compute().exp())
+            self.text_loss.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the step's gradient, drops it if it is not finite, and logs loss and norm before clipping."""
@@ -93,7 +124,12 @@ class NEOTraining(lightning.LightningModule):
         self.log("train/grad_norm", norm)
         for name, parameters in self.groups.items():
             self.log(f"grad_norm/{name}", joined([norms[id(p)] for p in parameters if id(p) in norms]))
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:
+            if group["params"]:
+                self.log(f"lr/{group['name']}", group["lr"])
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
+            log_once(self.trainer, self.losses_by_part, self.global_step)
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
             self._skipped_in_a_row = 0
         else:
@@ -107,7 +143,7 @@ class NEOTraining(lightning.LightningModule):
         self._totals = []
         if not self.divided:
             return (totals[0] / totals[1]).float()
-        totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        totals = self._add_up(totals)
         weight = totals[1].clamp(min=1e-5)
         # Lightning has divided by the batches of a step, and the strategies average over the processes.
         factor = float(self.trainer.accumulate_grad_batches * self.trainer.world_size / weight)
@@ -115,6 +151,10 @@ class NEOTraining(lightning.LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         return (totals[0] / weight).float()
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _skip(self, loss: float, norm: float) -> None:
         """Drops the gradient: an optimizer leaves a parameter without one alone. All processes see the same norm.
@@ -145,24 +185,18 @@ class NEOTraining(lightning.LightningModule):
         self.skipped_steps = faults.get("skipped_steps", 0)
         self._skipped_in_a_row = faults.get("in_a_row", 0)
 
-    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Starts the clock of one step."""
-        self._step_began = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """Logs speed; the time excludes waiting for data."""
-        seconds = time.perf_counter() - self._step_began
-        used = batch.document_ids != PADDING
-        starts = (batch.image_ids != NO_IMAGE) & (batch.image_ids != batch.image_ids.roll(1, -1))
-        self.log("perf/tokens_per_s", float(used.sum()) / seconds)
-        self.log("perf/images_per_s", float(starts.sum()) / seconds)
-        self.log("perf/fill", used.float().mean())
-
     def configure_optimizers(self) -> Any:
         """The stage's optimizer; linear warm-up, then a cosine down to the floor."""
         optimizer = build_optimizer(self.model, self.stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.stage))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def mean_nll(model: NEO, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean negative log likelihood of a batch's learnt tokens, all of the same weight so that packing does not
+    matter, and their number."""
+    batch.loss_weights = (batch.labels != IGNORED).float()
+    return model.loss(batch), batch.loss_weights[:, 1:].sum()
 
 
 def loss_weight(batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.model import NEO
+from neo_components.training.lora import lora_parameters
 from neo_components.training.stage import StageConfig
 
 
@@ -16,20 +17,23 @@ def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
     """The stage's optimizer over the parameters of ``model`` that require a gradient.
 
     Weight decay applies to matrices only. With ``muon``, Muon takes the weights of the linear layers, as its authors
-    advise, and AdamW all else: embeddings, the head, norms and biases.
+    advise, and AdamW all else: embeddings, the head, norms and biases, and the factors of low-rank adapters, whose
+    product is what a step should be small in.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     by_muon = set(map(id, hidden_matrices(model))) if stage.optimizer == "muon" else set()
+    by_muon -= set(map(id, lora_parameters(model)))
     rest = [parameter for parameter in trainable if id(parameter) not in by_muon]
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": stage.weight_decay, "name": "adamw"},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "name": "adamw"},
     ]
     adamw = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps)
     matrices = [parameter for parameter in trainable if id(parameter) in by_muon]
     if not matrices:
         return adamw
-    return Joined(torch.optim.Muon(matrices, lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
+    group = {"params": matrices, "name": "muon"}
+    return Joined(torch.optim.Muon([group], lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
 
 
 def hidden_matrices(model: NEO) -> list[Tensor]:

@@ -15,7 +15,7 @@ from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.model import NEO
-from neo_components.training.groups import train_only
+from neo_components.training.lora import choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.stage import StageConfig
 from neo_components.types import Batch
@@ -52,7 +52,7 @@ def settle(
     """
     if stage.recompute != "auto":
         return stage
-    train_only(model, stage.train)
+    choose_trained(model, stage)
     budget = _budget(stage, device_memory)
     kept = [(batch, kept_activations(model, batch, setting)) for batch in worst_rows(model, data, setting.device)]
     stacks: list[PrimitiveStack] = [model.pre_buffer, model.post_llm]

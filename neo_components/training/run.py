@@ -1,8 +1,8 @@
 """One training run: a recipe in, a folder with the trained model out.
 
-The folder holds ``recipe.yaml`` (the complete recipe), ``checkpoints/``, ``logs/`` (TensorBoard), ``pictures/`` and
-``neo/`` (the model with tokenizer and image limits, ready for ``neo chat``, ``neo evaluate``, ``neo export`` and as the
-start of the next stage).
+The folder holds ``recipe.yaml`` (the complete recipe), ``checkpoints/``, ``logs/`` (TensorBoard and CSV), ``pictures/``
+and ``neo/`` (the model with tokenizer and image limits, ready for ``neo chat``, ``neo evaluate``, ``neo export`` and as
+the start of the next stage).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 
@@ -32,13 +31,20 @@ from neo_components.data.shard_folder import ShardFolder
 from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
+from neo_components.recipe.schema import PretrainedLLM
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
+from neo_components.training.drift import Drift
+from neo_components.training.loggers import run_loggers
+from neo_components.training.lora import merge_lora
 from neo_components.training.module import NEOTraining
+from neo_components.training.performance import Performance
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
+from neo_components.training.random_states import RandomStates
 from neo_components.training.recompute import blocks_of, settle
 from neo_components.training.stage import StageConfig
-from neo_components.training.random_states import RandomStates
+from neo_components.training.summary import Summary
+from neo_components.training.text import TextBefore
 from neo_components.weights import read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -57,6 +63,7 @@ class RunResult:
         seconds: time of the training.
         losses: (step, seconds, training loss) of every step.
         scores: (step, seconds, exact match) of each validation that asked questions.
+        summary: the figures of the run.
     """
 
     folder: Path
@@ -65,6 +72,7 @@ class RunResult:
     seconds: float
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
@@ -86,9 +94,12 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
     module = NEOTraining(chat.model, _settled(recipe, chat.model))
-    history, predictions = History(), _predictions(recipe, chat)
-    trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
-    checkpoint = _checkpoint(output, resume, module)
+    checkpoint, done = _checkpoint(output, resume, module)
+    history, performance, predictions = History(), Performance(), _predictions(recipe, chat)
+    drift = Drift(recipe.stage.validate_every, recipe.stage.steps)
+    before = TextBefore(data, isinstance(getattr(recipe.model, "post_llm", None), PretrainedLLM))
+    watching = [history, performance, drift, *([before] if data.text_sources else [])]
+    trainer = _trainer(recipe, [*watching, *predictions, *_callbacks(recipe)], done)
     if recipe.stage.whiten_patches and checkpoint is None:
         _whiten(recipe, chat)
     output.mkdir(parents=True, exist_ok=True)
@@ -97,8 +108,13 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException as stop:
         raise SystemExit(128 + signal.SIGTERM) from stop  # Lightning's own exit looks like success to a scheduler
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | drift.values
+    merge_lora(chat.model)
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
+    result.summary = Summary(
+        trainer.global_step, performance.tokens, performance.images, result.seconds, history.losses,
+        history.validations, before.values, metrics,
+    )  # fmt: skip
     result.scores = [score for callback in predictions for score in callback.scores]
     if trainer.is_global_zero:
         chat.save_pretrained(result.folder)
@@ -157,6 +173,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
+    # Behind the predictions: at the end of a validation it puts the weights of the training back.
     averages = [averaging(stage.ema)] if stage.ema else []
     return [RandomStates(), *averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
 
@@ -172,19 +189,19 @@ def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
     return [Predictions(questions, chat, Path(recipe.output) / "pictures")]
 
 
-def _trainer(recipe: Recipe, callbacks: list[Callback]) -> lightning.Trainer:
+def _trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:
     try:
-        return lightning.Trainer(**_trainer_options(recipe), callbacks=callbacks)
+        return lightning.Trainer(**_trainer_options(recipe, done), callbacks=callbacks)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}; change that key of the recipe or give trainer.KEY=VALUE") from error
 
 
-def _trainer_options(recipe: Recipe) -> dict[str, Any]:
+def _trainer_options(recipe: Recipe, done: int) -> dict[str, Any]:
     """Lightning's arguments: what the stage says, and the recipe's own ``trainer`` section on top."""
     stage = recipe.stage
-    validates = bool(stage.validate_every and recipe.data["validation"])
+    validates = bool(stage.validate_every and (recipe.data["validation"] or recipe.data["text_validation"]))
     options: dict[str, Any] = {
-        "logger": TensorBoardLogger(recipe.output, name="logs", version=""),
+        "logger": run_loggers(Path(recipe.output), done),
         "max_steps": stage.steps,
         "gradient_clip_val": 1.0,
         "log_every_n_steps": stage.log_every,
@@ -205,10 +222,10 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
     return options | {"plugins": [WholeFiles()]} | recipe.trainer
 
 
-def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> Path | None:
-    """The checkpoint to resume from; one that does not fit is refused before anything is written."""
+def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:
+    """The checkpoint to resume from and its steps; one that does not fit is refused before anything is written."""
     if resume is None:
-        return None
+        return None, 0
     path = newest_checkpoint(output / "checkpoints") if str(resume) == "last" else Path(resume)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
@@ -224,7 +241,7 @@ def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) ->
         raise ValueError(
             f"{path} is of another model: {len(differ)} tensors differ ({some} ...); resume with the recipe of its run"
         )
-    return path
+    return path, done
 
 
 def _write_provenance(recipe: Recipe, result: RunResult) -> None:
@@ -235,6 +252,7 @@ def _write_provenance(recipe: Recipe, result: RunResult) -> None:
         "stage": recipe.stage.name,
         "steps": recipe.stage.steps,
         "trained": recipe.stage.train,
+        "lora": asdict(recipe.stage.lora) if recipe.stage.lora else None,
         "data": [source.shards for source in recipe.data["train"]],
         "metrics": {name: round(value, 6) for name, value in result.metrics.items() if name.startswith("val/")},
         "seed": recipe.seed,

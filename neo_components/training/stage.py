@@ -39,6 +39,48 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Least and greatest value of each number of a stage."""
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Names of the linear layers of a block that a language model brings along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters on the post-LLM's blocks, in place of training them whole (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        rank: of the change that a layer can learn.
+        alpha: the change is ``alpha / rank`` times the product of the two factors.
+        dropout: share of a layer's input that its adapter does not see in training.
+        targets: names of the linear layers that are adapted, in every block.
+
+    Raises:
+        ValueError: listing every number that is out of its range.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR
+
+    def __post_init__(self) -> None:
+        if problems := self.problems(vars(self)):
+            raise ValueError("; ".join(f"stage.lora.{key}: {text}" for key, text in problems.items()))
+
+    @staticmethod
+    def problems(values: Mapping[str, Any]) -> dict[str, str]:
+        """What is wrong with the values of the section, by key. Values that are not there are not looked at."""
+        found = {}
+        if values.get("rank", 1) < 1:
+            found["rank"] = f"got {values['rank']}, must be 1 or more"
+        if values.get("alpha", 1) <= 0:
+            found["alpha"] = f"got {values['alpha']}, must be positive"
+        if not 0 <= values.get("dropout", 0) < 1:
+            found["dropout"] = f"got {values['dropout']}, must be 0 or more and less than 1"
+        if "targets" in values and not values["targets"]:
+            found["targets"] = f"is empty: name at least one of {', '.join(LINEAR)}"
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage.
@@ -46,6 +88,8 @@ class StageConfig:
     Args:
         name: what the stage is called in logs and reports.
         train: groups of parameters that learn; all others stay as they are.
+        lora: low-rank adapters that learn beside these groups, on a post-LLM that stays as it is; merged into it at the
+            end. ``None``: none.
         steps: optimizer steps.
         optimizer: ``adamw``, or ``muon``: Muon (Jordan et al. 2024; ``torch.optim.Muon``) for the weights of linear
             layers and AdamW for all else.
@@ -79,6 +123,7 @@ class StageConfig:
 
     name: str = "stage"
     train: tuple[Group, ...]
+    lora: LoRA | None = None
     steps: int = 1000
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 8e-4
@@ -114,8 +159,14 @@ class StageConfig:
             if key in values and not (not isinstance(values[key], str) and least <= values[key] <= most):
                 room = f"from {least} to {most}" if most < float("inf") else f"{least} or more"
                 found[key] = f"got {values[key]}, must be {room}"
-        if "train" in values and not values["train"]:
+        lora, train = values.get("lora"), values.get("train")
+        if train is not None and not train and lora is None:
             found["train"] = "is empty: name at least one group to train, or 'all'"
+        if lora is not None and (whole := {"all", "post_llm"}.intersection(train or ())):
+            found["train"] = (
+                f"names {', '.join(sorted(whole))}, but stage.lora keeps the language model as it is; name "
+                "patch_embedding, pre_buffer, bridge or parts like post_llm.hw, or take stage.lora away"
+            )
         if not all(0 <= beta < 1 for beta in values.get("betas", ())):
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
         if values.get("activation_gb") and values.get("recompute") != "auto":

@@ -1,0 +1,119 @@
+"""Low-rank adapters (LoRA) on the blocks of the post-LLM, by the package peft; merged before a model is written.
+
+Source: Hu et al. 2021 (arXiv 2106.09685): a frozen linear layer W learns the change ``alpha / rank * B A``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neo_components.model import NEO
+from neo_components.training.groups import train_only
+from neo_components.training.stage import LoRA, StageConfig
+
+ADAPTER = "default"
+"""peft's name of the only adapter."""
+
+
+def add_lora(model: NEO, lora: LoRA) -> None:
+    """Puts adapters beside linear layers of the post-LLM's blocks. They start as no change at all.
+
+    Args:
+        model: changed in place.
+        lora: which layers, and how.
+
+    Raises:
+        ModuleNotFoundError: if peft is not installed.
+        ValueError: if a target is no linear layer of the blocks.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "stage.lora needs the package peft: run `pip install 'neo-components[lora]'`, or take stage.lora away"
+        ) from error
+    _check_targets(model, lora)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type] # it only divides by the rank
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.targets),
+        ),
+        model.post_llm.layers,
+    )
+
+
+def choose_trained(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
+    """Lets learn what a stage names, and its adapters, which are added if they are not there yet; freezes the rest.
+
+    Returns:
+        The trainable parameters.
+
+    Raises:
+        ModuleNotFoundError: as :func:`add_lora`.
+        ValueError: as :func:`add_lora` and ``groups.train_only``.
+    """
+    if stage.lora is not None and not lora_layers(model):
+        add_lora(model, stage.lora)
+    return train_only(model, stage.train, lora_parameters(model))
+
+
+def _check_targets(model: NEO, lora: LoRA) -> None:
+    blocks = model.post_llm.layers
+    new = set(model.post_llm.hw_modules())
+    linear = [name for name, part in blocks.named_modules() if isinstance(part, nn.Linear) and part not in new]
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    wrong = [target for target in lora.targets if target not in known]
+    if wrong:
+        raise ValueError(
+            f"stage.lora.targets: {', '.join(map(repr, wrong))} names no linear layer of the post-LLM's blocks; they "
+            f"have {', '.join(known)} (the H/W projections are trained as a whole, by stage.train: [post_llm.hw])"
+        )
+
+
+def lora_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Every adapted layer with its parent and its name there."""
+    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", ())  # without peft there are none
+    parents = list(model.modules())
+    return [
+        (parent, name, part) for parent in parents for name, part in parent.named_children() if isinstance(part, kind)
+    ]
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all adapters."""
+    return [
+        parameter
+        for _, _, layer in lora_layers(model)
+        for part in (layer.lora_A, layer.lora_B)
+        for parameter in part.parameters()
+    ]
+
+
+def adapted_weights(model: nn.Module) -> dict[int, Any]:
+    """``id`` of a frozen weight -> the layer that adapts it."""
+    return {id(layer.get_base_layer().weight): layer for _, _, layer in lora_layers(model)}
+
+
+@torch.no_grad()
+def with_change(weight: Tensor, layer: Any) -> Tensor:
+    """The weight and what its adapters add to it."""
+    return weight + layer.get_delta_weight(ADAPTER)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds what the adapters learnt to the weights and takes them away: names are then those of a model without.
+
+    Raises:
+        ValueError: if a merged weight would not be finite.
+    """
+    for parent, name, layer in lora_layers(model):
+        layer.merge(safe_merge=True)
+        setattr(parent, name, layer.get_base_layer())
+    for part in model.modules():
+        vars(part).pop("peft_config", None)  # peft leaves it on what it changed

@@ -67,7 +67,7 @@ def quickstart(
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Checkpoint of an interrupted run, or 'last'.")] = None,
+    resume: Annotated[str | None, typer.Option(help="A checkpoint, 'last', or 'auto': the last if any.")] = None,
     imports: Imports = None,
 ) -> None:
     """Train a recipe."""
@@ -77,6 +77,8 @@ def train(
     _register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
+    if not result.first:
+        return
     scores = "  ".join(f"{name} {value:.4g}" for name, value in sorted(result.metrics.items()))
     typer.echo(f"{scores}\nmodel: {result.folder}  ({result.seconds / 60:.1f} min)")
 

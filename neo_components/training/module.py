@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from neo_components.model import NEO
 from neo_components.training.groups import train_only
 from neo_components.training.optimizers import build_optimizer
+from neo_components.training.shards import gradient_norms
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
 
@@ -44,21 +45,25 @@ class NEOTraining(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.stage = stage
-        self.trainable = train_only(model, stage.train)
         for stack in (model.pre_buffer, model.post_llm):
             stack.recomputed = round(stage.recompute * len(stack.layers))
-        learning = {id(parameter) for parameter in self.trainable}
-        self.groups = {
-            name: parameters
-            for name, parameters in model.groups().items()
-            if any(id(parameter) in learning for parameter in parameters)
-        }
+        self.choose_trained()
         self.val_loss = MeanMetric()
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._step_began = 0.0
         self._keys: list[str] = []
         self._totals: list[Tensor] = []
+
+    def choose_trained(self) -> None:
+        """Lets what the stage names learn and freezes the rest; again where a strategy has replaced the parameters."""
+        self.trainable = train_only(self.model, self.stage.train)
+        learning = {id(parameter) for parameter in self.trainable}
+        self.groups = {
+            name: parameters
+            for name, parameters in self.model.groups().items()
+            if any(id(parameter) in learning for parameter in parameters)
+        }
 
     @property
     def divided(self) -> bool:
@@ -82,7 +87,7 @@ class NEOTraining(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the step's gradient, drops it if it is not finite, and logs loss and norm before clipping."""
         loss = self._complete()
-        norms = {id(p): p.grad.norm() for p in self.trainable if p.grad is not None}
+        norms = gradient_norms(self.trainable)
         norm = joined(list(norms.values()))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)

@@ -28,12 +28,23 @@ from neo_components.chat import Chat
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
 from neo_components.data.shard_folder import ShardFolder
+from neo_components.deferred import Deferred
 from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
-from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
+from neo_components.training.checkpoints import WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
+from neo_components.training.sharded_checkpoints import is_sharded
+from neo_components.training.sharding import (
+    NAME,
+    Sharded,
+    ShardedTraining,
+    policy_of,
+    refuse_undividable,
+    save_divided,
+)
+from neo_components.training.signals import SaveOnSignal, slurm_environment
 from neo_components.weights import read_json, write_text
 
 PROVENANCE = "provenance.json"
@@ -45,11 +56,12 @@ class RunResult:
 
     Args:
         folder: the model's folder.
-        model: the trained model.
+        model: the trained model; of one whose weights are divided, this process's rows.
         metrics: last value of everything that was logged.
         seconds: time of the training.
         losses: (step, seconds, training loss) of every step.
         scores: (step, seconds, exact match) of each validation that asked questions.
+        first: whether this is the first of the run's processes, which speaks for all.
     """
 
     folder: Path
@@ -58,6 +70,7 @@ class RunResult:
     seconds: float
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
+    first: bool = True
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
@@ -65,42 +78,65 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
 
     Args:
         recipe: from ``load_recipe``.
-        resume: a checkpoint of an interrupted run of the same recipe, or ``last`` for its newest one.
+        resume: a checkpoint of an interrupted run of the same recipe, ``last`` for its newest one, or ``auto`` for its
+            newest one if there is any: the same command then starts a run and restarts it.
 
     Raises:
         FileNotFoundError: if there is no checkpoint to resume from, or data is missing.
-        SystemExit: with code 143 if SIGTERM came (``checkpoints.SaveOnSigterm``).
+        SystemExit: with code 143 if a signal ended the run (``signals.SaveOnSignal``).
         ValueError: if parts of the recipe do not fit the model.
     """
     began = time.monotonic()
     output = Path(recipe.output)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    chat = _start(recipe)
+    divided = _checked_strategy(recipe) == NAME
+    chat, module = _divided_start(recipe) if divided else _start(recipe)
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
-    module = NEOTraining(chat.model, recipe.stage)
     history, predictions = History(), _predictions(recipe, chat)
     trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
-    checkpoint = _checkpoint(output, resume, module)
+    checkpoint = _checkpoint(output, resume, module, trainer.is_global_zero)
     if recipe.stage.whiten_patches and checkpoint is None:
         _whiten(recipe, chat)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "recipe.yaml", recipe.to_yaml())
+    if trainer.is_global_zero:  # several processes may have been started at once
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "recipe.yaml", recipe.to_yaml())
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException as stop:
         raise SystemExit(128 + signal.SIGTERM) from stop  # Lightning's own exit looks like success to a scheduler
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
+    result.first = trainer.is_global_zero
     result.scores = [score for callback in predictions for score in callback.scores]
-    if trainer.is_global_zero:
+    if divided:
+        save_divided(chat, result.folder, trainer.is_global_zero)
+    elif trainer.is_global_zero:
         chat.save_pretrained(result.folder)
+    if trainer.is_global_zero:
         _write_provenance(recipe, result)
     return result
 
 
-def _start(recipe: Recipe) -> Chat:
-    """The model that the stage starts from, with tokenizer and image limits."""
+def _start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    """The model that the stage starts from, with tokenizer and image limits; and what trains it."""
+    chat = _chat(recipe)
+    return chat, NEOTraining(chat.model, recipe.stage)
+
+
+def _divided_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    """The same on the meta device: which process gets which weights is known when all of them have been started."""
+    policy = policy_of(recipe.trainer.get("precision", "32-true"))
+    refuse_undividable(recipe.stage)
+    with Deferred() as notes:
+        chat = _chat(recipe)
+        if recipe.stage.whiten_patches:
+            notes.fill(chat.model.patch_embedding)
+        sources = notes.sources(chat.model)
+    return chat, ShardedTraining(chat.model, recipe.stage, sources, policy)
+
+
+def _chat(recipe: Recipe) -> Chat:
     data = recipe.data
     tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
     return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
@@ -136,7 +172,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
     averages = [averaging(stage.ema)] if stage.ema else []
-    return [*averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
+    return [*averages, saving, SaveOnSignal(Path(recipe.output) / "checkpoints"), bar]
 
 
 def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
@@ -174,23 +210,47 @@ def _trainer_options(recipe: Recipe) -> dict[str, Any]:
         "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,
     }
-    strategy = str(recipe.trainer.get("strategy", ""))
-    if any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
+    slurm = slurm_environment()
+    options |= {"plugins": [WholeFiles(), *([slurm] if slurm else [])]} | recipe.trainer
+    if _checked_strategy(recipe) == NAME:
+        options["strategy"] = Sharded()
+        options.pop("precision", None)  # the strategy's own: types of the gathered weights, not of single operations
+    return options
+
+
+def _checked_strategy(recipe: Recipe) -> str:
+    """The recipe's strategy.
+
+    Raises:
+        ValueError: if it is one that would leave no model behind.
+    """
+    strategy = str(recipe.trainer.get("strategy", "auto"))
+    if strategy != NAME and any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
         raise ValueError(
-            f"trainer.strategy: {strategy} divides the weights between processes, which the export at the end of a run "
-            "cannot put together yet; use ddp, or a model that fits one device"
+            f"trainer.strategy: {strategy} divides the weights in a way that the export at the end of a run cannot put "
+            f"together; trainer.strategy={NAME} divides them too and can, ddp keeps them whole in every process"
         )
-    return options | {"plugins": [WholeFiles()]} | recipe.trainer
+    return strategy
 
 
-def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> Path | None:
-    """The checkpoint to resume from; one that does not fit is refused before anything is written."""
-    if resume is None:
+def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining, thorough: bool) -> Path | None:
+    """The checkpoint to resume from; one that does not fit is refused before anything is written.
+
+    Where all processes read one, the first one's choice counts, and it alone compares checksums of folders.
+    """
+    if resume is None or (str(resume) == "auto" and not any((output / "checkpoints").glob("*.ckpt"))):
         return None
-    path = newest_checkpoint(output / "checkpoints") if str(resume) == "last" else Path(resume)
-    if not path.is_file():
+    newest = str(resume) in ("last", "auto")
+    path = newest_checkpoint(output / "checkpoints", thorough) if newest else Path(resume)
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
-    saved = read_checkpoint(path)
+    divided = isinstance(module, ShardedTraining)
+    if is_sharded(path) != divided:
+        was, way = ("is", f"trainer.strategy={NAME}, on any number of processes") if is_sharded(path) else (
+            "is not", "the strategy of its run"
+        )  # fmt: skip
+        raise ValueError(f"{path} {was} divided among processes; resume with {way}")
+    saved = read_checkpoint(path, thorough)
     stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
     done = int(saved["global_step"])
     if done >= module.stage.steps:

@@ -182,7 +182,7 @@ class Deferred(TorchDispatchMode):
         if before is not None:
             self._change(func, args[0], before, noted, state)
         elif _on_meta(made) and not any(_on_meta(arg) and _number(arg) == _number(made) for arg in args):
-            self._keep(made, Computed(func, *noted, state))  # a view has the values of its storage
+            self._keep(made, Computed(func, noted[0], noted[1], state))  # a view has the values of its storage
             if draws:
                 func(*args, **_on_cpu(kwargs))
         return made
@@ -212,7 +212,7 @@ class Deferred(TorchDispatchMode):
             return Source(Known(tensor.detach()), tuple(tensor.size()), tensor.stride(), 0)
         numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
         made = self._made.get(_number(tensor), Nothing(tensor.dtype, numbers))
-        return Source(made, tuple(tensor.size()), tensor.stride(), tensor.storage_offset())
+        return Source(made, tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
 
     def unset(self, tensor: Tensor) -> bool:
         """Whether a tensor on the meta device has no values to come yet."""

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 
 from neo_components import NEO, Batch, InputSpec, pack
 from neo_components.deferred import Deferred
+from neo_components.training.callbacks import averaging
 from neo_components.training.module import NEOTraining
+from neo_components.training.sharded_average import ShardedAverage
 from neo_components.training.sharding import Sharded, ShardedTraining, gathered_again, policy_of
 from neo_components.training.shards import gradient_norms, whole
 from neo_components.training.stage import StageConfig
@@ -93,11 +95,14 @@ def make_run(
     else:
         model = NEO.from_pretrained(folder)
         module = NEOTraining(model, config)
+    callbacks: list[lightning.Callback] = [record]
+    if config.ema:
+        callbacks.insert(0, (ShardedAverage if strategy == "fsdp2" else averaging)(config.ema))
     many = torch.distributed.is_torchelastic_launched()
     trainer = lightning.Trainer(
         accelerator="cpu", devices=torch.distributed.get_world_size() if _started() else _ranks(many),
         strategy=Sharded() if strategy == "fsdp2" else strategy, max_steps=steps[1], gradient_clip_val=0.5,
-        callbacks=[record], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
         val_check_interval=steps[1] - steps[0], check_val_every_n_epoch=None,
     )  # fmt: skip

@@ -35,6 +35,7 @@ from neo_components.recipe import Recipe, build
 from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import WholeFiles, newest_checkpoint, read_checkpoint
 from neo_components.training.module import NEOTraining
+from neo_components.training.sharded_average import ShardedAverage
 from neo_components.training.sharded_checkpoints import is_sharded
 from neo_components.training.sharding import (
     NAME,
@@ -171,7 +172,8 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
-    averages = [averaging(stage.ema)] if stage.ema else []
+    average = ShardedAverage if _checked_strategy(recipe) == NAME else averaging
+    averages = [average(stage.ema)] if stage.ema else []
     return [*averages, saving, SaveOnSignal(Path(recipe.output) / "checkpoints"), bar]
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 META = "meta.pt"
 CONTENTS = ".metadata"
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, AVERAGE = "model.", "optimizer.", "average."
 """What the names of tensors begin with. An optimizer's are ``optimizer.KEY.NAME OF THE PARAMETER``."""
 
 CLASSES = {
@@ -40,7 +40,8 @@ CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),  # where it was written
+    ("pathlib._local", "PosixPath"),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
 }  # fmt: skip
 """All that a list of contents may name."""
@@ -63,6 +64,7 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None
         OSError: if it cannot be written; the folder that was there before stays.
     """
     tensors = {MODEL + name: tensor for name, tensor in checkpoint.pop("state_dict").items()}
+    tensors |= {AVERAGE + name: tensor for name, tensor in checkpoint.pop("average", {}).items()}
     groups = []
     for state in checkpoint.pop("optimizer_states", []):
         groups.append(state["param_groups"])
@@ -75,7 +77,7 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None
         unfinished.mkdir(parents=True)
     strategy.barrier()
     try:
-        dcp.save({name: _on_cpu(tensor) for name, tensor in tensors.items()}, checkpoint_id=unfinished)
+        dcp.save(tensors, checkpoint_id=unfinished)
         sums = _all_checksums(unfinished, strategy)
         if strategy.is_global_zero:
             _write_meta(unfinished / META, rest | {"checksums": sums})
@@ -88,10 +90,6 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None
             "on with --resume last"
         ) from error
     strategy.barrier()
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
 
 
 def _all_checksums(folder: Path, strategy: Any) -> dict[str, list[int]]:
@@ -192,7 +190,7 @@ def read_sharded(
         optimizers: those of the run.
 
     Returns:
-        What the checkpoint holds beside the rows; Lightning restores it.
+        What the checkpoint holds beside the rows, which Lightning restores, and its ``folder``.
     """
     contents = read_contents(path)
     rest = torch.load(path / META, map_location="cpu", weights_only=True)
@@ -200,7 +198,15 @@ def read_sharded(
     dcp.load(state, checkpoint_id=path)  # in place
     for optimizer, groups in zip(optimizers, rest.pop("optimizer_groups"), strict=True):
         _read_optimizer(path, contents, names, optimizer, groups)
-    return rest | {"state_dict": {}, "optimizer_states": []}
+    return rest | {"state_dict": {}, "optimizer_states": [], "folder": str(path)}
+
+
+def read_average(path: Path, average: Mapping[str, Tensor]) -> bool:
+    """Reads this process's rows of averaged weights, in place; tells whether the checkpoint has any."""
+    if not any(name.startswith(AVERAGE) for name in read_contents(path)):
+        return False
+    dcp.load({AVERAGE + name: tensor for name, tensor in average.items()}, checkpoint_id=path)
+    return True
 
 
 def _read_optimizer(

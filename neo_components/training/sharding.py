@@ -114,6 +114,7 @@ class ShardedTraining(NEOTraining):
         """Lightning's hook: divides the model and gives each process its rows, once the processes know each other."""
         if isinstance(self.model, FSDPModule):
             return
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         divide(self.model.to("meta"), mesh, self._policy)
         fill(self.model, self._sources, mesh, self.trainer.strategy.root_device)
@@ -186,11 +187,6 @@ def refuse_undividable(stage: StageConfig) -> None:
         raise ValueError(
             f"stage.optimizer: muon turns whole matrices, which no process has under trainer.strategy={NAME}; use "
             "adamw, or trainer.strategy=ddp"
-        )
-    if stage.ema:
-        raise ValueError(
-            f"stage.ema: the average is kept of whole weights, which no process has under trainer.strategy={NAME}; "
-            "set it to 0, or use trainer.strategy=ddp"
         )
 
 

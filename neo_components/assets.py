@@ -18,6 +18,7 @@ from torch import Tensor
 from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
+from neo_components.deferred import filled
 from neo_components.hub import resolve
 from neo_components.model import NEO, TEXT
 from neo_components.packing import pack
@@ -172,7 +173,8 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     if len(pairs) < MIN_SHARED:
         raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
     ours = pre.anchors.vectors[[place for place, _ in pairs]]
-    theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
+    with filled(llm.word_embedding):
+        theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
 
 

@@ -63,9 +63,14 @@ class Chat:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes model, tokenizer and image limits into one folder."""
         folder = self.model.save_pretrained(folder)
+        self.save_beside(folder)
+        return folder
+
+    def save_beside(self, folder: str | Path) -> None:
+        """Writes what lies beside the model: tokenizer and image limits."""
+        folder = Path(folder)
         self.tokenizer.save_pretrained(folder)
         write_text(folder / PREPROCESSOR, json.dumps(self.image_config(), indent=2) + "\n")
-        return folder
 
     def image_config(self) -> dict[str, Any]:
         """Normalisation and limits of images, as stored beside models and assets."""

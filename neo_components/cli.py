@@ -76,7 +76,7 @@ def quickstart(
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Checkpoint of an interrupted run, or 'last'.")] = None,
+    resume: Annotated[str | None, typer.Option(help="A checkpoint, 'last', or 'auto': the last if any.")] = None,
     imports: Imports = None,
 ) -> None:
     """Train a recipe."""
@@ -87,7 +87,8 @@ def train(
     _register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
-    typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
+    if result.first:
+        typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
 
 
 @app.command()

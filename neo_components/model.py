@@ -25,11 +25,20 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.primitive import Prepared
 from neo_components.components.token_loss import token_loss
+from neo_components.deferred import unfilled
 from neo_components.generation import generate
 from neo_components.hub import resolve
 from neo_components.packing import pack
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
-from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle, unfilled
+from neo_components.weights import (
+    TensorFiles,
+    as_dtype,
+    load_strict,
+    read_config,
+    save_description,
+    save_folder,
+    settle,
+)
 
 TEXT = ("shared", "bypass")
 """Where text goes: through the pre-Buffer like the images (NEO), or around it."""
@@ -47,10 +56,16 @@ class NEO(Component):
         text: ``shared``, words and images pass the pre-Buffer together (NEO paper), or ``bypass``: each image passes it
             alone with its two boundary tokens, and words reach the language model untouched.
 
+    Attributes:
+        every_part: whether all parts compute in every batch, also where a batch without an image has no use for some.
+            Processes that divide the weights need it: whoever gathers a part, gathers it together with all others.
+
     Raises:
         ValueError: if the widths do not meet, the parts' types differ, pre-Buffer and post-LLM count positions by
             different rules, or ``text`` is unknown.
     """
+
+    every_part: bool = False
 
     def __init__(
         self,
@@ -163,7 +178,15 @@ class NEO(Component):
         if len(visual):
             tokens = self.patch_embedding(batch.patches, batch.patch_positions).to(x.dtype)
             return x.flatten(0, 1).index_copy(0, visual, tokens).view_as(x)
+        if self.every_part:
+            return x + self._no_image(batch).sum().to(x.dtype) * 0.0
         return _untouched(x, self.patch_embedding) if self.training else x
+
+    def _no_image(self, batch: Batch) -> Tensor:
+        """[1, D of the pre-Buffer]: what the patch embedding makes of one empty visual token."""
+        patch = self.patch_embedding.hparams
+        patches = batch.patches.new_zeros(patch.fold**2, patch.channels * patch.patch_size**2)
+        return self.patch_embedding(patches, batch.patch_positions.new_zeros(patch.fold**2, 2))
 
     def _images_alone(self, batch: Batch, hidden_states: dict[str, Tensor] | None) -> Tensor:
         """[B, L, D of the post-LLM]: words as the language model embeds them, and images as the pre-Buffer sees each
@@ -171,17 +194,22 @@ class NEO(Component):
         words = self.post_llm.embed(batch.token_ids)
         own = self._own_images(batch)
         places = (own >= 0).flatten().nonzero()[:, 0]
-        if not len(places):
-            parts = [part for part in (self.pre_buffer, self.bridge_out) if part is not None]
-            return _untouched(words, *parts) if self.training else words
+        if nothing := not len(places):
+            if not self.every_part:
+                parts = [part for part in (self.pre_buffer, self.bridge_out) if part is not None]
+                return _untouched(words, *parts) if self.training else words
+            places = places.new_zeros(1)  # any one token takes the way of the images, and nothing comes of it
         ids, image_ids, own, positions = (
             column.flatten(0, 1)[places][None] for column in (batch.token_ids, batch.image_ids, own, batch.positions)
         )
+        own = own.zero_() if nothing else own  # that of padding would see nothing, not even itself
         image_ids = torch.where(image_ids == NO_IMAGE, image_ids, own)
         x = words.new_zeros(*ids.shape, self.pre_buffer.hparams.hidden_size)
         x = self._place_images(x, ids, image_ids, batch)
         x = self.pre_buffer.run(x, positions, own, image_ids, hidden_states=hidden_states)
         x = x if self.bridge_out is None else self.bridge_out(x)
+        if nothing:
+            return words + x.sum().to(words.dtype) * 0.0
         return words.flatten(0, 1).index_copy(0, places, x[0].to(words.dtype)).view_as(words)
 
     def _own_images(self, batch: Batch) -> Tensor:
@@ -325,6 +353,10 @@ class NEO(Component):
         if layout != "neo_components":
             raise ValueError(f"layout must be 'neo_components' or 'released', got {layout!r}")
         return save_folder(folder, self.state_dict(), own_config(self), self._card())
+
+    def save_description(self, folder: str | Path) -> None:
+        """Writes config.json and the model card of the own layout, for a caller that writes the weights itself."""
+        save_description(Path(folder), own_config(self), self._card())
 
     def _card(self) -> str:
         pre, llm = self.pre_buffer.hparams, self.post_llm.hparams

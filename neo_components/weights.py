@@ -2,9 +2,10 @@
 
 The lowest layer of loading: it knows files and tensors; ``llms`` and ``checkpoint`` say which name is whose.
 
-A model to be loaded is built on the meta device (:func:`unfilled`), where nothing takes room, gets its weights tensor
-by tensor (:func:`load_strict`), and is made whole (:func:`settle`). So it is never in memory twice: beside the model
-there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor.
+A model to be loaded is built on the meta device (``deferred.unfilled``), where nothing takes room, gets its weights
+tensor by tensor (:func:`load_strict`), and is made whole (:func:`settle`). So it is never in memory twice: beside the
+model there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor. Where weights
+are deferred (``deferred.Deferred``) they stay on the meta device, and which tensor is whose is noted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from neo_components.deferred import notes
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -126,6 +129,11 @@ class TensorFiles:
         with _open(self.files[name]) as tensors:
             return tensors.get_tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor of that name; no others are read."""
+        with _open(self.files[name]) as tensors:
+            return tensors.get_slice(name)[start:stop]
+
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies the tensor of that name into one of the same shape, in blocks of rows if it is large.
 
@@ -136,8 +144,7 @@ class TensorFiles:
             target.copy_(self.get(name))
             return
         for start in range(0, len(target), rows):
-            with _open(self.files[name]) as tensors:
-                target[start : start + rows].copy_(tensors.get_slice(name)[start : start + rows])
+            target[start : start + rows].copy_(self.rows(name, start, start + rows))
 
 
 def _open(path: Path) -> Any:
@@ -160,6 +167,8 @@ class Tensors(Protocol):
 
     def get(self, name: str) -> Tensor: ...
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
     def read_into(self, name: str, target: Tensor) -> None: ...
 
 
@@ -175,11 +184,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found  # type: ignore[return-value]
 
 
-def unfilled() -> torch.device:
-    """``with unfilled():`` what is built has shapes but no values: no memory, no time, no random numbers are spent."""
-    return torch.device("meta")
-
-
 def load_strict(
     module: nn.Module,
     tensors: Tensors,
@@ -192,7 +196,7 @@ def load_strict(
     """Copies tensors into a module; every tensor on both sides must find its partner.
 
     Args:
-        module: receives them; its weights on the meta device become real, on the CPU.
+        module: receives them; its weights on the meta device become real, on the CPU, unless they are deferred.
         tensors: the files.
         rename: name in the module -> name in the files.
         change: by name in the module, turns the stored tensor into the module's form.
@@ -221,18 +225,21 @@ def load_strict(
     with torch.no_grad():
         for source, name in wanted.items():
             target = _real(module, name, dtype) if state[name].is_meta else state[name]
-            if name in change:
+            if target.is_meta and (taken := notes()) is not None:
+                taken.stored(target, tensors, source, change.get(name))
+            elif name in change:
                 target.copy_(change[name](tensors.get(source)))
             else:
                 tensors.read_into(source, target)
 
 
 def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """Puts an unset tensor on the CPU in the place of a weight on the meta device."""
+    """Puts an unset tensor on the CPU in the place of a weight on the meta device; on the meta device if deferred."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
-    new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
+    device = "cpu" if notes() is None else "meta"
+    new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     return new
 
@@ -241,16 +248,17 @@ def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Makes the rest of a module on the meta device real, after :func:`load_strict`.
 
     Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
-    compute them again when they move to a device.
+    compute them again when they move to a device. Deferred weights stay on the meta device.
     """
+    taken = notes()
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.is_meta:
+            if parameter.is_meta and (taken is None or taken.unset(parameter)):
                 _real(part, name, dtype)
         if any(table.is_meta for table in part.buffers(recurse=False)):
             part.to_empty(device="cpu", recurse=False)
     # Lightning's modules keep note of their device and type.
-    module.to(device="cpu", dtype=dtype)
+    module.to(device="cpu" if taken is None else None, dtype=dtype)
 
 
 def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], card: str = "") -> Path:
@@ -268,10 +276,16 @@ def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, state)
+    save_description(folder, config, card)
+    return folder
+
+
+def save_description(folder: Path, config: Mapping[str, Any], card: str = "") -> None:
+    """Writes what lies beside the weights; arguments as in :func:`save_folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if card:
         write_text(folder / "README.md", card)
-    return folder
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -15,9 +15,9 @@ PACKAGE = "neo_components"
 
 # From the bottom up. A layer may import the layers below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
-    {"types", "progress"},
+    {"types", "progress", "deferred"},
     {"packing", "weights", "hub"},
-    {"llms", "asset_files"},
+    {"llms", "weight_writer", "asset_files"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},

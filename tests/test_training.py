@@ -22,7 +22,7 @@ from run_builders import MUON, picture, pretraining, recipe_file, small_world, s
 from neo_components import load_recipe
 from neo_components.chat import Chat
 from neo_components.data import load_image
-from neo_components.training import run
+from neo_components.training import trainer
 from neo_components.training.groups import train_only
 from neo_components.training.module import lr_factor
 from neo_components.training.optimizers import Joined, build_optimizer
@@ -128,8 +128,8 @@ def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(
     whole = train(load_recipe(pretraining(root, "unstopped")))
     recipe = load_recipe(pretraining(root, "stopped"))
     with monkeypatch.context() as patch:
-        usual = run._callbacks
-        patch.setattr(run, "_callbacks", lambda recipe: [*usual(recipe), Signal(4)])
+        usual = trainer._callbacks
+        patch.setattr(trainer, "_callbacks", lambda recipe: [*usual(recipe), Signal(4)])
         with pytest.raises(SystemExit) as stop:
             train(recipe)
     assert stop.value.code == 143

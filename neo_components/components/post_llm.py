@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from neo_components.components.backends import Attend
 from neo_components.components.layers import RMSNorm
 from neo_components.components.primitive import PrimitiveStack
+from neo_components.deferred import unfilled
 from neo_components.hub import resolve
 from neo_components.llms import arguments_of, family_of
 from neo_components.llms.layout import FamilyFiles
 from neo_components.types import NO_IMAGE
-from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, settle, unfilled
+from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, settle
 
 
 class PostLLM(PrimitiveStack):

@@ -25,6 +25,7 @@ from neo_components.asset_files import (
 from neo_components.components.backends import Attend
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.primitive import PrimitiveStack
+from neo_components.deferred import unfilled
 from neo_components.hub import resolve
 from neo_components.weights import (
     TensorFiles,
@@ -33,7 +34,6 @@ from neo_components.weights import (
     read_config,
     save_folder,
     settle,
-    unfilled,
 )
 
 FORMAT_VERSION = 1

@@ -9,6 +9,7 @@ from typing import Any
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.deferred import unfilled
 from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.flops import Flops, step_flops
 from neo_components.estimate.memory import Plan, step_memory
@@ -20,7 +21,6 @@ from neo_components.training.lora import choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
-from neo_components.weights import unfilled
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.deferred import unfilled
 from neo_components.hub import resolve
 from neo_components.llms import arguments_of, family_of
 from neo_components.llms.known import KNOWN
@@ -20,7 +21,7 @@ from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Pretraine
 from neo_components.recipe.building import BLOCKS
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
-from neo_components.weights import as_dtype, read_config, unfilled
+from neo_components.weights import as_dtype, read_config
 
 
 def empty_model(recipe: Recipe, overrides: Sequence[str] = ()) -> tuple[NEO, list[str]]:

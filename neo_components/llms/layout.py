@@ -91,6 +91,10 @@ class FamilyFiles:
         group, place, parts = self._made[name]
         return group.read(self.sizes, [self.files.get(part) for part in parts])[place]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor of that name; of one that is not made, no others are read."""
+        return self.get(name)[start:stop] if name in self._made else self.files.rows(name, start, stop)
+
     def superfluous(self) -> list[str]:
         """Stored tensors that the post-LLM does not want: the head beside a tied embedding, and what is no part of the
         language model."""

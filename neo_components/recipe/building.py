@@ -9,6 +9,7 @@ from neo_components.assets import attach
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.deferred import new_weights
 from neo_components.hub import resolve
 from neo_components.llms import arguments_of, family_of
 from neo_components.model import NEO
@@ -48,8 +49,9 @@ def build(model: ModelRecipe) -> NEO:
     sizes = _llm_arguments(model, model.rope, model.attention)
     own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
     # The language model comes last: what does not fit stops before its weights are read.
-    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
-    patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
+    with new_weights():
+        pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
+        patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
     dtype = as_dtype(model.dtype)
     return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
 
@@ -74,8 +76,9 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:
     """A pre-Buffer of the same shapes with random weights; what it is told about its language model stays."""
     assert trained.patch_embedding is not None
-    new = PreBuffer(**trained.hparams)
-    new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
+    with new_weights():
+        new = PreBuffer(**trained.hparams)
+        new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
     new.anchors, new.info = trained.anchors, trained.info
     return new
 
@@ -100,6 +103,8 @@ def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]
 
 def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
     if not isinstance(model.post_llm, PretrainedLLM):
-        return PostLLM(**arguments, backend=model.backend).to(as_dtype(model.dtype))
+        with new_weights():
+            new = PostLLM(**arguments, backend=model.backend)
+        return new.to(as_dtype(model.dtype))
     said = {name: arguments[name] for name in ("rope", "base_h", "base_w", "attention")}
     return PostLLM.from_pretrained(model.post_llm.from_pretrained, **said, backend=model.backend, dtype=model.dtype)

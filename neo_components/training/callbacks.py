@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from neo_components.chat import Chat
@@ -24,17 +25,19 @@ PICTURES = 8
 
 
 class LineProgress(Callback):
-    """A plain line now and then, for logs and pipes where a progress bar would be noise."""
+    """A plain line now and then, for logs and pipes where a progress bar would be noise; from the first process."""
 
     def __init__(self, title: str) -> None:
         self.title = title
 
+    @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Opens the progress at the step that the run starts or resumes from."""
         self.context = progress(self.title, int(trainer.max_steps))
         self.bar = self.context.__enter__()
         self.bar.advance(trainer.global_step)
 
+    @rank_zero_only
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -43,6 +46,7 @@ class LineProgress(Callback):
         note = f"loss {float(loss):.3f}" if loss is not None else ""
         self.bar.advance(trainer.global_step - self.bar.done, note)
 
+    @rank_zero_only
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Closes the progress."""
         self.context.__exit__(None, None, None)

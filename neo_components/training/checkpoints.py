@@ -1,4 +1,4 @@
-"""Checkpoints that survive faults: written whole or not at all, checked before they are read, saved on SIGTERM."""
+"""Checkpoints that survive faults: written whole or not at all, checked before they are read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from neo_components.training.sharded_checkpoints import is_sharded, read_meta
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,18 @@ class WholeFiles(TorchCheckpointIO):
             ) from error
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """A checkpoint of a training run, its tensors mapped from the file.
+def read_checkpoint(path: Path, thorough: bool = True) -> Mapping[str, Any]:
+    """A checkpoint of a training run, its tensors mapped from the file; of a sharded one they have shapes only.
+
+    Args:
+        path: the file, or the folder of a run whose weights are divided.
+        thorough: compare the checksums of a folder's files; a single file is always checked.
 
     Raises:
-        ValueError: if the file is damaged or something else.
+        ValueError: if it is damaged or something else.
     """
+    if is_sharded(path):
+        return read_meta(path, thorough)
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -69,8 +75,12 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     return saved
 
 
-def newest_checkpoint(folder: Path) -> Path:
+def newest_checkpoint(folder: Path, thorough: bool = True) -> Path:
     """The newest checkpoint of a run that can be read; damaged ones are named in the log and passed over.
+
+    Args:
+        folder: of the run's checkpoints.
+        thorough: as in :func:`read_checkpoint`.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -81,34 +91,9 @@ def newest_checkpoint(folder: Path) -> Path:
         raise FileNotFoundError(f"no checkpoint {folder / LAST} to resume from; start without --resume")
     for file in files:
         try:
-            read_checkpoint(file)
+            read_checkpoint(file, thorough)
         except ValueError as error:
             log.warning("%s; looking for an older one", error)
         else:
             return file
     raise ValueError(f"all {len(files)} checkpoints in {folder} are damaged; start without --resume")
-
-
-class SaveOnSigterm(Callback):
-    """Saves ``last.ckpt`` when SIGTERM has come, as schedulers send it before they take a machine away.
-
-    Lightning ends the run after the batch with exit code 143. In the middle of an accumulated step, and with several
-    processes, nothing is saved: the run goes on from the last regular checkpoint.
-
-    Args:
-        folder: of the run's checkpoints.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Looks whether the signal has come."""
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if trainer.received_sigterm and whole_step and trainer.world_size == 1:
-            trainer.save_checkpoint(self.folder / LAST)
-            log.warning(
-                "SIGTERM: saved %s at step %d; go on with --resume last", self.folder / LAST, trainer.global_step
-            )

@@ -17,6 +17,7 @@ from neo_components.training.lora import choose_trained, lora_parameters
 from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.recompute import blocks_of
+from neo_components.training.shards import gradient_norms
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, Batch
 
@@ -67,7 +68,7 @@ class NEOTraining(lightning.LightningModule):
         self._totals: list[Tensor] = []
 
     def choose_trained(self) -> None:
-        """Lets what the stage names and the adapters learn, and freezes the rest."""
+        """Lets what the stage names and the adapters learn and freezes the rest; again when these were replaced."""
         self.trainable = choose_trained(self.model, self.stage)
         adapters = lora_parameters(self.model)
         learning = {id(parameter) for parameter in self.trainable}
@@ -118,7 +119,7 @@ class NEOTraining(lightning.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the step's gradient, drops it if it is not finite, and logs loss and norm before clipping."""
         loss = self._complete()
-        norms = {id(p): p.grad.norm() for p in self.trainable if p.grad is not None}
+        norms = gradient_norms(self.trainable)
         norm = joined(list(norms.values()))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)

@@ -8,46 +8,29 @@ the start of the next stage).
 from __future__ import annotations
 
 import json
-import logging
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import Tensor
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import neo_components
-from neo_components.chat import Chat
-from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.evaluation import questions_from_shards
 from neo_components.model import NEO
-from neo_components.recipe import Recipe, build
+from neo_components.recipe import Recipe
 from neo_components.recipe.schema import PretrainedLLM
-from neo_components.training.callbacks import History, LineProgress, Predictions, averaging
-from neo_components.training.checkpoints import SaveOnSigterm, WholeFiles, newest_checkpoint, read_checkpoint
+from neo_components.training.callbacks import History
 from neo_components.training.drift import Drift
-from neo_components.training.loggers import run_loggers
 from neo_components.training.lora import merge_lora
-from neo_components.training.module import NEOTraining
 from neo_components.training.performance import Performance
-from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
-from neo_components.training.random_states import RandomStates
-from neo_components.training.recompute import blocks_of, settle
-from neo_components.training.stage import StageConfig
+from neo_components.training.sharding import NAME, save_divided
+from neo_components.training.start import checkpoint_of, start, whiten
 from neo_components.training.summary import Summary
 from neo_components.training.text import TextBefore
+from neo_components.training.trainer import build_trainer, predictions_of, strategy_of
 from neo_components.weights import read_json, write_text
-
-log = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
 
@@ -58,12 +41,13 @@ class RunResult:
 
     Args:
         folder: the model's folder.
-        model: the trained model.
+        model: the trained model; of one whose weights are divided, this process's rows.
         metrics: last value of everything that was logged.
         seconds: time of the training.
         losses: (step, seconds, training loss) of every step.
         scores: (step, seconds, exact match) of each validation that asked questions.
         summary: the figures of the run.
+        first: whether this is the first of the run's processes, which speaks for all.
     """
 
     folder: Path
@@ -73,6 +57,7 @@ class RunResult:
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     scores: list[tuple[int, float, float]] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
+    first: bool = True
 
 
 def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
@@ -80,30 +65,33 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
 
     Args:
         recipe: from ``load_recipe``.
-        resume: a checkpoint of an interrupted run of the same recipe, or ``last`` for its newest one.
+        resume: a checkpoint of an interrupted run of the same recipe, ``last`` for its newest one, or ``auto`` for its
+            newest one if there is any: the same command then starts a run and restarts it.
 
     Raises:
         FileNotFoundError: if there is no checkpoint to resume from, or data is missing.
-        SystemExit: with code 143 if SIGTERM came (``checkpoints.SaveOnSigterm``).
+        SystemExit: with code 143 if a signal ended the run (``signals.SaveOnSignal``).
         ValueError: if parts of the recipe do not fit the model.
     """
     began = time.monotonic()
     output = Path(recipe.output)
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
-    chat = _start(recipe)
+    divided = strategy_of(recipe) == NAME
+    chat, module = start(recipe)
+    checkpoint, done = checkpoint_of(output, resume, module)
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
-    module = NEOTraining(chat.model, _settled(recipe, chat.model))
-    checkpoint, done = _checkpoint(output, resume, module)
-    history, performance, predictions = History(), Performance(), _predictions(recipe, chat)
+    history, performance, predictions = History(), Performance(), predictions_of(recipe, chat)
     drift = Drift(recipe.stage.validate_every, recipe.stage.steps)
-    before = TextBefore(data, isinstance(getattr(recipe.model, "post_llm", None), PretrainedLLM))
+    # A part of a divided model cannot be asked by itself.
+    before = TextBefore(data, not divided and isinstance(getattr(recipe.model, "post_llm", None), PretrainedLLM))
     watching = [history, performance, drift, *([before] if data.text_sources else [])]
-    trainer = _trainer(recipe, [*watching, *predictions, *_callbacks(recipe)], done)
+    trainer = build_trainer(recipe, [*watching, *predictions], done)
     if recipe.stage.whiten_patches and checkpoint is None:
-        _whiten(recipe, chat)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "recipe.yaml", recipe.to_yaml())
+        whiten(recipe, chat)
+    if trainer.is_global_zero:  # several processes may have been started at once
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "recipe.yaml", recipe.to_yaml())
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException as stop:
@@ -115,133 +103,15 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
         trainer.global_step, performance.tokens, performance.images, result.seconds, history.losses,
         history.validations, before.values, metrics,
     )  # fmt: skip
+    result.first = trainer.is_global_zero
     result.scores = [score for callback in predictions for score in callback.scores]
-    if trainer.is_global_zero:
+    if divided:
+        save_divided(chat, result.folder, trainer.is_global_zero)
+    elif trainer.is_global_zero:
         chat.save_pretrained(result.folder)
+    if trainer.is_global_zero:
         _write_provenance(recipe, result)
     return result
-
-
-def _start(recipe: Recipe) -> Chat:
-    """The model that the stage starts from, with tokenizer and image limits."""
-    data = recipe.data
-    tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
-    return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
-
-
-def _settled(recipe: Recipe, model: NEO) -> StageConfig:
-    """The stage with a number for ``recompute``, chosen by what fits if the recipe says ``auto``."""
-    if recipe.stage.recompute != "auto":
-        return recipe.stage
-    plan = plan_of(recipe)
-    setting = setting_of(recipe, plan)
-    stage = settle(
-        recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan, accumulates(recipe)
-    )
-    depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
-    counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
-    log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)
-    return stage
-
-
-def _whiten(recipe: Recipe, chat: Chat) -> None:
-    """Whitens the patch embedding by the first training images; the same ones on every rank."""
-    data = NEODataModule(**(recipe.data | {"workers": 0}))
-    data.input_spec = chat.model.input_spec
-    data.setup()
-    patches: list[Tensor] = []
-    for batch in data.train_dataloader():
-        patches.append(batch.patches)
-        if sum(map(len, patches)) >= recipe.stage.whiten_patches:
-            break
-    embedding = chat.model.patch_embedding
-    embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
-
-
-def _callbacks(recipe: Recipe) -> list[Callback]:
-    """Checkpoints and progress."""
-    stage = recipe.stage
-    saving = ModelCheckpoint(
-        Path(recipe.output) / "checkpoints",
-        filename="step-{step:06d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=stage.checkpoint_every,
-        save_top_k=2,
-        monitor="step",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
-    )
-    bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
-    # Behind the predictions: at the end of a validation it puts the weights of the training back.
-    averages = [averaging(stage.ema)] if stage.ema else []
-    return [RandomStates(), *averages, saving, SaveOnSigterm(Path(recipe.output) / "checkpoints"), bar]
-
-
-def _predictions(recipe: Recipe, chat: Chat) -> list[Predictions]:
-    """The callback that answers validation questions, if the stage asks any."""
-    count, validation = recipe.stage.predictions, recipe.data["validation"]
-    if not (count and validation and recipe.stage.validate_every):
-        return []
-    # Evenly spaced: the questions of one picture often lie side by side.
-    step = max(1, len(ShardFolder(validation[0].shards)) // count)
-    questions = list(islice(questions_from_shards(validation[0].shards), 0, step * count, step))
-    return [Predictions(questions, chat, Path(recipe.output) / "pictures")]
-
-
-def _trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:
-    try:
-        return lightning.Trainer(**_trainer_options(recipe, done), callbacks=callbacks)
-    except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}; change that key of the recipe or give trainer.KEY=VALUE") from error
-
-
-def _trainer_options(recipe: Recipe, done: int) -> dict[str, Any]:
-    """Lightning's arguments: what the stage says, and the recipe's own ``trainer`` section on top."""
-    stage = recipe.stage
-    validates = bool(stage.validate_every and (recipe.data["validation"] or recipe.data["text_validation"]))
-    options: dict[str, Any] = {
-        "logger": run_loggers(Path(recipe.output), done),
-        "max_steps": stage.steps,
-        "gradient_clip_val": 1.0,
-        "log_every_n_steps": stage.log_every,
-        "check_val_every_n_epoch": None,
-        "val_check_interval": stage.validate_every if validates else None,
-        "limit_val_batches": None if validates else 0,
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
-        "enable_progress_bar": sys.stderr.isatty(),
-        "use_distributed_sampler": False,
-    }
-    strategy = str(recipe.trainer.get("strategy", ""))
-    if any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
-        raise ValueError(
-            f"trainer.strategy: {strategy} divides the weights between processes, which the export at the end of a run "
-            "cannot put together yet; use ddp, or a model that fits one device"
-        )
-    return options | {"plugins": [WholeFiles()]} | recipe.trainer
-
-
-def _checkpoint(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:
-    """The checkpoint to resume from and its steps; one that does not fit is refused before anything is written."""
-    if resume is None:
-        return None, 0
-    path = newest_checkpoint(output / "checkpoints") if str(resume) == "last" else Path(resume)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
-    saved = read_checkpoint(path)
-    stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
-    done = int(saved["global_step"])
-    if done >= module.stage.steps:
-        raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
-    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    differ = [name for name in sorted(stored.keys() | wanted) if stored.get(name) != wanted.get(name)]
-    if differ:
-        some = ", ".join(differ[:3])
-        raise ValueError(
-            f"{path} is of another model: {len(differ)} tensors differ ({some} ...); resume with the recipe of its run"
-        )
-    return path, done
 
 
 def _write_provenance(recipe: Recipe, result: RunResult) -> None:

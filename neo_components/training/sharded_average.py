@@ -1,0 +1,92 @@
+"""An exponential average of weights that are divided among processes: each averages its own rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from neo_components.training.sharded_checkpoints import read_average
+from neo_components.training.sharding import gathered_again
+
+
+class ShardedAverage(Callback):
+    """Keeps the average of what learns; validation and the trained model use it, checkpoints hold both.
+
+    As Lightning's ``EMAWeightAveraging``, which copies whole models: the average begins as the weights after the first
+    step.
+
+    Args:
+        decay: share of the average that a step keeps, for example 0.999.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.updated = 0
+        self._swapped = False
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Makes room for the average."""
+        self.average = {name: weight.detach().clone() for name, weight in self._weights(module).items()}
+
+    def _weights(self, module: lightning.LightningModule) -> dict[str, Tensor]:
+        gathered_again(module)
+        return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *rest: Any) -> None:
+        """Takes a step into the average."""
+        if trainer.global_step <= self.updated:
+            return
+        for name, weight in self._weights(module).items():
+            if self.updated:
+                self.average[name].lerp_(weight, 1 - self.decay)
+            else:
+                self.average[name].copy_(weight)
+        self.updated = trainer.global_step
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Puts the average in the weights' place, once there is one."""
+        if self.updated:
+            self._swap(module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Puts the weights back."""
+        if self._swapped:
+            self._swap(module)
+
+    @torch.no_grad()
+    def _swap(self, module: lightning.LightningModule) -> None:
+        for name, weight in self._weights(module).items():
+            kept = weight.detach().clone()
+            weight.copy_(self.average[name])
+            self.average[name].copy_(kept)
+        self._swapped = not self._swapped
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The trained model is the average."""
+        for name, weight in self._weights(module).items():
+            weight.copy_(self.average[name])
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the average; a checkpoint in the middle of a validation has both the right way round."""
+        held = {name: weight for name, weight in checkpoint["state_dict"].items() if name in self.average}
+        checkpoint["average"] = dict(self.average)
+        if self._swapped:
+            checkpoint["state_dict"] |= self.average
+            checkpoint["average"] = held
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restores it; a checkpoint without one begins anew."""
+        if read_average(Path(checkpoint["folder"]), self.average):
+            self.updated = checkpoint["global_step"]

@@ -1,0 +1,120 @@
+"""What a run begins with: the model and what trains it, whole or divided, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from neo_components.chat import Chat
+from neo_components.data import load_tokenizer
+from neo_components.data.module import NEODataModule
+from neo_components.deferred import Deferred
+from neo_components.model import NEO
+from neo_components.recipe import Recipe, build
+from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
+from neo_components.training.module import NEOTraining
+from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
+from neo_components.training.recompute import blocks_of, settle
+from neo_components.training.sharded_checkpoints import is_sharded
+from neo_components.training.sharding import NAME, ShardedTraining, policy_of, refuse_undividable
+from neo_components.training.stage import StageConfig
+from neo_components.training.trainer import strategy_of
+
+log = logging.getLogger(__name__)
+
+
+def start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    """The model that the stage starts from, with tokenizer and image limits; and what trains it.
+
+    Raises:
+        ValueError: if parts of the recipe do not fit the model or the strategy.
+    """
+    return _divided_start(recipe) if strategy_of(recipe) == NAME else _whole_start(recipe)
+
+
+def _whole_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    chat = _chat(recipe)
+    return chat, NEOTraining(chat.model, _settled(recipe, chat.model))
+
+
+def _divided_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    """On the meta device: which process gets which weights is known when all of them have been started."""
+    policy = policy_of(recipe.trainer.get("precision", "32-true"))
+    refuse_undividable(recipe.stage)
+    with Deferred() as notes:
+        chat = _chat(recipe)
+        if recipe.stage.whiten_patches:
+            notes.fill(chat.model.patch_embedding)
+    return chat, ShardedTraining(chat.model, _settled(recipe, chat.model), notes, policy)
+
+
+def _chat(recipe: Recipe) -> Chat:
+    data = recipe.data
+    tokenizer = load_tokenizer(data["tokenizer"], data["chat_template"])
+    return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
+
+
+def _settled(recipe: Recipe, model: NEO) -> StageConfig:
+    """The stage with a number for ``recompute``, chosen by what fits if the recipe says ``auto``."""
+    if recipe.stage.recompute != "auto":
+        return recipe.stage
+    plan = plan_of(recipe)
+    setting = setting_of(recipe, plan)
+    stage = settle(
+        recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan, accumulates(recipe)
+    )
+    depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
+    counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
+    log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)
+    return stage
+
+
+def whiten(recipe: Recipe, chat: Chat) -> None:
+    """Whitens the patch embedding by the first training images; the same ones on every rank."""
+    data = NEODataModule(**(recipe.data | {"workers": 0}))
+    data.input_spec = chat.model.input_spec
+    data.setup()
+    patches: list[Tensor] = []
+    for batch in data.train_dataloader():
+        patches.append(batch.patches)
+        if sum(map(len, patches)) >= recipe.stage.whiten_patches:
+            break
+    embedding = chat.model.patch_embedding
+    embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
+
+
+def checkpoint_of(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:
+    """The checkpoint to resume from and its steps; one that does not fit is refused before anything is written.
+
+    Where all processes read one, the first one's choice counts, and it alone compares checksums of folders.
+    """
+    if resume is None or (str(resume) == "auto" and not any((output / "checkpoints").glob("*.ckpt"))):
+        return None, 0
+    thorough = getattr(rank_zero_only, "rank", 0) == 0  # known before Lightning has started
+    newest = str(resume) in ("last", "auto")
+    path = newest_checkpoint(output / "checkpoints", thorough) if newest else Path(resume)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
+    divided = isinstance(module, ShardedTraining)
+    if is_sharded(path) != divided:
+        was, way = ("is", f"trainer.strategy={NAME}, on any number of processes") if is_sharded(path) else (
+            "is not", "the strategy of its run"
+        )  # fmt: skip
+        raise ValueError(f"{path} {was} divided among processes; resume with {way}")
+    saved = read_checkpoint(path, thorough)
+    stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
+    done = int(saved["global_step"])
+    if done >= module.stage.steps:
+        raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    differ = [name for name in sorted(stored.keys() | wanted) if stored.get(name) != wanted.get(name)]
+    if differ:
+        some = ", ".join(differ[:3])
+        raise ValueError(
+            f"{path} is of another model: {len(differ)} tensors differ ({some} ...); resume with the recipe of its run"
+        )
+    return path, done

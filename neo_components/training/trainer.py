@@ -1,0 +1,113 @@
+"""Lightning's Trainer as a recipe wants it: strategy, loggers, checkpoints, progress, answers to questions."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from neo_components.chat import Chat
+from neo_components.data.shard_folder import ShardFolder
+from neo_components.evaluation import questions_from_shards
+from neo_components.recipe import Recipe
+from neo_components.training.callbacks import LineProgress, Predictions, averaging
+from neo_components.training.checkpoints import WholeFiles
+from neo_components.training.loggers import run_loggers
+from neo_components.training.random_states import RandomStates
+from neo_components.training.sharded_average import ShardedAverage
+from neo_components.training.sharding import NAME, Sharded
+from neo_components.training.signals import SaveOnSignal, slurm_environment
+
+
+def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:
+    """Lightning's Trainer of a run.
+
+    Args:
+        recipe: of the run.
+        callbacks: that watch; those that save and show progress are added behind them.
+        done: steps that a resumed run has behind it.
+
+    Raises:
+        ValueError: if Lightning refuses an option.
+    """
+    try:
+        return lightning.Trainer(**_options(recipe, done), callbacks=[*callbacks, *_callbacks(recipe)])
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}; change that key of the recipe or give trainer.KEY=VALUE") from error
+
+
+def _callbacks(recipe: Recipe) -> list[Callback]:
+    """Checkpoints and progress."""
+    stage = recipe.stage
+    saving = ModelCheckpoint(
+        Path(recipe.output) / "checkpoints",
+        filename="step-{step:06d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=stage.checkpoint_every,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
+    )
+    bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
+    average = ShardedAverage if strategy_of(recipe) == NAME else averaging
+    # Behind the predictions: at the end of a validation it puts the weights of the training back.
+    averages = [average(stage.ema)] if stage.ema else []
+    return [RandomStates(), *averages, saving, SaveOnSignal(Path(recipe.output) / "checkpoints"), bar]
+
+
+def predictions_of(recipe: Recipe, chat: Chat) -> list[Predictions]:
+    """The callback that answers validation questions, if the stage asks any."""
+    count, validation = recipe.stage.predictions, recipe.data["validation"]
+    if not (count and validation and recipe.stage.validate_every):
+        return []
+    # Evenly spaced: the questions of one picture often lie side by side.
+    step = max(1, len(ShardFolder(validation[0].shards)) // count)
+    questions = list(islice(questions_from_shards(validation[0].shards), 0, step * count, step))
+    return [Predictions(questions, chat, Path(recipe.output) / "pictures")]
+
+
+def _options(recipe: Recipe, done: int) -> dict[str, Any]:
+    """Lightning's arguments: what the stage says, and the recipe's own ``trainer`` section on top."""
+    stage = recipe.stage
+    validates = bool(stage.validate_every and (recipe.data["validation"] or recipe.data["text_validation"]))
+    options: dict[str, Any] = {
+        "logger": run_loggers(Path(recipe.output), done),
+        "max_steps": stage.steps,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": stage.log_every,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": stage.validate_every if validates else None,
+        "limit_val_batches": None if validates else 0,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "use_distributed_sampler": False,
+    }
+    slurm = slurm_environment()
+    options |= {"plugins": [WholeFiles(), *([slurm] if slurm else [])]} | recipe.trainer
+    if strategy_of(recipe) == NAME:
+        options["strategy"] = Sharded()
+        options.pop("precision", None)  # the strategy's own: types of the gathered weights, not of single operations
+    return options
+
+
+def strategy_of(recipe: Recipe) -> str:
+    """The recipe's strategy.
+
+    Raises:
+        ValueError: if it is one that would leave no model behind.
+    """
+    strategy = str(recipe.trainer.get("strategy", "auto"))
+    if strategy != NAME and any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
+        raise ValueError(
+            f"trainer.strategy: {strategy} divides the weights in a way that the export at the end of a run cannot put "
+            f"together; trainer.strategy={NAME} divides them too and can, ddp keeps them whole in every process"
+        )
+    return strategy

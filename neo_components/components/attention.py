@@ -115,11 +115,9 @@ class NativeAttention(nn.Module):
 
         def turned(q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor]:
             normed = [partial(norm.by, weight=gain) for norm, gain in zip(norms, gains, strict=True)]
-            q_norm, k_norm = normed[4:] or (None, None)
-            return (
-                self._heads(q, q_hw, q_norm, *normed[:2], rotary),
-                self._heads(k, k_hw, k_norm, *normed[2:4], rotary),
-            )
+            q_h, q_w, k_h, k_w, *of_t = normed
+            q_norm, k_norm = of_t or (None, None)
+            return self._heads(q, q_hw, q_norm, q_h, q_w, rotary), self._heads(k, k_hw, k_norm, k_h, k_w, rotary)
 
         out = attend_over(attend, turned, (q, q_hw, k, k_hw, *(norm.weight for norm in norms)), v, self.scale)
         return self.o_proj(out.flatten(-2))

@@ -149,7 +149,7 @@ def block_mask(
 
     rows, length = document_ids.shape
     create = _create_block_mask(document_ids.is_cuda if compiled is None else compiled)
-    return create(mask_mod, rows, None, length, length, device=str(document_ids.device))  # type: ignore[no-any-return]
+    return create(mask_mod, rows, None, length, length, device=str(document_ids.device))
 
 
 @lru_cache(maxsize=2)

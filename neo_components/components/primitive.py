@@ -279,7 +279,7 @@ class PrimitiveStack(Component):
             backend: of ``torch.compile``.
         """
         for layer in self.layers:
-            layer.compile(backend=backend, dynamic=False)  # type: ignore[operator]
+            layer.compile(backend=backend, dynamic=False)
 
     def hw_modules(self) -> list[nn.Module]:
         """The H/W projections and norms of all blocks."""

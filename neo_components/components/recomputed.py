@@ -51,7 +51,7 @@ def linears_of(compute: Compute, inputs: Sequence[Tensor], linears: Sequence[nn.
         x = compute(*inputs)
         return tuple(linear(x) for linear in linears)
     weights = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-    return _Linears.apply(compute, autocast_type(inputs[0]), len(inputs), *inputs, *weights)  # type: ignore[no-any-return]
+    return _Linears.apply(compute, autocast_type(inputs[0]), len(inputs), *inputs, *weights)
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:

@@ -285,7 +285,7 @@ def rotate(parts: Sequence[Tensor], cosines: Tensor, sines: Tensor) -> Tensor:
     halves = [part.chunk(2, dim=-1) for part in parts]
     first, second = (torch.cat(half, dim=-1) for half in zip(*halves, strict=True))
     if not torch.compiler.is_compiling():
-        return _Turn.apply(first, second, cosines, sines)  # type: ignore[no-any-return]
+        return _Turn.apply(first, second, cosines, sines)
     turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
     return turned.to(parts[0].dtype)
 
@@ -303,7 +303,8 @@ class _Turn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
-        turned = _turn(*grad.to(cosines.dtype).chunk(2, dim=-1), cosines, -sines)
+        first, second = grad.to(cosines.dtype).chunk(2, dim=-1)
+        turned = _turn(first, second, cosines, -sines)
         first, second = turned.to(grad.dtype).chunk(2, dim=-1)
         return first, second, None, None
 

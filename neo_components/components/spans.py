@@ -201,8 +201,9 @@ class SpanAttention:
     def over(self, compute: Compute, inputs: Sequence[Tensor], v: Tensor, scale: float) -> Tensor:
         """Attention with ``q, k = compute(*inputs)``, of which only the inputs are kept; see :class:`Attend`."""
         if v.is_cuda or (v.dtype in HALF and any(bucket.index.shape[1] >= FUSED for bucket in self.buckets)):
-            return self._by_bucket(*compute(*inputs), v, scale)
-        return _Attention.apply(compute, self, scale, v, *inputs)  # type: ignore[no-any-return]
+            q, k = compute(*inputs)
+            return self._by_bucket(q, k, v, scale)
+        return _Attention.apply(compute, self, scale, v, *inputs)
 
     def _by_bucket(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """By torch's SDPA."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,20 @@ def test_it_warns_when_it_will_not_fit(world: Path) -> None:
     peak = report(world / "run.yaml", "--device-memory", "1")["peak"] / 1e9
     assert "WARNING: will be tight" in good("inspect", world / "run.yaml", "--device-memory", f"{1.05 * peak:.9f}")
     assert "WARNING" not in good("inspect", world / "run.yaml", "--device-memory", f"{2 * peak:.9f}")
+    never = good("inspect", world / "run.yaml", "stage.recompute=auto", "--device-memory", "0.0001")
+    assert "WARNING: stage.recompute auto: with every block computed again" in never
+    assert "WARNING: will not fit" in never
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is found")
+def test_without_a_gpu_the_shipped_recipes_are_told_all_the_same() -> None:
+    found = report("neo_2b/pretrain")
+    assert found["device_memory"] is None and found["warnings"] == [] and found["peak"] > 0
+    assert (
+        found["notes"][-1].startswith("stage.recompute auto: told without any")
+        and "--device-memory" in found["notes"][-1]
+    )
+    assert found["assumptions"]["recomputed"] == "0 + 0 blocks"
 
 
 def test_strategies_divide(world: Path) -> None:
@@ -96,6 +112,18 @@ def test_tensor_parallel_shares_blocks() -> None:
     assert 0.5 < shared["memory"]["activations"] / whole["memory"]["activations"] < 0.75
     assert shared["tokens"] == whole["tokens"] // 2
     assert shared["flops_per_token"] == whole["flops_per_token"]
+
+
+def test_the_commands_of_the_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "inspect.md").read_text()
+    lines = re.findall(r"^neo (inspect .*?)(?:\s+#.*)?$", page, re.MULTILINE)
+    assert len(lines) == 4
+    outputs = [good(*shlex.split(line)) for line in lines]
+    assert "all steps take" in outputs[0] and "WARNING" not in outputs[0]
+    assert "gradient buckets" in outputs[1]
+    assert json.loads(outputs[2])["assumptions"]["recomputed"] == "3 + 18 blocks"
+    assert outputs[3].startswith("# complete recipe")
+    assert "322 tokens: 256 visual (given), 64 text" in outputs[3]
 
 
 @pytest.mark.parametrize("bridge", ["auto", "random"])

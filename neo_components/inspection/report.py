@@ -14,6 +14,7 @@ from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.flops import Flops, step_flops
 from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
+from neo_components.estimate.tracing import Setting
 from neo_components.inspection.shape import empty_model
 from neo_components.model import NEO
 from neo_components.recipe import Recipe
@@ -21,6 +22,7 @@ from neo_components.training.lora import choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
+from neo_components.training.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"
-    stage = settle(recipe.stage, mine, recipe.data, setting, memory_limit, _stored(plan), accumulates(recipe))
+    stage, doubts = _settled(recipe, mine, setting, memory_limit, plan)
     for both in (mine, model):
         for stack in (both.pre_buffer, both.post_llm):
             stack.recomputed = blocks_of(float(stage.recompute), len(stack.layers))
@@ -137,7 +139,29 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         str(recipe.path), groups, total, assumptions, flops, batches * batch.token_ids.numel(), memory.kinds,
         memory.peak, memory_limit, hours, notes,
     )  # fmt: skip
-    return replace(report, warnings=_warnings(report))
+    return replace(report, notes=[*notes, *doubts.notes], warnings=[*doubts.warnings, *_warnings(report)])
+
+
+@dataclass(frozen=True)
+class _Doubts:
+    """What is to be said where ``recompute: auto`` cannot be settled."""
+
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _settled(
+    recipe: Recipe, model: NEO, setting: Setting, device_memory: int | None, plan: Plan
+) -> tuple[StageConfig, _Doubts]:
+    """The stage as it would run; where a run would stop, a stage that can be told about, and why it would stop."""
+    stage = recipe.stage
+    if stage.recompute == "auto" and not stage.activation_gb and device_memory is None:
+        note = "stage.recompute auto: told without any, as the device's memory is not known; give --device-memory"
+        return replace(stage, recompute=0.0), _Doubts(notes=(note,))
+    try:
+        return settle(stage, model, recipe.data, setting, device_memory, _stored(plan), accumulates(recipe)), _Doubts()
+    except ValueError as error:
+        return replace(stage, recompute=1.0, activation_gb=0.0), _Doubts(warnings=(str(error),))
 
 
 def _warnings(report: Report) -> list[str]:

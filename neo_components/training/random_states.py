@@ -44,7 +44,8 @@ class RandomStates(Callback):
 
 def random_states() -> dict[str, Any]:
     """Where the generators of Python, numpy, torch, and this process's GPU are, in plain values."""
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    drawn: Any = np.random.get_state(legacy=True)
+    kind, keys, place, has_gauss, gauss = drawn
     version, numbers, following = random.getstate()
     return {
         "python": [version, list(numbers), following],

@@ -90,8 +90,7 @@ def make_run(
     if strategy == "fsdp2":
         with Deferred() as notes:
             model = NEO.from_pretrained(folder)
-            sources = notes.sources(model)
-        module: NEOTraining = ShardedTraining(model, config, sources, policy_of(precision))
+        module: NEOTraining = ShardedTraining(model, config, notes, policy_of(precision))
     else:
         model = NEO.from_pretrained(folder)
         module = NEOTraining(model, config)

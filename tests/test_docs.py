@@ -18,9 +18,11 @@ import pytest
 import torch
 import typer.main
 from builders import edit_config, weights_of
-from commands import good
+from commands import good, installed_neo
 from llm_references import plain
 from shard_builders import png, turns
+from test_sharding import torchrun
+from torch.distributed.run import get_args_parser
 
 import neo_components
 from neo_components import PostLLM
@@ -30,6 +32,7 @@ from neo_components.llms import FAMILIES
 from neo_components.model import NEO
 from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
+from neo_components.training.checkpoints import read_checkpoint
 from neo_components.training.stage import Group
 from neo_components.weights import save_tensors
 
@@ -105,6 +108,7 @@ def test_options_exist() -> None:
         return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
 
     known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir"}  # the last two are ruff's and hf's
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}  # torchrun's
     for page in PAGES:
         named = {
             word for code in [*inline(page), *bash_lines(page)] for word in re.findall(r"(?<!\S)--[a-z][\w-]*", code)
@@ -198,6 +202,32 @@ def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
         left = Path("outputs/quickstart") / words[1].split("/")[1]
         assert torch.load(left / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2 + resumed
         assert NEO.from_pretrained(left / "neo").post_llm.hparams.depth >= 1
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_scaling_page_in_their_order(clone: Path) -> None:
+    """Both strategies, started by the command itself, then torchrun's line twice: the second time it goes on."""
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
+    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    lines = [shlex.split(line, comments=True) for line in bash_lines("docs/scaling.md")]
+    assert [words[0] for words in lines] == ["neo", "neo", "torchrun"]
+    run = Path("outputs/quickstart/pretrain")
+    for words in lines[:2]:
+        done = installed_neo(*words[1:], *short, folder=clone)
+        assert done.status == 0 and done.out.count(f"model: {run}/neo") == 1, done.err
+        assert NEO.from_pretrained(run / "neo").post_llm.hparams.depth >= 1
+    assert lines[2][:2] == ["torchrun", "--standalone"] and lines[2][6:9] == ["$(which", "neo)", "train"]
+    run = Path("outputs/quickstart/midtrain")
+    for steps in (3, 4):
+        words = [Path(sys.executable).with_name("neo"), *lines[2][8:], f"stage.steps={steps}", *short[1:]]
+        started = torchrun(2, *lines[2][4:6], *words, folder=clone)
+        assert started.returncode == 0, started.stderr[-4000:]
+        assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == steps
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "step-000003.ckpt",
+        "step-000004.ckpt",
+    }
 
 
 def test_python_of_the_readme() -> None:

@@ -19,7 +19,8 @@ from torch import nn
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, build, load_recipe
 from neo_components.chat import Chat
 from neo_components.components.rotary import Rotary
-from neo_components.weights import TensorFiles, as_dtype, load_strict, settle, unfilled
+from neo_components.deferred import unfilled
+from neo_components.weights import TensorFiles, as_dtype, load_strict, settle
 
 ROOT = Path(__file__).parent.parent
 READERS = {"NEO": NEO, "PreBuffer": PreBuffer, "PostLLM": PostLLM}

@@ -133,8 +133,7 @@ def _divided_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
         chat = _chat(recipe)
         if recipe.stage.whiten_patches:
             notes.fill(chat.model.patch_embedding)
-        sources = notes.sources(chat.model)
-    return chat, ShardedTraining(chat.model, recipe.stage, sources, policy)
+    return chat, ShardedTraining(chat.model, recipe.stage, notes, policy)
 
 
 def _chat(recipe: Recipe) -> Chat:

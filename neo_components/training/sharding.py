@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from neo_components.chat import Chat
-from neo_components.deferred import Source
+from neo_components.deferred import Deferred, Source
 from neo_components.model import NEO
 from neo_components.training.module import NEOTraining
 from neo_components.training.sharded_checkpoints import read_sharded, write_sharded
@@ -100,26 +100,34 @@ class ShardedTraining(NEOTraining):
     Args:
         model: deferred (``deferred.Deferred``), on the meta device as far as it is not filled.
         stage: as in :class:`NEOTraining`.
-        sources: where each of the model's parameters comes from.
+        notes: that were taken when it was built.
         policy: types of weights and gradients.
     """
 
-    def __init__(
-        self, model: NEO, stage: StageConfig, sources: Mapping[str, Source], policy: MixedPrecisionPolicy
-    ) -> None:
+    def __init__(self, model: NEO, stage: StageConfig, notes: Deferred, policy: MixedPrecisionPolicy) -> None:
         super().__init__(model, stage)
-        self._sources, self._policy = dict(sources), policy
+        self._notes: Deferred | None = notes
+        self._policy = policy
 
     def configure_model(self) -> None:
         """Lightning's hook: divides the model and gives each process its rows, once the processes know each other."""
         if isinstance(self.model, FSDPModule):
             return
         assert self.device_mesh is not None
+        assert self._notes is not None
         mesh = self.device_mesh["data_parallel"]
+        sources = self._notes.sources(self.model)
         divide(self.model.to("meta"), mesh, self._policy)
-        fill(self.model, self._sources, mesh, self.trainer.strategy.root_device)
-        self._sources = {}
+        fill(self.model, sources, mesh, self.trainer.strategy.root_device)
+        self._notes = None
         self.choose_trained()
+
+    def configure_optimizers(self) -> Any:
+        """As ever, and all rows in few operations: torch does so by itself only where weights are whole."""
+        configured = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["foreach"] = True
+        return configured
 
     def on_validation_end(self) -> None:
         """Lets go of what was gathered: the weights may change before the next step (``stage.ema``)."""

@@ -42,8 +42,8 @@ def slurm_environment() -> SLURMEnvironment | None:
 class SaveOnSignal(Callback):
     """Saves ``last.ckpt`` after the step in which a signal came to any of the processes, and ends the run.
 
-    The run ends with exit code 143. In the middle of an accumulated step it goes on to the step's end first. A second
-    signal ends the process at once.
+    The run ends with exit code 143. In the middle of an accumulated step it goes on to the step's end first. More signals
+    change nothing: a scheduler sends one to every process of a job, and torchrun passes its own on to the others.
 
     Args:
         folder: of the run's checkpoints.
@@ -75,10 +75,7 @@ class SaveOnSignal(Callback):
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.came = number
+        self.came = self.came or number
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

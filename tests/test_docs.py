@@ -205,6 +205,7 @@ def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_commands_of_the_scaling_page_in_their_order(clone: Path) -> None:
     """Both strategies, started by the command itself, then torchrun's line twice: the second time it goes on."""
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]

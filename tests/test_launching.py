@@ -37,7 +37,7 @@ def last(output: Path) -> int:
 
 def wait_for(output: Path, *processes: subprocess.Popen[str]) -> None:
     """Until the run has saved once."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while not any((output / "checkpoints").glob("step-*.ckpt")):
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.2)
@@ -76,6 +76,7 @@ class Job:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_slurm_job_saves_when_it_is_warned_and_goes_on(world: Path, tmp_path: Path) -> None:
     """The signal comes to one task; both end, the job is requeued once, and the same command goes on."""
     job, output = Job(tmp_path, "1234567"), tmp_path / "run"
@@ -83,13 +84,13 @@ def test_a_slurm_job_saves_when_it_is_warned_and_goes_on(world: Path, tmp_path: 
     tasks = job.start(*arguments)
     wait_for(output, *tasks)
     tasks[1].send_signal(signal.SIGUSR1)
-    told = [task.communicate(timeout=200) for task in tasks]
+    told = [task.communicate(timeout=600) for task in tasks]
     assert [task.returncode for task in tasks] == [143, 143], told
     assert "SIGUSR1: saved" in told[0][1] + told[1][1]
     assert (tmp_path / "asked").read_text() == "requeue 1234567\n"
     done = last(output)
     tasks = job.start(*arguments, f"stage.steps={done + 2}")
-    told = [task.communicate(timeout=200) for task in tasks]
+    told = [task.communicate(timeout=600) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], told
     assert last(output) == done + 2
     # As two processes that were never stopped, started by the command itself.
@@ -102,6 +103,7 @@ def test_a_slurm_job_saves_when_it_is_warned_and_goes_on(world: Path, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_torchrun_passes_sigterm_on(world: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", NEO, "train"]
     process = subprocess.Popen(
@@ -109,12 +111,13 @@ def test_torchrun_passes_sigterm_on(world: Path, tmp_path: Path) -> None:
     )
     wait_for(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=200)
+    _, told = process.communicate(timeout=600)
     assert process.returncode != 0 and "SIGTERM: saved" in told
     assert last(tmp_path / "run") >= 2
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_torchrun_starts_again_what_was_killed(world: Path, tmp_path: Path) -> None:
     """The line of the page: no argument changes between the first start and the second."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -125,7 +128,7 @@ def test_torchrun_starts_again_what_was_killed(world: Path, tmp_path: Path) -> N
     wait_for(tmp_path / "run", process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    _, told = process.communicate(timeout=280)
+    _, told = process.communicate(timeout=600)
     assert process.returncode == 0, told[-4000:]
     assert last(tmp_path / "run") == 40
 

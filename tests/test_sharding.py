@@ -80,6 +80,7 @@ def two(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, cases, runs(2, folder, cases)
 
 
+@pytest.mark.timeout(900)  # the fixture's time counts
 def test_two_processes_train_what_one_does(two: tuple[Path, list[dict[str, Any]], Any], tmp_path: Path) -> None:
     """Packed rows of unequal learnt tokens, one process without any image: losses, norms before and after clipping,
     validation; also a step that is not finite, and averaged weights."""
@@ -100,6 +101,7 @@ def test_two_processes_train_what_one_does(two: tuple[Path, list[dict[str, Any]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_four_processes_save_and_two_go_on(models: dict[str, str], tmp_path: Path) -> None:
     """And one: the losses are those of four that were never stopped, and of one process."""
     plain, saved = {"folder": models["plain"], "strategy": "fsdp2"}, str(tmp_path / "four.ckpt")
@@ -164,6 +166,7 @@ def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model.model."): tensor for name, tensor in kept.items()}
 
 
+@pytest.mark.timeout(900)
 def test_one_recipe_under_torchrun(world: Path, tmp_path: Path) -> None:
     """New weights are those of one process; the folder is put together from what the processes hold; and it goes on."""
     overrides = [str(world / "run.yaml"), "stage.validate_every=2", "stage.predictions=2", "stage.whiten_patches=256"]
@@ -188,6 +191,7 @@ def test_one_recipe_under_torchrun(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_what_is_exported_is_the_same_from_any_number_of_processes(world: Path, tmp_path: Path) -> None:
     """Trained for no step at a learning rate that is not 0, from one checkpoint of two processes."""
     recipe = [str(world / "run.yaml"), f"output={tmp_path}/run"]

@@ -42,8 +42,8 @@ def slurm_environment() -> SLURMEnvironment | None:
 class SaveOnSignal(Callback):
     """Saves ``last.ckpt`` after the step in which a signal came to any of the processes, and ends the run.
 
-    The run ends with exit code 143. In the middle of an accumulated step it goes on to the step's end first. More signals
-    change nothing: a scheduler sends one to every process of a job, and torchrun passes its own on to the others.
+    The run ends with exit code 143. In the middle of an accumulated step it goes on to the step's end first. More
+    signals change nothing: schedulers send one to every process of a job, and torchrun passes its own on to the others.
 
     Args:
         folder: of the run's checkpoints.

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = "neo_components"
-LEFT_OUT = {"from_pretrained", "save_pretrained", "push_to_hub", "generate", "attention_maps"}
+LEFT_OUT = {"from_pretrained", "save_pretrained", "save_description", "push_to_hub", "generate", "attention_maps"}
 """Methods of components that an export does without."""
 
 STAND_INS = {f"{PACKAGE}.components.component": f"{PACKAGE}.hf.component"}

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -55,7 +56,9 @@ class SaveOnSignal(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Takes over from Lightning's handlers."""
+        """Takes over from Lightning's handlers; a signal can be taken in the main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         signals = [signal.SIGTERM, *([REQUEUE] if slurm_environment() else [])]
         self._before = {number: signal.signal(number, self._note) for number in signals}
 
@@ -91,10 +94,11 @@ class SaveOnSignal(Callback):
         if not came:
             return
         trainer.save_checkpoint(self.folder / LAST)
-        name = signal.Signals(came).name
-        log.warning("%s: saved %s at step %d; go on with --resume last", name, self.folder / LAST, trainer.global_step)
-        if came == REQUEUE and trainer.is_global_zero:
-            requeue(os.environ)
+        if trainer.is_global_zero:
+            name, path = signal.Signals(came).name, self.folder / LAST
+            log.warning("%s: saved %s at step %d; go on with --resume last", name, path, trainer.global_step)
+            if came == REQUEUE:
+                requeue(os.environ)
         trainer.strategy.barrier()
         raise SIGTERMException
 

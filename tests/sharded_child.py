@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from neo_components import NEO, Batch, InputSpec, pack
 from neo_components.deferred import Deferred
 from neo_components.training.callbacks import averaging
+from neo_components.training.fsdp2.average import ShardedAverage
+from neo_components.training.fsdp2.strategy import Sharded, ShardedTraining, gathered_again, policy_of
+from neo_components.training.fsdp2.tensors import gradient_norms, whole
 from neo_components.training.module import NEOTraining
-from neo_components.training.sharded_average import ShardedAverage
-from neo_components.training.sharding import Sharded, ShardedTraining, gathered_again, policy_of
-from neo_components.training.shards import gradient_norms, whole
 from neo_components.training.stage import StageConfig
 from neo_components.weights import save_tensors
 

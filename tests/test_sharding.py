@@ -20,7 +20,7 @@ from test_bypass import around
 from torch.distributed import checkpoint as dcp
 
 from neo_components.training.checkpoints import read_checkpoint
-from neo_components.training.sharded_checkpoints import CONTENTS, read_contents
+from neo_components.training.fsdp2.checkpoints import CONTENTS, read_contents
 
 TESTS = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from neo_components.training.sharded_checkpoints import is_sharded, read_meta
+from neo_components.training.fsdp2.checkpoints import is_sharded, read_meta
 
 log = logging.getLogger(__name__)
 

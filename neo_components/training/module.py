@@ -12,12 +12,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from neo_components.model import NEO
+from neo_components.training.fsdp2.tensors import gradient_norms
 from neo_components.training.loggers import log_once
 from neo_components.training.lora import choose_trained, lora_parameters
 from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.recompute import blocks_of
-from neo_components.training.shards import gradient_norms
 from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, Batch
 

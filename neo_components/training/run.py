@@ -23,9 +23,9 @@ from neo_components.recipe import Recipe
 from neo_components.recipe.schema import PretrainedLLM
 from neo_components.training.callbacks import History
 from neo_components.training.drift import Drift
+from neo_components.training.fsdp2.strategy import NAME, save_divided
 from neo_components.training.lora import merge_lora
 from neo_components.training.performance import Performance
-from neo_components.training.sharding import NAME, save_divided
 from neo_components.training.start import checkpoint_of, start, whiten
 from neo_components.training.summary import Summary
 from neo_components.training.text import TextBefore

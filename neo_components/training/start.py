@@ -16,11 +16,11 @@ from neo_components.deferred import Deferred
 from neo_components.model import NEO
 from neo_components.recipe import Recipe, build
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
+from neo_components.training.fsdp2.checkpoints import is_sharded
+from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_undividable
 from neo_components.training.module import NEOTraining
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
-from neo_components.training.sharded_checkpoints import is_sharded
-from neo_components.training.sharding import NAME, ShardedTraining, policy_of, refuse_undividable
 from neo_components.training.stage import StageConfig
 from neo_components.training.trainer import strategy_of
 

@@ -17,10 +17,10 @@ from neo_components.evaluation import questions_from_shards
 from neo_components.recipe import Recipe
 from neo_components.training.callbacks import LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import WholeFiles
+from neo_components.training.fsdp2.average import ShardedAverage
+from neo_components.training.fsdp2.strategy import NAME, Sharded
 from neo_components.training.loggers import run_loggers
 from neo_components.training.random_states import RandomStates
-from neo_components.training.sharded_average import ShardedAverage
-from neo_components.training.sharding import NAME, Sharded
 from neo_components.training.signals import SaveOnSignal, slurm_environment
 
 

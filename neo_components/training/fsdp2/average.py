@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from neo_components.training.sharded_checkpoints import read_average
-from neo_components.training.sharding import gathered_again
+from neo_components.training.fsdp2.checkpoints import read_average
+from neo_components.training.fsdp2.strategy import gathered_again
 
 
 class ShardedAverage(Callback):

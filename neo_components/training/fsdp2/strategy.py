@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from neo_components.chat import Chat
 from neo_components.deferred import Deferred, Source
 from neo_components.model import NEO
+from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
+from neo_components.training.fsdp2.tensors import local_of, rows_of, whole
 from neo_components.training.module import NEOTraining
-from neo_components.training.sharded_checkpoints import read_sharded, write_sharded
-from neo_components.training.shards import local_of, rows_of, whole
 from neo_components.training.stage import StageConfig
 from neo_components.weight_writer import WeightWriter
 

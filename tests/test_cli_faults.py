@@ -23,7 +23,7 @@ FAULTS = [
     ("chat {w}/neo hi --max-new-tokens 0", r"needs max_new_tokens >= 1, .* got 0, 1\.0 and 1\.0"),
     ("chat {t}/bare hi", r"no tokenizer at '{t}/bare'; give a folder that holds tokenizer\.json or a hub id \(.*\)"),
     # evaluate
-    ("evaluate {w}/neo {t}/none", r"no shards \(\*\.tar\) in {t}/none; .*"),
+    ("evaluate {w}/neo {t}/none", r"no shards \(\*\.tar\) in {t}/none \(No such file or directory\); .*"),
     ("evaluate {w}/neo {w}/shards -o {w}", r"{w} is a folder; --output is the name of a JSON file"),
     # export, attach, convert
     ("export {w}/llm -o {t}/a", r"{w}/llm is no NEO checkpoint .*"),
@@ -48,7 +48,7 @@ FAULTS = [
     ("train {w}/run.yaml output={t}/a trainer.devices=0", r"trainer: .*devices=0.*; change that key of the recipe .*"),
     ("train {w}/run.yaml output={t}/a data.row_length=4", r"no sample of {w}/shards is usable; .*"),
     ("train {w}/run.yaml output={t}/a data.row_length=4 data.workers=1", r"no sample of {w}/shards is usable; .*"),
-    ("train {w}/run.yaml output={t}/a data.train.0.shards={t}/none", r"no shards \(\*\.tar\) in {t}/none; .*"),
+    ("train {w}/run.yaml output={t}/a data.train.0.shards={t}/none", r"no shards \(\*\.tar\) in {t}/none \(No such file or directory\); .*"),
     ("train {w}/run.yaml output={t}/a --import no_such", r"--import no_such: no such module; looked in .*"),
     ("train {w}/run.yaml output={t}/a model.post_llm.from_pretrained={t}/none", r"'{t}/none' is no folder; .*"),
     # quickstart

@@ -18,10 +18,10 @@ from torch import Tensor
 from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
-from neo_components.hub import resolve
 from neo_components.model import NEO, TEXT
 from neo_components.packing import pack
 from neo_components.types import InputSpec, Sample
+from neo_components.vocabulary import token_strings
 from neo_components.weights import read_json
 
 BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
@@ -174,31 +174,6 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     ours = pre.anchors.vectors[[place for place, _ in pairs]]
     theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
-
-
-def token_strings(source: str | Path) -> dict[str, int]:
-    """What each token of a tokenizer reads as -> its id, in order of ids; spaces written as spaces.
-
-    Args:
-        source: folder or hub id with a tokenizer.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve(source, weights=False)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise FileNotFoundError(
-            f"no tokenizer in {folder}; give a folder that holds tokenizer.json ({reason})"
-        ) from error
-    strings: dict[str, int] = {}
-    for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)
-    return strings
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ PACKAGE = "neo_components"
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress"},
     {"packing", "weights", "hub"},
-    {"llms", "asset_files"},
+    {"llms", "asset_files", "vocabulary"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},

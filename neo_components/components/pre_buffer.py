@@ -44,7 +44,7 @@ class Anchors:
     """Word embeddings of common tokens, for fitting a bridge to another language model.
 
     Args:
-        tokens: the A tokens as they read, spaces written as spaces (``assets.token_strings``).
+        tokens: the A tokens as they read, spaces written as spaces (``vocabulary.token_strings``).
         vectors: [A, D] their word embeddings on the pre-Buffer's side.
     """
 

@@ -83,7 +83,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     trainer = _trainer(recipe, [*_callbacks(recipe), history, *predictions])
     checkpoint = _checkpoint(output, resume, module)
     if recipe.stage.whiten_patches and checkpoint is None:
-        _whiten(recipe, chat)
+        whiten(recipe, chat.model)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", recipe.to_yaml())
     try:
@@ -106,17 +106,17 @@ def _start(recipe: Recipe) -> Chat:
     return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
 
 
-def _whiten(recipe: Recipe, chat: Chat) -> None:
+def whiten(recipe: Recipe, model: NEO) -> None:
     """Whitens the patch embedding by the first training images; the same ones on every rank."""
     data = NEODataModule(**(recipe.data | {"workers": 0}))
-    data.input_spec = chat.model.input_spec
+    data.input_spec = model.input_spec
     data.setup()
     patches: list[Tensor] = []
     for batch in data.train_dataloader():
         patches.append(batch.patches)
         if sum(map(len, patches)) >= recipe.stage.whiten_patches:
             break
-    embedding = chat.model.patch_embedding
+    embedding = model.patch_embedding
     embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
 
 

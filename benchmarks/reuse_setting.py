@@ -129,5 +129,5 @@ def common(root: Path, llm: str, task: str) -> list[str]:
     return [
         f"data.tokenizer={root / f'llm_{llm}'}", f"data.validation=[{{shards: {shards(root, task)[1]}}}]",
         f"data.min_pixels={PIXELS}", f"data.max_pixels={PIXELS}", "data.row_length=2048", "data.workers=0",
-        "trainer.limit_val_batches=5",
+        "trainer.limit_val_batches=4",
     ]  # fmt: skip

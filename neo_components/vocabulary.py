@@ -19,8 +19,8 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 def token_strings(source: str | Path) -> dict[str, int]:
     """What each token of a tokenizer reads as -> its id, in order of ids.
 
-    Bytes that are no text alone, because they are a part of a character, read as ``<0xC3>``. Where two tokens read the
-    same, the first counts, and one that is a byte's last resort only if there is no other.
+    Bytes that are no text alone, because they are a part of a character, read as ``<0xC3>``, and so does the byte 0.
+    Where two tokens read the same, the first counts, and one that is a byte's last resort only if there is no other.
 
     Args:
         source: folder or hub id with a tokenizer.
@@ -82,5 +82,6 @@ def _read_piece(token: str) -> str:
 
 
 def _decode(data: bytes) -> str:
-    """UTF-8, with ``<0xC3>`` for what is no whole character."""
-    return re.sub(r"[\udc80-\udcff]", lambda m: f"<0x{ord(m[0]) - 0xDC00:02X}>", data.decode("utf-8", "surrogateescape"))
+    """UTF-8, with ``<0xC3>`` for what is no whole character; so too for the zero, which parts texts in an asset."""
+    text = data.decode("utf-8", "surrogateescape")
+    return re.sub(r"[\0\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) % 0xDC00:02X}>", text)

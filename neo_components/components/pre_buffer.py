@@ -269,4 +269,4 @@ def check_format(config: dict[str, Any], folder: Path) -> None:
 
 def _read_card(folder: Path) -> str:
     path = folder / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

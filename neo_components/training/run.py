@@ -216,6 +216,7 @@ def _write_provenance(recipe: Recipe, result: RunResult) -> None:
         "data": [source.shards for source in recipe.data["train"]],
         "metrics": {name: round(value, 6) for name, value in result.metrics.items() if name.startswith("val/")},
         "seed": recipe.seed,
+        "recipe": recipe.to_yaml(),
         "neo_components": neo_components.__version__,
     }
     write_text(result.folder / PROVENANCE, json.dumps({"stages": [*stages, entry]}, indent=2) + "\n")

@@ -5,15 +5,16 @@
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
 Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch
-and schedule (warm-up, then constant) are the same. ``random`` alone goes on longer, to see how low it comes. The source was trained with language model ``a``; arms attach
-it to ``b`` or ``c``. With ``--source`` the source saw another task than the one that is learnt: that shows transfer.
+and schedule (warm-up, then constant) are the same. The random arms go on longer, to see how low they come. The source
+was trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the source saw another task
+than the one that is learnt: that shows transfer.
 
 Every arm is one line of ``arms.jsonl`` when it is done, and one that is there already is not run again, so a run can
 be stopped, continued, and shared by several processes with other arms, seeds or language models.
 
 Measured: the validation loss every few steps on the same rows, and exact match over the same validation questions
-after the same number of steps. ``report`` tells how many steps an arm needs for the lowest loss that ``random`` reaches
-in all of its steps.
+after the same number of steps. ``report`` tells when the random arm has the loss that an arm ends with, and how many
+steps an arm needs for the lowest loss that the random one has at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from reuse_report import GOAL, reuses_nothing, report
+from reuse_report import GOALS, report, reuses_nothing
 from reuse_setting import PIXELS, TASKS, asset, common, make, shards
 
 from neo_components.data import load_tokenizer
@@ -43,10 +44,19 @@ from neo_components.training.module import NEOTraining
 from neo_components.training.run import whiten
 
 NEW = ["model.pre_buffer.reset=true", "stage.whiten_patches=20000"]
-OWN = ["model.pre_buffer={depth: 2, init_std: 0.09}", "model.patch_embedding={width: 192}", "stage.whiten_patches=20000"]
-NONE = ["model.pre_buffer={depth: 0}", "model.patch_embedding={width: 192}", "stage.whiten_patches=20000"]
+OWN = [
+    "model.pre_buffer={depth: 2, init_std: 0.09, from_pretrained: null}",
+    "model.patch_embedding.width=192",
+    "stage.whiten_patches=20000",
+]
+NONE = [
+    "model.pre_buffer={depth: 0, from_pretrained: null}",
+    "model.patch_embedding.width=192",
+    "stage.whiten_patches=20000",
+]
 BYPASS = ["model.text=bypass"]
 FIXED = ["stage.train=[bridge, post_llm]"]
+FIXED_LLM = ["stage.train=[bridge, patch_embedding, pre_buffer, post_llm.hw]"]
 ARMS: dict[str, list[str]] = {
     "random": NEW,
     "random bypass": NEW + BYPASS,
@@ -64,10 +74,14 @@ ARMS: dict[str, list[str]] = {
     "PB2": [],
     "PB1 bypass": BYPASS,
     "PB2 bypass": BYPASS,
+    "random, LLM fixed": [*NEW, *BYPASS, *FIXED_LLM],
+    "tuned, LLM fixed": [*BYPASS, *FIXED_LLM],
+    "frozen, LLM fixed": [*BYPASS, "stage.train=[bridge, post_llm.hw]"],
 }
 """What an arm changes in recipe quickstart/attach, in which the pre-Buffer is reused, words go through it and all of
 the model learns. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads visual
-tokens and words straight into the language model."""
+tokens and words straight into the language model. Where the LLM is fixed, words go around and only its new H/W
+channels learn, as in NEO's pre-training."""
 SCHEDULE = [
     "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
     "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.row_length=1024",
@@ -163,7 +177,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     found = []
     for seed, llm, task, name in itertools.product(options.seeds, options.llms, options.tasks, options.arms):
         source = task if reuses_nothing(name) else options.source or task
-        steps = options.random_steps if name == GOAL else options.steps
+        steps = options.random_steps if name in GOALS else options.steps
         found.append(Arm(name, llm, source, task, seed, steps, device))
     return found
 
@@ -185,7 +199,7 @@ def main() -> None:
     parser.add_argument("--source", choices=TASKS, help="task of the source; that of the arm if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--random-steps", type=int, default=200, help="steps of the arm 'random bypass'")
+    parser.add_argument("--random-steps", type=int, default=200, help="steps of the random arms that set the goal")
     parser.add_argument("--every", type=int, default=5, help="steps between validations")
     parser.add_argument("--questions", type=int, default=200, help="validation questions that are answered")
     parser.add_argument("--pictures", type=Path, help="folder for the curves of report")

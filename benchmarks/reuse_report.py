@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from neo_components.viewers.figure import COLOURS, new_figure, save
 
-GOAL = "random bypass"
-"""The arm whose lowest loss the others are to reach."""
-DRAWN = ("random bypass", "random", "own", "none", "tuned bypass", "frozen bypass", "tuned")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GOALS = ("random bypass", "random, LLM fixed")
+"""The random arms, whose lowest loss the others are to reach: the second is that where the language model is fixed."""
+FIXED = ", LLM fixed"
+"""Ends the names of arms in which the language model does not learn."""
+DRAWN = {
+    "random bypass": COLOURS[0], "random, LLM fixed": COLOURS[0], "random": COLOURS[5], "own": COLOURS[4],
+    "none": COLOURS[7], "tuned bypass": COLOURS[3], "tuned, LLM fixed": COLOURS[3], "frozen bypass": COLOURS[2],
+    "frozen, LLM fixed": COLOURS[2], "tuned": COLOURS[1],
+}  # fmt: skip
+"""Arms whose curves are drawn, and in which colour."""
 LANGUAGE_MODELS = {"b": "same family, other width", "c": "other family, other tokenizer"}
 
 
@@ -58,39 +67,42 @@ def settings_of(arms: Iterable[Done]) -> dict[Setting, list[Done]]:
 
 def reuses_nothing(arm: str) -> bool:
     """Whether the source does not matter to an arm."""
-    return arm in (GOAL, "random", "own", "none")
+    return arm in (*GOALS, "random", "own", "none")
 
 
 def table(setting: Setting, arms: Sequence[Done]) -> str:
     """One line for each arm: means over its seeds, and the spread."""
     source, task, llm = setting
     steps = min(arm.curve[-1][0] for arm in arms)
-    lines = [f"Source {source}, task {task}, language model {llm} ({LANGUAGE_MODELS.get(llm, 'of the source')})", ""]
-    lines += [f"| arm | seeds | loss at {steps} | exact match at {steps} | lowest loss of `{GOAL}` reached | of its steps |"]
-    lines.append("|---|---|---|---|---|---|")
-    goals = {arm.seed: min(arm.curve, key=lambda point: point[1]) for arm in arms if arm.arm == GOAL}
+    named = LANGUAGE_MODELS.get(llm, "of the source")
+    lines = [f"Source {source}, task {task}, language model {llm} ({named})", ""]
+    lines.append(
+        f"| arm | seeds | loss at {steps} | exact match at {steps} | random arm has that loss at | "
+        "reaches the random arm's lowest loss at | of its steps |"
+    )
+    lines.append("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(arm.arm for arm in arms):
         some = [arm for arm in arms if arm.arm == name]
         loss = spread([dict(arm.curve)[steps] for arm in some])
         score = spread([dict(arm.scores)[steps]["overall"] for arm in some])
-        pairs = [(first_at(arm.curve, goals[arm.seed][1]), goals[arm.seed][0]) for arm in some if arm.seed in goals]
-        lines.append(f"| {name} | {len(some)} | {loss} | {score} | {reached(pairs)} |")
+        goals = {arm.seed: arm.curve for arm in arms if arm.arm == GOALS[name.endswith(FIXED)]}
+        pairs = [(arm.curve, goals[arm.seed]) for arm in some if arm.seed in goals]
+        lows = [min(goal, key=lambda point: point[1]) for _, goal in pairs]
+        back = [first_at(goal, dict(curve)[steps]) for curve, goal in pairs]
+        there = [first_at(curve, low[1]) for (curve, _), low in zip(pairs, lows, strict=True)]
+        shares = [step / low[0] for step, low in zip(there, lows, strict=True) if step is not None]
+        share = f"{statistics.mean(shares):.2f}" if shares else ""
+        lines.append(f"| {name} | {len(some)} | {loss} | {score} | {when(back)} | {when(there)} | {share} |")
     return "\n".join(lines)
 
 
-def reached(pairs: Sequence[tuple[int | None, int]]) -> str:
-    """Two cells: after how many steps an arm was there, on the mean of its seeds, and as a share of the goal's steps.
-
-    Args:
-        pairs: for each seed the arm's step, if it got there, and the step of the arm that set the goal.
-    """
-    there = [(step, goal) for step, goal in pairs if step is not None]
-    if not there:
-        return ("not reached" if pairs else "") + " | "
-    when = f"step {statistics.mean(step for step, _ in there):.0f}"
-    if len(there) < len(pairs):
-        when += f" ({len(pairs) - len(there)} of {len(pairs)} seeds: not reached)"
-    return f"{when} | {statistics.mean(step / goal for step, goal in there):.2f}"
+def when(steps: Sequence[int | None]) -> str:
+    """The mean of some steps, and how many of them never came."""
+    known = [step for step in steps if step is not None]
+    if not known:
+        return "never" if steps else ""
+    lost = f" ({len(steps) - len(known)} of {len(steps)} never)" if len(known) < len(steps) else ""
+    return f"step {statistics.mean(known):.0f}{lost}"
 
 
 def first_at(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
@@ -104,27 +116,36 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
-    """Validation loss against steps, a diagram for each setting: mean of the seeds, and their range."""
-    columns = min(3, len(settings))
-    rows = -(-len(settings) // columns)
-    figure = new_figure(4.2 * columns, 3.2 * rows)
+    """Validation loss against steps, a diagram for each setting and each of: all learns, the language model is fixed.
+    Lines are means over the seeds, and bands their range."""
+    panels = [
+        (setting, fixed, [arm for arm in arms if arm.arm in DRAWN and arm.arm.endswith(FIXED) == fixed])
+        for setting, arms in settings.items()
+        for fixed in (False, True)
+    ]
+    panels = [(setting, fixed, arms) for setting, fixed, arms in panels if len({arm.arm for arm in arms}) > 1]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.2 * columns, 3.0 * rows + 0.5)
     handles: dict[str, Any] = {}
-    for place, ((source, task, llm), arms) in enumerate(settings.items()):
+    for place, ((source, task, llm), fixed, arms) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
-        for number, name in enumerate(DRAWN):
-            curves = [arm.curve for arm in arms if arm.arm == name]
-            if not curves:
-                continue
-            steps = [step for step, _ in curves[0] if step]  # what is not trained at all is far above
-            values = [[dict(curve)[step] for curve in curves] for step in steps]
-            colour = [c for c in COLOURS if c != "#F0E442"][number]
-            [handles[name]] = axes.plot(steps, [statistics.mean(some) for some in values], color=colour, label=name)
-            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        for name in dict.fromkeys(arm.arm for arm in arms):
+            handles[name.removesuffix(FIXED)] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
         axes.set_yscale("log")
-        axes.set_title(f"{source} to {task}, language model {llm}", fontsize=9)
+        axes.set_title(f"{source} to {task}, LLM {llm}{', fixed' if fixed else ''}", fontsize=9)
         axes.set_xlabel("steps", fontsize=8)
         axes.set_ylabel("validation loss", fontsize=8)
         axes.tick_params(labelsize=7, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=6, frameon=False, fontsize=9)
     return save(figure, path)
+
+
+def _line(axes: Axes, name: str, curves: Sequence[Sequence[tuple[int, float]]]) -> Any:
+    """One arm's line and band, without step 0, where a part that is new is far above all else."""
+    steps = [step for step, _ in min(curves, key=len) if step]
+    values = [[dict(curve)[step] for curve in curves] for step in steps]
+    [line] = axes.plot(steps, [statistics.mean(some) for some in values], color=DRAWN[name])
+    axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=DRAWN[name], alpha=0.15, linewidth=0)
+    return line

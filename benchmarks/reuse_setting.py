@@ -110,9 +110,15 @@ def _make_source(root: Path, task: str, steps: tuple[int, ...]) -> None:
         if number == 1:
             model = [f"model.post_llm.from_pretrained={root / 'llm_a'}", "model.pre_buffer.depth=2"]
             model += ["model.pre_buffer.init_std=0.1", "model.patch_embedding.width=192"]
-        seen = {"pretrain": ("train_open", "train_text"), "midtrain": ("train_all", "train_open"), "sft": ("train_all",)}
+        seen = {
+            "pretrain": ("train_open", "train_text"),
+            "midtrain": ("train_all", "train_open"),
+            "sft": ("train_all",),
+        }
         shares = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
-        data = [f"{{shards: {root / task / name}, share: {share}}}" for name, share in zip(seen[stage], shares)]
+        data = [
+            f"{{shards: {root / task / name}, share: {share}}}" for name, share in zip(seen[stage], shares, strict=True)
+        ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"variables.root={root}", f"output={output}", *model, *common(root, "a", task), f"stage.steps={count}",
             f"stage.validate_every={count}", f"stage.checkpoint_every={count}",

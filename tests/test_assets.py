@@ -227,7 +227,9 @@ def test_faults_are_told_with_a_way_out(folders: dict[str, Path], pre_buffer: Pr
         attach(pre_buffer, nameless)
     assert attach(pre_buffer, nameless, tokenizer=other).bridge_in is not None
     one_dimensional = PostLLM.from_pretrained(llm, rope="1d")
-    with pytest.raises(ValueError, match=r"rope 'native', and this PostLLM has '1d', .* another rule; give attach the "):
+    with pytest.raises(
+        ValueError, match=r"rope 'native', and this PostLLM has '1d', .* another rule; give attach the "
+    ):
         attach(pre_buffer, one_dimensional)
     assert attach(pre_buffer, llm).post_llm.hparams.rope == "native"  # the way out
     edit_config(Path(shutil.copytree(llm, tmp_path / "odd")), lambda c: c.update(head_dim=18))

@@ -163,8 +163,9 @@ def test_a_bar_on_a_terminal(hub: Hub, tmp_path: Path) -> None:
 
 def test_an_asset_is_published_and_read_back(repositories: Path, tmp_path: Path) -> None:
     """What ``push_to_hub`` sends is what ``save_pretrained`` writes, byte for byte, and a hub id opens it."""
+    asset = str(repositories / "some" / "asset")
     push = (
-        f"from neo_components import PreBuffer; p = PreBuffer.from_pretrained({str(repositories / 'some' / 'asset')!r}); "
+        f"from neo_components import PreBuffer; p = PreBuffer.from_pretrained({asset!r}); "
         "p.push_to_hub('me/eyes', private=True, token='hf_test')"
     )
     read = (

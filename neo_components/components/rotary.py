@@ -175,8 +175,9 @@ class Rotary(nn.Module):
         super().__init__()
         if head_width % 4:
             raise ValueError(
-                f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}; give another, or "
-                "take another language model: one with such heads cannot be widened, so nothing can be attached to it"
+                f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}; give "
+                "another, or take another language model: one with such heads cannot be widened, so nothing can be "
+                "attached to it"
             )
         turning = head_width if rotary_width is None else rotary_width
         if turning % 2 or not 0 <= turning <= head_width:

@@ -189,9 +189,7 @@ def _with_blanks(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 256, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     # The trainer knows no bytes; they are put in front of what it learnt.
     learnt = json.loads(tokenizer.to_str())["model"]

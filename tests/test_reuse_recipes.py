@@ -33,14 +33,14 @@ def root(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "shards").mkdir()
     for name in ("train_all", "validation"):
         (root / "shards" / name).symlink_to(world / "shards")
-    for name in ("stage1", "stage2", "bridges"):
+    for name in ("stage1", "stage2", "bridges", "frozen"):
         good("train", f"reuse/{name}", f"variables.root={root}", *SHORT)
     return root
 
 
 def test_these_are_all() -> None:
     assert {r.name for r in list_recipes() if r.name.startswith("reuse/")} == {
-        "reuse/stage1", "reuse/stage2", "reuse/bridges"
+        "reuse/stage1", "reuse/stage2", "reuse/bridges", "reuse/frozen"
     }  # fmt: skip
 
 
@@ -56,6 +56,9 @@ def test_what_each_recipe_trains(root: Path) -> None:
     assert fresh.is_file() and torch.equal(one.post_llm.norm.weight, only.post_llm.norm.weight)
     assert not any(t.any() for n, t in only.post_llm.state_dict().items() if "k_proj_hw" in n)
     assert any(t.any() for n, t in one.post_llm.state_dict().items() if "k_proj_hw" in n)
+    frozen = NEO.from_pretrained(root / "reuse_frozen" / "neo")
+    assert frozen.text == "bypass" and same_tensors(frozen.pre_buffer.state_dict(), asset.state_dict())
+    assert not torch.equal(frozen.post_llm.norm.weight, only.post_llm.norm.weight)
     stages = read_json(root / "reuse_stage2" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["bridges and H/W", "all, after the bridges"]
 

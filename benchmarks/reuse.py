@@ -33,7 +33,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from reuse_report import GOALS, report, reuses_nothing
+from reuse_report import report, reuses_nothing
 from reuse_setting import PIXELS, TASKS, asset, common, make, shards
 
 from neo_components.data import load_tokenizer
@@ -82,6 +82,8 @@ ARMS: dict[str, list[str]] = {
 the model learns. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads visual
 tokens and words straight into the language model. Where the LLM is fixed, words go around and only its new H/W
 channels learn, as in NEO's pre-training."""
+LONG = ("random bypass", "random", "random, LLM fixed")
+"""Arms that go on longer."""
 SCHEDULE = [
     "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
     "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.row_length=1024",
@@ -177,7 +179,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     found = []
     for seed, llm, task, name in itertools.product(options.seeds, options.llms, options.tasks, options.arms):
         source = task if reuses_nothing(name) else options.source or task
-        steps = options.random_steps if name in GOALS else options.steps
+        steps = options.random_steps if name in LONG else options.steps
         found.append(Arm(name, llm, source, task, seed, steps, device))
     return found
 

@@ -73,7 +73,12 @@ def reuses_nothing(arm: str) -> bool:
 def table(setting: Setting, arms: Sequence[Done]) -> str:
     """One line for each arm: means over its seeds, and the spread."""
     source, task, llm = setting
-    steps = min(arm.curve[-1][0] for arm in arms)
+    asked = set.intersection(*({step for step, _ in arm.scores} for arm in arms))
+    if not asked:
+        raise ValueError(
+            f"the arms of {setting} were asked after different steps; run all of them with the same --steps"
+        )
+    steps = max(asked)
     named = LANGUAGE_MODELS.get(llm, "of the source")
     lines = [f"Source {source}, task {task}, language model {llm} ({named})", ""]
     lines.append(
@@ -123,7 +128,9 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
         for setting, arms in settings.items()
         for fixed in (False, True)
     ]
-    panels = [(setting, fixed, arms) for setting, fixed, arms in panels if len({arm.arm for arm in arms}) > 1]
+    panels = [
+        (setting, fixed, arms) for setting, fixed, arms in panels if not all(reuses_nothing(arm.arm) for arm in arms)
+    ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(4.2 * columns, 3.0 * rows + 0.5)
@@ -131,8 +138,10 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
     for place, ((source, task, llm), fixed, arms) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         for name in dict.fromkeys(arm.arm for arm in arms):
-            handles[name.removesuffix(FIXED)] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
-        axes.set_yscale("log")
+            handles[name.replace(FIXED, " bypass")] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
+        goal = [value for arm in arms if arm.arm in GOALS for step, value in arm.curve if step]
+        if goal:  # where words pass untrained bridges, the first steps are far above all else
+            axes.set_ylim(top=1.25 * max(goal))
         axes.set_title(f"{source} to {task}, LLM {llm}{', fixed' if fixed else ''}", fontsize=9)
         axes.set_xlabel("steps", fontsize=8)
         axes.set_ylabel("validation loss", fontsize=8)
@@ -143,7 +152,7 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
 
 
 def _line(axes: Axes, name: str, curves: Sequence[Sequence[tuple[int, float]]]) -> Any:
-    """One arm's line and band, without step 0, where a part that is new is far above all else."""
+    """One arm's line and band, from the first validation in training on."""
     steps = [step for step, _ in min(curves, key=len) if step]
     values = [[dict(curve)[step] for curve in curves] for step in steps]
     [line] = axes.plot(steps, [statistics.mean(some) for some in values], color=DRAWN[name])

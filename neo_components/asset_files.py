@@ -125,7 +125,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"`{h['attention']}`) behind a patch embedding; a visual token is {side} x {side} pixels. NEO, arXiv "
         "2510.14979.\n\n"
         "```python\nfrom neo_components import PreBuffer, attach\n\n"
-        '# On another language model than its own, text="bypass" leads words around it, and learns faster.\n'
+        '# text="shared": words pass it too, as in the paper; text="bypass": they go around it.\n'
         'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM", text="shared")\n```\n'
         + _origin(config)
     )

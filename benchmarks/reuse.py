@@ -2,6 +2,7 @@
 
     python benchmarks/reuse.py run --root outputs/reuse
     python benchmarks/reuse.py report --root outputs/reuse --pictures docs/pictures
+    python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/reuse.md
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
 Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch

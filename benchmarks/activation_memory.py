@@ -17,11 +17,12 @@ import multiprocessing
 import os
 import platform
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neo_components import NEO, Batch, PatchEmbedding, PostLLM, PreBuffer, pack
 from neo_components.estimate.activations import kept_activations
@@ -88,7 +89,7 @@ def setting_of(case: Case) -> Setting:
 
 def kept(model: NEO, batch: Batch, case: Case) -> int:
     """Bytes that autograd saves in a forward pass."""
-    apart = [*model.parameters(), *(getattr(batch, f.name) for f in fields(Batch) if f.name != "keys")]
+    apart = [*model.parameters(), *(value for value in vars(batch).values() if isinstance(value, Tensor))]
     with SavedBytes(apart) as saved, torch.autocast(case.device, torch.bfloat16, enabled=case.bf16):
         loss = model.loss(batch)
     del loss

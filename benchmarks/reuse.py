@@ -1,152 +1,228 @@
 """What a trained pre-Buffer saves when it is attached to another language model.
 
-    neo quickstart
-    python benchmarks/reuse.py --root outputs/quickstart --arms random tuned frozen --seeds 0 1 2 --steps 150
+    python benchmarks/reuse.py run --root outputs/reuse
+    python benchmarks/reuse.py report --root outputs/reuse --pictures docs/pictures
+    python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/reuse.md
 
-attaches the quickstart's pre-Buffer to its second language model (another width, another tokenizer), once for each arm
-and seed, and trains with the recipe quickstart/attach. Arms differ in the overrides below and in nothing else: data,
-order, schedule and budget are the same. Printed for each: validation loss at the end, exact match on validation
-questions, and the step at which its validation loss first was as low as the ``random`` arm's at the end.
+``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
+Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch
+and schedule (warm-up, then constant) are the same. The random arms go on longer, to see how low they come. The source
+was trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the source saw another task
+than the one that is learnt: that shows transfer.
 
-``--task scenes`` trains on synthetic scenes (`neo data synth`), of which the source saw none: that shows transfer.
-``--llm FOLDER`` takes another language model, of any family. Arms, seeds and steps may be any subset.
+Every arm is one line of ``arms.jsonl`` when it is done, and one that is there already is not run again, so a run can
+be stopped, continued, and shared by several processes with other arms, seeds or language models.
+
+Measured: the validation loss every few steps on the same rows, and exact match over the same validation questions
+after the same number of steps. ``report`` tells when the random arm has the loss that an arm ends with, and how many
+steps an arm needs for the lowest loss that the random one has at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import platform
-import statistics
+import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
+from reuse_report import report, reuses_nothing
+from reuse_setting import PIXELS, TASKS, asset, common, make, shards
 
-from neo_components.data.synth import write_scenes
-from neo_components.recipe import load_recipe
-from neo_components.training.run import train
+from neo_components.data import load_tokenizer
+from neo_components.data.module import NEODataModule
+from neo_components.evaluation import evaluate, questions_from_shards
+from neo_components.recipe import Recipe, build, load_recipe
+from neo_components.training.module import NEOTraining
+from neo_components.training.start import whiten
 
-FRESH = ["model.pre_buffer.reset=true", "stage.whiten_patches=20000"]
-NONE = [
-    "model.pre_buffer={depth: 0, from_pretrained: null}",
-    "model.patch_embedding.width=256",
+NEW = ["model.pre_buffer.reset=true", "stage.whiten_patches=20000"]
+OWN = [
+    "model.pre_buffer={depth: 2, init_std: 0.09, from_pretrained: null}",
+    "model.patch_embedding.width=192",
     "stage.whiten_patches=20000",
 ]
+NONE = [
+    "model.pre_buffer={depth: 0, from_pretrained: null}",
+    "model.patch_embedding.width=192",
+    "stage.whiten_patches=20000",
+]
+BYPASS = ["model.text=bypass"]
+FIXED = ["stage.train=[bridge, post_llm]"]
+FIXED_LLM = ["stage.train=[bridge, patch_embedding, pre_buffer, post_llm.hw]"]
 ARMS: dict[str, list[str]] = {
-    "random": FRESH,
-    "tuned": [],
-    "frozen": ["stage.train=[bridge, post_llm]"],
-    "bridges": ["stage.train=[bridge]"],
-    "orthogonal": ["model.bridge=orthogonal"],
-    "random_bridge": ["model.bridge=random"],
-    "bypass": ["model.text=bypass"],
-    "bypass_random": [*FRESH, "model.text=bypass"],
+    "random": NEW,
+    "random bypass": NEW + BYPASS,
+    "own": OWN,
     "none": NONE,
+    "tuned": [],
+    "tuned bypass": BYPASS,
+    "frozen": FIXED,
+    "frozen bypass": FIXED + BYPASS,
+    "orthogonal": ["model.bridge=orthogonal"],
+    "orthogonal bypass": ["model.bridge=orthogonal", *BYPASS],
+    "random bridge": ["model.bridge=random"],
+    "random bridge bypass": ["model.bridge=random", *BYPASS],
+    "PB1": [],
+    "PB2": [],
+    "PB1 bypass": BYPASS,
+    "PB2 bypass": BYPASS,
+    "random, LLM fixed": [*NEW, *BYPASS, *FIXED_LLM],
+    "tuned, LLM fixed": [*BYPASS, *FIXED_LLM],
+    "frozen, LLM fixed": [*BYPASS, "stage.train=[bridge, post_llm.hw]"],
 }
-"""Overrides of the recipe quickstart/attach."""
-SCENES = 20_000, 400
+"""What an arm changes in recipe quickstart/attach, in which the pre-Buffer is reused, words go through it and all of
+the model learns. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads visual
+tokens and words straight into the language model. Where the LLM is fixed, words go around and only its new H/W
+channels learn, as in NEO's pre-training."""
+LONG = ("random bypass", "random", "random, LLM fixed")
+"""Arms that go on longer."""
+SCHEDULE = [
+    "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
+    "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.row_length=1024",
+]  # fmt: skip
+SEED = 1000
+"""Added to an arm's seed: no arm starts from the numbers that a source started from."""
 
 
 @dataclass
-class Run:
-    """One arm with one seed: (step, validation loss), exact match at the end, seconds of training."""
+class Arm:
+    """One arm: (step, validation loss), (step, exact match by kind of question), seconds with all of that."""
 
     arm: str
+    llm: str
+    source: str
+    task: str
     seed: int
+    steps: int
+    device: str = ""
     curve: list[tuple[int, float]] = field(default_factory=list)
-    score: float = float("nan")
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    unexplained: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def first_at(self, loss: float) -> int | None:
-        """The first validated step with a loss that low."""
-        return next((step for step, value in self.curve if value <= loss), None)
+    @property
+    def key(self) -> tuple[str, str, str, str, int, int]:
+        """What tells it from others."""
+        return self.arm, self.llm, self.source, self.task, self.seed, self.steps
 
 
-def shards(root: Path, task: str) -> tuple[Path, Path]:
-    """Training and validation data."""
-    if task == "easy_vqa":
-        return root / "shards" / "train_all", root / "shards" / "validation"
-    folders = root / "scenes" / "train", root / "scenes" / "validation"
-    for seed, (folder, count) in enumerate(zip(folders, SCENES, strict=True)):
-        if not folder.exists():
-            write_scenes(folder, count, seed)
-    return folders
+class Curve(Callback):
+    """Keeps the validation losses, and asks the questions after some of the steps."""
+
+    def __init__(self, ask: Callable[[], dict[str, float]], at: Container[int]) -> None:
+        self.points: list[tuple[int, float]] = []
+        self.scores: list[tuple[int, dict[str, float]]] = []
+        self.ask, self.at = ask, at
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Adds one."""
+        self.points.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+        if trainer.global_step in self.at:
+            self.scores.append((trainer.global_step, self.ask()))
 
 
-def run(arm: str, seed: int, options: argparse.Namespace) -> Run:
-    """Trains one arm and reads its curve back from the log."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    root, every = Path(options.root), max(1, options.steps // options.points)
-    learn, validate = shards(root, options.task)
-    output = Path(options.output) / f"{options.task}-{arm}-{seed}"
-    overrides = [
-        f"variables.root={root}", f"output={output}", f"seed={seed}", f"stage.steps={options.steps}",
-        f"stage.warmup_steps={max(1, options.steps // 10)}", f"stage.validate_every={every}",
-        f"stage.checkpoint_every={options.steps}", f"stage.predictions={options.questions}",
-        f"data.train=[{{shards: {learn}}}]", f"data.validation=[{{shards: {validate}}}]",
-        f"data.row_length={options.row_length}", "trainer.limit_val_batches=4",
-    ]  # fmt: skip
-    if options.llm:
-        overrides += [f"model.post_llm.from_pretrained={options.llm}", f"data.tokenizer={options.llm}"]
-    result = train(load_recipe("quickstart/attach", overrides + ARMS[arm]))
-    log = EventAccumulator(str(output / "logs"))
-    log.Reload()
-    curve = [(event.step + 1, event.value) for event in log.Scalars("val/loss")]
-    return Run(arm, seed, curve, result.scores[-1][2] if result.scores else float("nan"), result.seconds)
+def recipe_of(arm: Arm, root: Path, every: int) -> Recipe:
+    """The recipe of an arm."""
+    stage = int(arm.arm[2]) if arm.arm.startswith("PB") else 3
+    return load_recipe("quickstart/attach", [
+        f"variables.root={root}", f"seed={SEED + arm.seed}", *common(root, arm.llm, arm.task),
+        f"model.pre_buffer.from_pretrained={asset(root, arm.source, stage)}",
+        f"model.post_llm.from_pretrained={root / f'llm_{arm.llm}'}",
+        f"data.train=[{{shards: {shards(root, arm.task)[0]}}}]",
+        f"stage.steps={arm.steps}", f"stage.validate_every={every}", *SCHEDULE, *ARMS[arm.arm],
+    ])  # fmt: skip
 
 
-def table(runs: list[Run], steps: int) -> str:
-    """One line for each arm: means over its seeds, and the spread."""
-    goals = {r.seed: r.curve[-1][1] for r in runs if r.arm == "random"}
-    lines = ["| arm | seeds | validation loss | exact match | steps to the loss of `random` | of its steps |"]
-    lines.append("|---|---|---|---|---|---|")
-    for arm in dict.fromkeys(r.arm for r in runs):
-        some = [r for r in runs if r.arm == arm]
-        loss, score = _spread([r.curve[-1][1] for r in some]), _spread([r.score for r in some])
-        reached = [r.first_at(goals[r.seed]) for r in some if r.seed in goals]
-        there = [step for step in reached if step is not None]
-        when = f"{statistics.mean(there):.0f}" if there else "not reached"
-        if there and len(there) < len(reached):
-            when += f" ({len(reached) - len(there)} of {len(reached)} not reached)"
-        share = f"{statistics.mean(there) / steps:.2f}" if there else ""
-        lines.append(f"| {arm} | {len(some)} | {loss} | {score} | {when if reached else ''} | {share} |")
-    return "\n".join(lines)
+def train_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:
+    """Trains an arm and fills in what was measured."""
+    recipe = recipe_of(arm, root, options.every)
+    lightning.seed_everything(recipe.seed, verbose=False)
+    model = build(recipe.model)
+    bridges = {"in": model.bridge_in, "out": model.bridge_out}
+    arm.unexplained = {n: b.unexplained for n, b in bridges.items() if b is not None and b.unexplained is not None}
+    if recipe.stage.whiten_patches:
+        whiten(recipe, model)
+    asked = list(itertools.islice(questions_from_shards(shards(root, arm.task)[1]), options.questions))
+    tokenizer = load_tokenizer(recipe.data["tokenizer"])
+
+    def ask() -> dict[str, float]:
+        limits = {"min_pixels": PIXELS, "max_pixels": PIXELS, "max_new_tokens": 8, "batch_size": 100}
+        return evaluate(model, tokenizer, asked, progress=None, **limits).accuracy
+
+    curve = Curve(ask, (options.steps, arm.steps))
+    trainer = lightning.Trainer(
+        max_steps=arm.steps, val_check_interval=options.every, check_val_every_n_epoch=None, gradient_clip_val=1.0,
+        num_sanity_val_steps=0, inference_mode=False, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, callbacks=[curve],
+        **recipe.trainer,
+    )  # fmt: skip
+    data = NEODataModule(**recipe.data)
+    data.input_spec = model.input_spec
+    module = NEOTraining(model, recipe.stage)
+    began = time.monotonic()
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    arm.curve, arm.scores, arm.seconds = curve.points, curve.scores, time.monotonic() - began
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    """What a command line asks for; arms that reuse nothing do not depend on the source and are run once."""
+    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    found = []
+    for seed, llm, task, name in itertools.product(options.seeds, options.llms, options.tasks, options.arms):
+        source = task if reuses_nothing(name) else options.source or task
+        steps = options.random_steps if name in LONG else options.steps
+        found.append(Arm(name, llm, source, task, seed, steps, device))
+    return found
+
+
+def read(file: Path) -> list[Arm]:
+    """The arms that are done."""
+    if not file.is_file():
+        return []
+    return [Arm(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="outputs/quickstart", help="folder of `neo quickstart`")
-    parser.add_argument("--output", default="outputs/reuse", help="folder of the runs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["random", "tuned", "frozen"])
+    parser.add_argument("what", choices=["make", "run", "report"])
+    parser.add_argument("--root", type=Path, default=Path("outputs/reuse"), help="folder of all of it")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--llms", nargs="+", choices=["a", "b", "c"], default=["b", "c"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--source", choices=TASKS, help="task of the source; that of the arm if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--points", type=int, default=15, help="validations of a run")
-    parser.add_argument("--questions", type=int, default=256, help="validation questions that are answered")
-    parser.add_argument("--row-length", type=int, default=4096, help="tokens of a step")
-    parser.add_argument("--task", choices=["easy_vqa", "scenes"], default="easy_vqa")
-    parser.add_argument("--llm", default="", help="language model folder; the quickstart's second one if empty")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--random-steps", type=int, default=200, help="steps of the random arms that set the goal")
+    parser.add_argument("--every", type=int, default=5, help="steps between validations")
+    parser.add_argument("--questions", type=int, default=200, help="validation questions that are answered")
+    parser.add_argument("--pictures", type=Path, help="folder for the curves of report")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
-    runs: list[Run] = []
-    file = Path(options.output) / f"reuse-{options.task}.json"
-    for seed in options.seeds:
-        for arm in options.arms:
-            runs.append(run(arm, seed, options))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps([vars(r) for r in runs], indent=1) + "\n", encoding="utf-8")
-            print(f"{arm} seed {seed}: loss {runs[-1].curve[-1][1]:.3f}  {runs[-1].seconds:.0f} s", flush=True)
-    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"\n{options.task}, {options.steps} steps of {options.row_length} tokens, {device}\n")
-    print(table(runs, options.steps))
+    file = options.root / "arms.jsonl"
+    if options.what == "report":
+        print(report(read(file), options.pictures))
+        return
+    make(options.root, [options.source] if options.source else options.tasks)
+    for arm in arms_of(options) if options.what == "run" else []:
+        if arm.key in {done.key for done in read(file)}:
+            continue
+        train_arm(arm, options.root, options)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(arm)) + "\n")
+        last = f"loss {arm.curve[-1][1]:.3f}, exact match {arm.scores[-1][1]['overall']:.3f}, {arm.seconds:.0f} s"
+        print(f"{arm.arm} on {arm.llm}, {arm.source} to {arm.task}, seed {arm.seed}: {last}", flush=True)
 
 
 if __name__ == "__main__":

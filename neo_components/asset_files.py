@@ -98,6 +98,9 @@ def check_sizes(config: Mapping[str, Any], files: TensorFiles) -> None:
         for name, value in section.items():
             if isinstance(value, int) and value > LARGEST:
                 raise ValueError(f"{files.folder}/config.json: {part}.{name} is {value}, more than {LARGEST}")
+    for part, kind in (("image", dict), ("provenance", dict), ("license", str)):
+        if not isinstance(config.get(part, kind()), kind):
+            raise ValueError(f"{files.folder}/config.json: {part} must be a {kind.__name__}, got {config[part]!r:.80}")
     layers = {name.split(".")[1] for name in files.names() if name.startswith("layers.")}
     claimed = config["pre_buffer"].get("depth")
     if claimed != len(layers):
@@ -122,7 +125,9 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"`{h['attention']}`) behind a patch embedding; a visual token is {side} x {side} pixels. NEO, arXiv "
         "2510.14979.\n\n"
         "```python\nfrom neo_components import PreBuffer, attach\n\n"
-        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n' + _origin(config)
+        '# text="shared": words pass it too, as in the paper; text="bypass": they go around it.\n'
+        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM", text="shared")\n```\n'
+        + _origin(config)
     )
 
 

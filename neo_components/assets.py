@@ -8,6 +8,7 @@ second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.deferred import filled
-from neo_components.hub import resolve
 from neo_components.model import NEO, TEXT
 from neo_components.packing import pack
 from neo_components.types import InputSpec, Sample
+from neo_components.vocabulary import token_strings
 from neo_components.weights import read_json
 
 BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
+WHERE = re.compile(r"(?<![\w.:/-])(/[\w.@+ -]+)*/([\w.@+-]+)")
+"""A local path from the root on, in the text of a recipe; its name is the second group."""
+TELLING = 0.1
+"""Share of variance that a bridge for words loses, from which on the other way for words is pointed out."""
 MIN_SHARED = 16
 """Fewest shared tokens that a bridge is fitted from."""
 
@@ -68,7 +73,7 @@ def export_pre_buffer(
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What a model's folder tells of its training, with the names of the data but not where it lay.
+    """What a model's folder tells of its training, its recipes among it, but not where things lay.
 
     Args:
         folder: of a trained model; without ``provenance.json`` the result is empty.
@@ -77,6 +82,8 @@ def provenance_of(folder: Path) -> dict[str, Any]:
     told = read_json(path) if path.is_file() else {}
     for stage in told.get("stages", []):
         stage["data"] = [Path(name).name for name in stage.get("data", [])]
+        if "recipe" in stage:
+            stage["recipe"] = WHERE.sub(r"\2", stage["recipe"])
     return told
 
 
@@ -118,6 +125,12 @@ def attach(
         llm = PostLLM.from_pretrained(
             llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend, dtype=dtype
         )
+    if pre.rotary.index_rule is not llm.rotary.index_rule:
+        raise ValueError(
+            f"the pre-Buffer was trained with rope {h.rope!r}, and this PostLLM has {llm.hparams.rope!r}, which counts "
+            "positions by another rule; give attach the language model's folder or hub id, which is then read with "
+            f"the pre-Buffer's rope, or build it with rope={h.rope!r}"
+        )
     same_width = h.hidden_size == llm.hparams.hidden_size
     if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
         return NEO(pre.patch_embedding, pre, llm, text=text)
@@ -141,6 +154,8 @@ def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Ten
             left = bridge.fit_orthogonal(source, target) if orthogonal else bridge.fit(source, target)
             told.append(f"{name} {left:.3f}")
     log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(told))
+    if bridge_in is not None and (bridge_in.unexplained or 0) > TELLING:
+        log.info("words reach the language model changed by as much; text='bypass' leads them around the pre-Buffer")
 
 
 def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:
@@ -176,31 +191,6 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     with filled(llm.word_embedding):
         theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
-
-
-def token_strings(source: str | Path) -> dict[str, int]:
-    """What each token of a tokenizer reads as -> its id, in order of ids; spaces written as spaces.
-
-    Args:
-        source: folder or hub id with a tokenizer.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve(source, weights=False)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise FileNotFoundError(
-            f"no tokenizer in {folder}; give a folder that holds tokenizer.json ({reason})"
-        ) from error
-    strings: dict[str, int] = {}
-    for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        strings.setdefault(token.replace("Ġ", " ").replace("▁", " "), row)
-    return strings
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""The part of the hub's protocol that a download needs, on 127.0.0.1: repositories are folders."""
+"""The part of the hub's protocol that a download and an upload need, on 127.0.0.1: repositories are folders."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,6 +24,8 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         gated: repositories that ask for consent.
         fetched: files that were sent, ``owner/name/file``.
+        options: what the repositories that were created here were asked to be.
+        tokens: the tokens that came with uploads.
     """
 
     daemon_threads = True
@@ -31,6 +35,9 @@ class Hub(ThreadingHTTPServer):
         self.root = root
         self.gated: set[str] = set()
         self.fetched: list[str] = []
+        self.options: dict[str, dict[str, object]] = {}
+        self.tokens: set[str] = set()
+        self.large: dict[str, bytes] = {}
 
     @property
     def address(self) -> str:
@@ -60,6 +67,57 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        """Creates a repository, says how each file is to be sent, takes the small ones in the commit itself."""
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts == ["api", "validate-yaml"]:
+            return self._reply({"errors": [], "warnings": []})
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(content)
+            repo = f"{asked.pop('organization')}/{asked.pop('name')}"
+            self.server.options[repo] = asked
+            (self.server.root / repo).mkdir(parents=True)
+            return self._reply({"name": repo, "url": f"{self.server.address}/{repo}"})
+        if parts[-3:] == ["lfs", "objects", "batch"]:
+            return self._reply({"objects": [self._place(one) for one in json.loads(content)["objects"]]})
+        repo = "/".join(parts[2:4])
+        if not (self.server.root / repo).is_dir():
+            return self._send(401, b"{}", True, {"X-Error-Code": "RepoNotFound"})
+        if parts[4] == "preupload":
+            files = [
+                {"path": file["path"], "shouldIgnore": False, "uploadMode": _mode(file["path"])}
+                for file in json.loads(content)["files"]
+            ]
+            return self._reply({"files": files})
+        self._commit(self.server.root / repo, [json.loads(line) for line in content.splitlines()])
+        url = f"{self.server.address}/{repo}/commit/{COMMIT}"
+        self._reply({"success": True, "commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
+
+    def do_PUT(self) -> None:
+        """A large file."""
+        name = self.path.rpartition("/")[2]
+        self.server.large[name] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._send(200, b"", True)
+
+    def _place(self, file: dict[str, object]) -> dict[str, object]:
+        upload = {"href": f"{self.server.address}/large/{file['oid']}", "header": {}}
+        return {"oid": file["oid"], "size": file["size"], "actions": {"upload": upload}}
+
+    def _commit(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                content = self.server.large[value["oid"]]
+                assert hashlib.sha256(content).hexdigest() == value["oid"]
+                (folder / value["path"]).write_bytes(content)
+
+    def _reply(self, content: dict[str, object]) -> None:
+        self._send(200, json.dumps(content).encode(), True, {"Content-Type": "application/json"})
 
     def _answer(self, body: bool) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
@@ -106,6 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing."""
+
+
+def _mode(name: str) -> str:
+    """As the hub has it: weights go to the large file storage, text into the commit."""
+    return "lfs" if name.endswith(".safetensors") else "regular"
 
 
 def _hash(path: Path) -> str:

@@ -9,8 +9,8 @@ import torch
 from builders import randomize, weights_of
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.assets import token_strings
 from neo_components.quickstart.text_llm import train_text_llm
+from neo_components.vocabulary import token_strings
 from neo_components.weights import save_tensors
 
 COLORS = ("red", "blue", "green", "black")

@@ -140,6 +140,9 @@ def test_an_index_leads_nowhere_else(asset: Path, name: Any) -> None:
         (lambda c: c["patch_embedding"].update(patch_size=-4), "misshapen: patch_embedding.patch_proj.weight"),
         (lambda c: c.update(patch_embedding="/etc/passwd"), "does not describe a pre-Buffer"),
         (lambda c: c.update(pre_buffer=[]), "does not describe a pre-Buffer"),
+        (lambda c: c.update(image=["min_pixels"]), r"image must be a dict, got \['min_pixels'\]"),
+        (lambda c: c.update(provenance="stages"), "provenance must be a dict, got 'stages'"),
+        (lambda c: c.update(license={}), "license must be a str, got {}"),
     ],
 )
 def test_crafted_configs(asset: Path, edit: Any, message: str) -> None:
@@ -185,6 +188,20 @@ def test_code_and_pickles_beside_it_are_not_touched(asset: Path) -> None:
     with pytest.raises(ValueError, match="no readable safetensors file"):
         PreBuffer.from_pretrained(asset)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "anchors.safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 0.5, -1])
+def test_files_cut_short(asset: Path, file: str, kept: float) -> None:
+    data = (asset / file).read_bytes()
+    (asset / file).write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=f"{file} is no readable safetensors file .* cut short"):
+        PreBuffer.from_pretrained(asset)
+
+
+def test_a_card_that_is_no_text_does_no_harm(asset: Path) -> None:
+    (asset / "README.md").write_bytes(b"\xff\xfe" * 10)
+    assert same_tensors(PreBuffer.from_pretrained(asset).state_dict(), weights_of(FROZEN))
 
 
 def test_damaged_tensors_are_named(asset: Path) -> None:

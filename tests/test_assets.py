@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import random_batch, randomize, same_outputs, same_tensors, weights_of
+from builders import edit_config, random_batch, randomize, same_outputs, same_tensors, weights_of
 from llm_builders import EMBEDDING, native_model, relate_embeddings, text_llm
 
 from neo_components import NEO, PostLLM, PreBuffer, attach, build, load_recipe
-from neo_components.assets import export_pre_buffer, shared_embeddings, token_strings
+from neo_components.assets import export_pre_buffer, shared_embeddings
 from neo_components.components.pre_buffer import Anchors, AssetInfo
 from neo_components.data import load_tokenizer
+from neo_components.vocabulary import token_strings
 
 WIDTH, OTHER_WIDTH = 32, 48
 OTHER: dict[str, Any] = {
@@ -150,6 +152,7 @@ def test_unrelated_embeddings_are_told(folders: dict[str, Path], caplog: pytest.
     """Least squares explain about as much of random vectors as there are unknowns; the log says how little."""
     with caplog.at_level(logging.INFO):
         attach(folders["asset"], folders["other"])
+    assert "text='bypass' leads them around the pre-Buffer" in caplog.text
     shared, left_in, left_out = unexplained(caplog)
     assert left_in == pytest.approx(1 - OTHER_WIDTH / shared, abs=0.06)
     assert left_out == pytest.approx(1 - WIDTH / shared, abs=0.06)
@@ -224,8 +227,17 @@ def test_faults_are_told_with_a_way_out(folders: dict[str, Path], pre_buffer: Pr
         attach(pre_buffer, nameless)
     assert attach(pre_buffer, nameless, tokenizer=other).bridge_in is not None
     one_dimensional = PostLLM.from_pretrained(llm, rope="1d")
-    with pytest.raises(ValueError, match="count positions by different rules: rope 'native' and '1d'; build both with"):
+    with pytest.raises(
+        ValueError, match=r"rope 'native', and this PostLLM has '1d', .* another rule; give attach the "
+    ):
         attach(pre_buffer, one_dimensional)
+    assert attach(pre_buffer, llm).post_llm.hparams.rope == "native"  # the way out
+    edit_config(Path(shutil.copytree(llm, tmp_path / "odd")), lambda c: c.update(head_dim=18))
+    with pytest.raises(ValueError, match=r"multiple of 4 .*, got 18; .* one with such heads cannot be widened, so not"):
+        attach(pre_buffer, tmp_path / "odd")
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_width": 20, "depth": 1, "feed_forward_size": 8}
+    wider = PostLLM(vocab_size=30, hidden_size=WIDTH, **sizes)  # head widths need not agree
+    assert attach(pre_buffer, wider, bridge="identity").post_llm.hparams.head_width == 20
     bare = tmp_path / "bare"
     bare.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*bare; give a folder that holds tokenizer.json"):
@@ -289,6 +301,12 @@ def test_reset_leaves_all_but_the_weights(folders: dict[str, Path], tmp_path: Pa
     kept, fresh = (build(load_recipe(path, [f"model.pre_buffer.reset={arm}"]).model) for arm in ("false", "true"))
     one, two = kept.state_dict(), fresh.state_dict()
     assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
+    torch.manual_seed(0)
+    same_seed = PreBuffer(**kept.pre_buffer.hparams).state_dict()
+    torch.manual_seed(0)
+    new = build(load_recipe(path, ["model.pre_buffer.reset=true"]).model).pre_buffer.state_dict()
+    drawn = [name for name in same_seed if "q_proj.weight" in name]
+    assert drawn and not any(torch.equal(same_seed[name], new[name]) for name in drawn)
     for name in one:
         # The fit solves a linear system, whose last digits may differ from run to run.
         assert torch.allclose(one[name], two[name], atol=1e-6) != name.startswith("pre_buffer."), name

@@ -48,7 +48,8 @@ FAULTS = [
     ("train {w}/run.yaml output={t}/a trainer.devices=0", r"trainer: .*devices=0.*; change that key of the recipe .*"),
     ("train {w}/run.yaml output={t}/a data.row_length=4", r"no sample of {w}/shards is usable; .*"),
     ("train {w}/run.yaml output={t}/a data.row_length=4 data.workers=1", r"no sample of {w}/shards is usable; .*"),
-    ("train {w}/run.yaml output={t}/a data.train.0.shards={t}/none", r"no shards \(\*\.tar\) in {t}/none \(No such file or directory\); .*"),
+    ("train {w}/run.yaml output={t}/a data.train.0.shards={t}/none",
+     r"no shards \(\*\.tar\) in {t}/none \(No such file or directory\); .*"),
     ("train {w}/run.yaml output={t}/a --import no_such", r"--import no_such: no such module; looked in .*"),
     ("train {w}/run.yaml output={t}/a model.post_llm.from_pretrained={t}/none", r"'{t}/none' is no folder; .*"),
     # quickstart

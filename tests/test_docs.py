@@ -152,12 +152,12 @@ def test_the_trained_model_is_asked_as_written(page: str, clone: Path) -> None:
 def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
     """The training is that of the page, cut short by further overrides."""
     lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/recipes.md")]
-    assert [words[0] for words in lines] == ["recipes", "recipes", "recipes", "train"]
-    listed, copied, valid = (good(*words) for words in lines[:3])
+    assert [words[0] for words in lines] == ["recipes", "recipes", "recipes", "inspect", "train"]
+    listed, copied, valid, costs = (good(*words) for words in lines[:4])
     assert all(recipe.name in listed for recipe in list_recipes())
-    assert (copied, valid) == ("my_run.yaml\n", "valid\n")
+    assert (copied, valid) == ("my_run.yaml\n", "valid\n") and "pre_buffer" in costs
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "data.row_length=512", "data.workers=0"]
-    assert "model: outputs/quickstart/pretrain/neo" in good(*lines[3], *short)
+    assert "model: outputs/quickstart/pretrain/neo" in good(*lines[4], *short)
     assert NEO.from_pretrained("outputs/quickstart/pretrain/neo").pre_buffer.hparams.depth >= 1
     [example] = blocks("docs/recipes.md", "python")
     names: dict[str, Any] = {}

@@ -159,3 +159,24 @@ def test_a_bar_on_a_terminal(hub: Hub, tmp_path: Path) -> None:
     )
     shown = os.read(ours, 10**6).decode()
     assert "Fetching" in shown and "100%|" in shown and "\r" in shown
+
+
+def test_an_asset_is_published_and_read_back(repositories: Path, tmp_path: Path) -> None:
+    """What ``push_to_hub`` sends is what ``save_pretrained`` writes, byte for byte, and a hub id opens it."""
+    asset = str(repositories / "some" / "asset")
+    push = (
+        f"from neo_components import PreBuffer; p = PreBuffer.from_pretrained({asset!r}); "
+        "p.push_to_hub('me/eyes', private=True, token='hf_test')"
+    )
+    read = (
+        "from neo_components import PreBuffer, attach; p = PreBuffer.from_pretrained('me/eyes'); "
+        f"p.save_pretrained({str(tmp_path / 'again')!r}); print(p.hparams.depth, p.patch_embedding is not None)"
+    )
+    with serving(tmp_path / "hub") as hub:
+        assert run(push, tmp_path / "mine", hub.address, HF_HUB_DISABLE_XET="1")[0] == ""
+        assert hub.options == {"me/eyes": {"visibility": "private"}} and hub.tokens == {"hf_test"}
+        assert len(hub.large) == 1
+        assert run(read, tmp_path / "theirs", hub.address)[0] == "2 True"
+    written = {path.name: path.read_bytes() for path in (repositories / "some" / "asset").iterdir()}
+    for folder in (tmp_path / "hub" / "me" / "eyes", tmp_path / "again"):
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == written

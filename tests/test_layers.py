@@ -17,7 +17,7 @@ PACKAGE = "neo_components"
 LAYERS: tuple[set[str], ...] = (
     {"types", "progress", "deferred"},
     {"packing", "weights", "hub"},
-    {"llms", "weight_writer", "asset_files"},
+    {"llms", "weight_writer", "asset_files", "vocabulary"},
     {"components"},
     {"generation", "checkpoint"},
     {"model"},

@@ -57,7 +57,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_on_reuse_in_its_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     lines = commands("reuse.md")
-    assert [words[1] for words in lines] == ["export", "attach", "chat", "train", "train", "train"]
+    assert [words[1] for words in lines] == ["export", "attach", "chat", "train", "train", "train", "train"]
     for words in lines:
         assert words[0] == "neo"
         good(*words[1:], *(SHORT if words[1] == "train" else ()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
+import argparse
+import importlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from builders import same_tensors
 from commands import SIDE, good
 
@@ -30,14 +33,14 @@ def root(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "shards").mkdir()
     for name in ("train_all", "validation"):
         (root / "shards" / name).symlink_to(world / "shards")
-    for name in ("stage1", "stage2", "bridges"):
+    for name in ("stage1", "stage2", "bridges", "frozen"):
         good("train", f"reuse/{name}", f"variables.root={root}", *SHORT)
     return root
 
 
 def test_these_are_all() -> None:
     assert {r.name for r in list_recipes() if r.name.startswith("reuse/")} == {
-        "reuse/stage1", "reuse/stage2", "reuse/bridges"
+        "reuse/stage1", "reuse/stage2", "reuse/bridges", "reuse/frozen"
     }  # fmt: skip
 
 
@@ -53,22 +56,68 @@ def test_what_each_recipe_trains(root: Path) -> None:
     assert fresh.is_file() and torch.equal(one.post_llm.norm.weight, only.post_llm.norm.weight)
     assert not any(t.any() for n, t in only.post_llm.state_dict().items() if "k_proj_hw" in n)
     assert any(t.any() for n, t in one.post_llm.state_dict().items() if "k_proj_hw" in n)
+    frozen = NEO.from_pretrained(root / "reuse_frozen" / "neo")
+    assert frozen.text == "bypass" and same_tensors(frozen.pre_buffer.state_dict(), asset.state_dict())
+    assert not torch.equal(frozen.post_llm.norm.weight, only.post_llm.norm.weight)
     stages = read_json(root / "reuse_stage2" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["bridges and H/W", "all, after the bridges"]
 
 
-def test_every_arm_of_the_benchmark_is_a_recipe_and_its_table_counts_right() -> None:
-    spec = spec_from_file_location("reuse", Path(__file__).parent.parent / "benchmarks" / "reuse.py")
-    assert spec is not None and spec.loader is not None
-    reuse = sys.modules["reuse"] = module_from_spec(spec)
-    spec.loader.exec_module(reuse)
+def test_an_asset_tells_its_recipes_but_not_where_things_lay(root: Path) -> None:
+    good("export", root / "reuse_stage2", "-o", root / "again")
+    text = (root / "again" / "config.json").read_text()
+    assert str(root) not in text and str(root.parent) not in text
+    one, two = (yaml.safe_load(stage["recipe"]) for stage in json.loads(text)["provenance"]["stages"])
+    assert (one["stage"]["name"], one["stage"]["train"]) == ("bridges and H/W", ["bridge", "post_llm.hw"])
+    assert two["data"]["tokenizer"] == "llm_b" and two["data"]["row_length"] == 256
+    told = (root / "again" / "README.md").read_text()
+    assert "| all, after the bridges | 2 | all | train_all | 0 |" in told and "row_length" not in told
+
+
+# --- the benchmark
+
+
+@pytest.fixture
+def reuse(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/reuse.py as it finds its neighbours when it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module("reuse")
+
+
+def test_every_arm_of_the_benchmark_is_a_recipe(reuse: Any) -> None:
     for arm, overrides in reuse.ARMS.items():
-        assert validate_recipe("quickstart/attach", overrides) == [], arm
-    random = reuse.Run("random", 0, [(10, 2.0), (20, 1.5), (40, 1.0)], 0.25)
-    tuned = reuse.Run("tuned", 0, [(10, 1.0), (20, 0.9), (40, 0.5)], 0.75)
-    never = reuse.Run("frozen", 0, [(10, 2.0), (40, 1.2)], 0.5)
-    assert reuse.table([random, tuned, never], 40).splitlines()[2:] == [
-        "| random | 1 | 1.000 | 0.250 | 40 | 1.00 |",
-        "| tuned | 1 | 0.500 | 0.750 | 10 | 0.25 |",
-        "| frozen | 1 | 1.200 | 0.500 | not reached |  |",
+        assert validate_recipe("quickstart/attach", [*reuse.SCHEDULE, *overrides]) == [], arm
+
+
+def test_the_table_counts_right(reuse: Any, tmp_path: Path) -> None:
+    def arm(name: str, source: str, curve: list[tuple[int, float]], score: float, seed: int = 0) -> Any:
+        scores = [(20, {"overall": score}), (curve[-1][0], {"overall": score + 0.1})]
+        return reuse.Arm(name, "b", source, "scenes", seed, curve[-1][0], "X", curve, scores[: 2 - (len(curve) < 4)])
+
+    goal = arm("random bypass", "scenes", [(0, 9.0), (10, 2.0), (20, 1.5), (40, 1.0)], 0.25)
+    other = arm("random bypass", "scenes", [(0, 9.0), (10, 2.0), (20, 1.0), (40, 1.1)], 0.35, seed=1)
+    there = arm("tuned bypass", "scenes", [(0, 9.0), (10, 1.0), (20, 0.5)], 0.75)
+    again = arm("tuned bypass", "scenes", [(0, 9.0), (10, 1.2), (20, 1.1)], 0.85, seed=1)
+    never = arm("frozen bypass", "easy_vqa", [(0, 9.0), (10, 2.0), (20, 1.2)], 0.5)
+    transfer, same = reuse.report([goal, other, there, again, never], tmp_path).split("\n\nSource scenes")
+    head = "| random bypass | 2 | 1.250 ± 0.354 | 0.300 ± 0.071 | step 20 | step 30 | 1.00 |"
+    assert transfer.splitlines()[4:] == [head, "| frozen bypass | 1 | 1.200 | 0.500 | step 40 | never |  |"]
+    assert same.splitlines()[4:6] == [
+        head,
+        "| tuned bypass | 2 | 0.800 ± 0.424 | 0.800 ± 0.071 | step 20 (1 of 2 never) | step 10 (1 of 2 never) | 0.25 |",
     ]
+    assert (tmp_path / "reuse.png").stat().st_size > 10_000
+
+
+def test_an_arm_is_trained_and_measured(reuse: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reuse_setting.PIXELS", SIDE**2)
+    monkeypatch.setattr(reuse, "PIXELS", SIDE**2)
+    monkeypatch.setattr(reuse, "SCHEDULE", [*reuse.SCHEDULE, "stage.warmup_steps=1"])
+    for name, target in {"easy_vqa": root / "shards", "source_easy_vqa/pb3": root / "pre_buffer"}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(target)
+    arm = reuse.Arm("frozen bypass", "b", "easy_vqa", "easy_vqa", 0, 4)
+    reuse.train_arm(arm, root, argparse.Namespace(every=2, steps=2, questions=4))
+    assert [step for step, _ in arm.curve] == [0, 2, 4] and [step for step, _ in arm.scores] == [2, 4]
+    assert arm.curve[2][1] < arm.curve[0][1] and set(arm.unexplained) == {"out"}
+    assert set(arm.scores[0][1]) == {"overall", "color"}

@@ -161,3 +161,14 @@ def test_viewers_leave_pyplot_alone(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_control_characters_in_answers_are_written_as_escapes(tmp_path: Path) -> None:
+    """An untrained model answers them too, and no font has them."""
+    picture = torch.zeros(3, 32, 32)
+    odd, plain = (
+        draw_answers([(picture, "what?", "a", answer, False)], tmp_path / f"{name}.png")
+        for name, answer in {"odd": "\x07\x1b", "plain": "\\x07\\x1b"}.items()
+    )
+    assert odd.read_bytes() == plain.read_bytes()

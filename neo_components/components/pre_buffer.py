@@ -44,7 +44,7 @@ class Anchors:
     """Word embeddings of common tokens, for fitting a bridge to another language model.
 
     Args:
-        tokens: the A tokens as they read, spaces written as spaces (``assets.token_strings``).
+        tokens: the A tokens as they read, spaces written as spaces (``vocabulary.token_strings``).
         vectors: [A, D] their word embeddings on the pre-Buffer's side.
     """
 
@@ -269,4 +269,4 @@ def check_format(config: dict[str, Any], folder: Path) -> None:
 
 def _read_card(folder: Path) -> str:
     path = folder / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -175,7 +175,11 @@ class Rotary(nn.Module):
     ) -> None:
         super().__init__()
         if head_width % 4:
-            raise ValueError(f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}")
+            raise ValueError(
+                f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}; give "
+                "another, or take another language model: one with such heads cannot be widened, so nothing can be "
+                "attached to it"
+            )
         turning = head_width if rotary_width is None else rotary_width
         if turning % 2 or not 0 <= turning <= head_width:
             raise ValueError(f"rotary_width must be even and lie in 0 to head_width ({head_width}), got {turning}")

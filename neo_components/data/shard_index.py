@@ -170,7 +170,7 @@ def _objects(file: IO[str], text: str) -> Iterator[Any]:
 
 def _load(place: Path) -> ShardIndex | None:
     """The arrays of an index, mapped; ``None`` if they are not kept there or damaged."""
-    if not place.is_dir():
+    if not os.path.isdir(place):  # False also where it may not be looked at
         return None
     try:
         facts = json.loads((place / "index.json").read_bytes())
@@ -195,7 +195,7 @@ def _keep(index: ShardIndex, places: Sequence[Path]) -> Path | None:
             part.rename(place)
             return place
         except OSError as error:
-            if place.is_dir():  # another process was faster
+            if os.path.isdir(place):  # another process was faster
                 return place
             logger.warning("the arrays of the index cannot be kept in %s (%s)", place, error)
         finally:

@@ -1,11 +1,12 @@
 """Trains a small language model and its tokenizer on text alone: the quickstart's stand-in for a pretrained LLM.
 
-The result is an ordinary Hugging Face folder (Qwen3 architecture, ChatML form), so that the library reads it in the
-same way as a released model. The tokenizer is a byte-level BPE, learnt from the same conversations.
+The result is an ordinary Hugging Face folder (ChatML form), so that the library reads it in the same way as a released
+model. Its tokenizer is a BPE learnt from the same conversations.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -22,13 +23,17 @@ from neo_components.progress import progress
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Conversation = Sequence[dict[str, str]]
 """Turns ``{"from": "human" | "gpt", "value": text}``."""
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+PIECES = ("bytes", "blanks")
+"""How a tokenizer writes what it has no word for: every text as bytes, as Qwen's does, or blanks as ``▁`` and unknown
+characters as ``<0x00>`` to ``<0xFF>``, as those of sentencepiece do (Llama 2, Gemma)."""
 
 
 @dataclass
@@ -62,13 +67,15 @@ def train_text_llm(
     feed_forward: int = 384,
     vocab_size: int = 512,
     tie_word_embeddings: bool = True,
+    family: str = "qwen3",
+    pieces: str = "bytes",
     steps: int = 300,
     tokens_per_step: int = 2048,
     learning_rate: float = 3e-3,
     seed: int = 0,
     title: str | None = "training the text LLM",
 ) -> TextLLM:
-    """Learns a tokenizer, trains a Qwen3 model on every token of the conversations, and saves both.
+    """Learns a tokenizer, trains a model on every token of the conversations, and saves both.
 
     Args:
         conversations: text-only conversations.
@@ -81,6 +88,8 @@ def train_text_llm(
         feed_forward: inner width of the feed-forward layers.
         vocab_size: most tokens the tokenizer may have, special tokens and the 256 bytes included.
         tie_word_embeddings: whether the output layer shares the word embedding.
+        family: ``model_type`` of transformers whose config takes these sizes by their usual names: qwen3, llama ...
+        pieces: kind of tokenizer, one of ``PIECES``.
         steps: optimiser steps, with warm-up over the first tenth and a cosine to 0.
         tokens_per_step: most tokens of a step, padding included.
         learning_rate: highest rate of AdamW.
@@ -95,10 +104,11 @@ def train_text_llm(
     texts = [to_chatml(conversation) for conversation in conversations]
     if not texts:
         raise ValueError("no conversation to learn from; give at least one")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, pieces)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model(
+            family,
             tokenizer,
             hidden_size=hidden_size,
             num_hidden_layers=depth,
@@ -128,22 +138,37 @@ def to_chatml(conversation: Conversation) -> str:
     return "".join(parts)
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learns a byte-level BPE tokenizer; any text can be written with it, also one with unseen words.
+def train_tokenizer(texts: Sequence[str], vocab_size: int, pieces: str = "bytes") -> PreTrainedTokenizerFast:
+    """Learns a BPE tokenizer; any text can be written with it, also one with unseen words.
 
     Args:
         texts: the corpus, in ChatML form.
         vocab_size: most tokens; fewer are made if the corpus has no more pairs to join.
+        pieces: one of ``PIECES``.
 
     Raises:
-        ValueError: if the bytes and special tokens alone take more than ``vocab_size``.
+        ValueError: if the bytes and special tokens alone take more than ``vocab_size``, or ``pieces`` is unknown.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if pieces not in PIECES:
+        raise ValueError(f"pieces must be one of {', '.join(PIECES)}, got {pieces!r}")
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and the special tokens need at least {smallest}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=(_byte_level if pieces == "bytes" else _with_blanks)(texts, vocab_size),
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,21 +180,35 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[TURN_START],
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3ForCausalLM:
-    """A Qwen3 model with the library's usual initial weights."""
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+def _with_blanks(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """The layout that converted sentencepiece models have: special tokens, the 256 bytes, then the learnt pieces."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    config = Qwen3Config(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer knows no bytes; they are put in front of what it learnt.
+    learnt = json.loads(tokenizer.to_str())["model"]
+    names = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [token for token in sorted(learnt["vocab"], key=learnt["vocab"].get) if token not in SPECIAL_TOKENS]
+    vocab = {name: place for place, name in enumerate(names)}
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    tokenizer.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _new_model(family: str, tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> PreTrainedModel:
+    """A model with the library's usual initial weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         initializer_range=sizes["hidden_size"] ** -0.5,
         max_position_embeddings=4096,
@@ -180,7 +219,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3ForCaus
         dtype="float32",
         **sizes,
     )
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
@@ -189,7 +228,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3ForCaus
     return model
 
 
-def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the Hugging Face folder, without the progress bar that transformers shows for its one small file."""
     from transformers.utils import logging
 
@@ -204,7 +243,7 @@ def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def _train(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     documents: list[list[int]],
     steps: int,
     tokens_per_step: int,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from neo_components.assets import attach
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
@@ -26,6 +28,9 @@ BLOCKS = (
 What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to
 go from one language model to another, so its blocks are NEO's unless the recipe says else.
 """
+
+RESET = 0x5EED
+"""Turns a run's seed into that of ``pre_buffer.reset``."""
 
 
 def build(model: ModelRecipe) -> NEO:
@@ -76,7 +81,9 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:
     """A pre-Buffer of the same shapes with random weights; what it is told about its language model stays."""
     assert trained.patch_embedding is not None
-    with new_weights():
+    with torch.random.fork_rng(devices=[]), new_weights():
+        # By the run's own seed they could be the very weights that the asset's training began with.
+        torch.manual_seed(torch.initial_seed() ^ RESET)
         new = PreBuffer(**trained.hparams)
         new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
     new.anchors, new.info = trained.anchors, trained.info

@@ -88,7 +88,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     watching = [history, performance, drift, *([before] if data.text_sources else [])]
     trainer = build_trainer(recipe, [*watching, *predictions], done)
     if recipe.stage.whiten_patches and checkpoint is None:
-        whiten(recipe, chat)
+        whiten(recipe, chat.model)
     if trainer.is_global_zero:  # several processes may have been started at once
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", recipe.to_yaml())
@@ -126,6 +126,7 @@ def _write_provenance(recipe: Recipe, result: RunResult) -> None:
         "data": [source.shards for source in recipe.data["train"]],
         "metrics": {name: round(value, 6) for name, value in result.metrics.items() if name.startswith("val/")},
         "seed": recipe.seed,
+        "recipe": recipe.to_yaml(),
         "neo_components": neo_components.__version__,
     }
     write_text(result.folder / PROVENANCE, json.dumps({"stages": [*stages, entry]}, indent=2) + "\n")

@@ -73,17 +73,17 @@ def _settled(recipe: Recipe, model: NEO) -> StageConfig:
     return stage
 
 
-def whiten(recipe: Recipe, chat: Chat) -> None:
+def whiten(recipe: Recipe, model: NEO) -> None:
     """Whitens the patch embedding by the first training images; the same ones on every rank."""
     data = NEODataModule(**(recipe.data | {"workers": 0}))
-    data.input_spec = chat.model.input_spec
+    data.input_spec = model.input_spec
     data.setup()
     patches: list[Tensor] = []
     for batch in data.train_dataloader():
         patches.append(batch.patches)
         if sum(map(len, patches)) >= recipe.stage.whiten_patches:
             break
-    embedding = chat.model.patch_embedding
+    embedding = model.patch_embedding
     embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
 
 

@@ -145,8 +145,13 @@ def _running_mean(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, n
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 38, max_lines=3, placeholder=" …") or ["(no question)"]
+    return textwrap.wrap(_visible(text), 38, max_lines=3, placeholder=" …") or ["(no question)"]
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(text, 26, placeholder=" …") or "(empty)"
+    return textwrap.shorten(_visible(text), 26, placeholder=" …") or "(empty)"
+
+
+def _visible(text: str) -> str:
+    """Control characters, which an untrained model answers too and no font has, as escapes."""
+    return "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ def test_the_table_counts_right(reuse: Any, tmp_path: Path) -> None:
         "| tuned bypass | 2 | 0.800 ± 0.424 | 0.800 ± 0.071 | step 20 (1 of 2 never) | step 10 (1 of 2 never) | 0.25 |",
     ]
     assert (tmp_path / "reuse.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_what_was_measured(reuse: Any) -> None:
+    top = Path(__file__).parent.parent
+    told = reuse.report(reuse.read(top / "benchmarks" / "results" / "arms.jsonl"))
+    shown = re.findall(r"[\d.]+ ± [\d.]+", (top / "docs" / "reuse.md").read_text(encoding="utf-8"))
+    assert len(shown) > 40 and [cell for cell in shown if f"| {cell} |" not in told] == []
 
 
 def test_an_arm_is_trained_and_measured(reuse: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

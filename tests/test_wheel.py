@@ -88,9 +88,9 @@ def test_a_shipped_recipe_trains(installed: Path, world: Path, tmp_path: Path) -
     tiny = ["model.patch_embedding={width: 16, patch_size: 4}", "model.pre_buffer.depth=1", "data.row_length=256"]
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=2", "stage.predictions=2"]
     pixels = ["data.min_pixels=1024", "data.max_pixels=1024"]
-    data = [f"data.train={shards}", f"data.validation={shards}"]
+    data = [f"data.train={shards}", f"data.validation={shards}", "data.text_validation=[]"]
     out = run(installed / "neo", "train", "mine.yaml", *where, *tiny, *short, *pixels, *data, folder=tmp_path)
-    assert "model: trained/neo" in out and "val/loss" in out
+    assert "model: trained/neo" in out and "validation loss" in out
     assert {p.name for p in tmp_path.iterdir()} == {"mine.yaml", "trained"}
     assert weights_of(tmp_path / "trained" / "neo")["pre_buffer.boundary"].shape == (2, 32)
     asked = run(installed / "neo", "chat", "trained/neo", "hi", "--image", world / "red.png", folder=tmp_path)

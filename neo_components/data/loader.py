@@ -7,10 +7,12 @@ that the trainer took, so a resumed run goes on with the very next batch, whatev
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 import torch
@@ -95,8 +97,20 @@ def _as_it_is(delivery: Any) -> Any:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to every process of a job: a worker goes on, for its trainer still ends the step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Schedulers send SIGTERM to every process of a job: a worker goes on, for its trainer still ends the step.
+
+    Only what its own process sends ends it, as it does with workers that are left when it exits. Where the system does
+    not tell who sent a signal (macOS), any ends it.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_wait_for_own, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_own(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, os.getpid()):
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 class RowLoader(DataLoader[Delivery]):

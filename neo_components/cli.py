@@ -312,7 +312,11 @@ def validate(
     from neo_components.recipe import load_recipe
 
     _register(imports)
-    load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.given_stage is not None:
+        from neo_components.training.trainer import check_strategy
+
+        check_strategy(loaded)
     typer.echo("valid")
 
 

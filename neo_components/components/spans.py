@@ -62,7 +62,7 @@ class Bucket:
         return span_mask(self.images, self.lengths, self.rule, self.window)[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
-        """[B * L, ...] -> [n, m, ...]. Selecting has a faster gradient than indexing by a matrix."""
+        """[B * L, ...] -> [n, m, ...]."""
         return x.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
     def units(self) -> Iterator[Unit]:

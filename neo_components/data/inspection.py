@@ -144,7 +144,7 @@ def _look(shards: ShardFolder, lengths: Lengths, found: Findings, decoder: Sampl
                 found.skipped[reason] = (count + 1, names + more)
             bar.advance()
     found.sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    found.tags = {name: counts for name, counts in sorted(tags.items()) if len(counts) <= TAG_VALUES}
+    found.tags = {name: counts for name, counts in sorted(tags.items()) if 0 < len(counts) <= TAG_VALUES}
 
 
 def _count_tags(raw: dict[str, Any], tags: dict[str, Counter[str]]) -> None:

@@ -153,14 +153,19 @@ def _bytes(parameters: list[nn.Parameter], setting: Setting) -> int:
 
 
 def _gathered(model: NEO, setting: Setting) -> int:
-    """Two blocks put together, the present and the next one, and all that is in no block; and of the largest of them
-    the gradient before it is divided, once as computed and once in float32 for the sum."""
+    """Two blocks put together, the present and the next one (or a larger embedding), and what is in no part of its own;
+    and of the largest of them the gradient before it is divided, once as computed and once in float32 for the sum.
+
+    The parts are those of ``training.fsdp2.strategy.divide``."""
     blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
-    inside = {id(p) for block in blocks for p in block}
+    alone = [model.patch_embedding, *([model.post_llm.word_embedding] if model.post_llm.lm_head is not None else [])]
+    single = [list(part.parameters()) for part in alone]
+    inside = {id(p) for part in (*blocks, *single) for p in part}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    trained = [[p for p in part if p.requires_grad] for part in (*blocks, rest)]
+    trained = [[p for p in part if p.requires_grad] for part in (*blocks, *single, rest)]
     gradient = max(_bytes(part, setting) + 4 * sum(p.numel() for p in part) for part in trained)
-    return 2 * max((_bytes(block, setting) for block in blocks), default=0) + _bytes(rest, setting) + gradient
+    together = max([2 * _bytes(block, setting) for block in blocks] + [_bytes(part, setting) for part in single])
+    return together + _bytes(rest, setting) + gradient
 
 
 def _autocast_copies(model: NEO, setting: Setting) -> int:

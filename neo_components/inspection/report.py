@@ -23,6 +23,7 @@ from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
 from neo_components.training.stage import StageConfig
+from neo_components.training.trainer import check_strategy
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,32 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         str(recipe.path), groups, total, assumptions, flops, batches * batch.token_ids.numel(), memory.kinds,
         memory.peak, memory_limit, hours, notes,
     )  # fmt: skip
-    return replace(report, notes=[*notes, *doubts.notes], warnings=[*doubts.warnings, *_warnings(report)])
+    notes += [*doubts.notes, *_smaller_step(recipe, plan, report)]
+    return replace(report, notes=notes, warnings=[*_refused(recipe, plan), *(doubts.warnings or _warnings(report))])
+
+
+def _smaller_step(recipe: Recipe, plan: Plan, report: Report) -> list[str]:
+    """A note, if other devices than the recipe's make another step of it, and what the recipe's own would take."""
+    own = plan_of(recipe).replicas
+    if own == plan.replicas or report.hours is None:
+        return []
+    tokens, times = report.tokens * own // plan.replicas, own / plan.replicas
+    return [
+        f"a step has {report.tokens:,} tokens here and {tokens:,} on the recipe's own {own} replicas; as many would "
+        f"take trainer.accumulate_grad_batches times {times:g} and {report.hours * times:,.1f} hours"
+    ]
+
+
+def _refused(recipe: Recipe, plan: Plan) -> list[str]:
+    """Why a run would stop before it starts."""
+    found = []
+    if plan.tensor_parallel > 1:
+        found.append("no run does tensor parallelism: these are the figures of one that would")
+    try:
+        check_strategy(recipe)
+    except ValueError as error:
+        found.append(f"neo train refuses this: {error}")
+    return found
 
 
 @dataclass(frozen=True)

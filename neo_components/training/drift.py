@@ -10,8 +10,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from neo_components.training.fsdp2.tensors import whole
 from neo_components.training.loggers import log_once
 from neo_components.training.lora import adapted_weights, lora_parameters, with_change
 from neo_components.training.module import NEOTraining
@@ -81,8 +81,7 @@ def samples(module: NEOTraining) -> dict[str, Tensor]:
 
 def _sample(name: str, weight: Tensor) -> Tensor:
     """The same places every time, however the tensor is divided among processes."""
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    weight = weight.detach().flatten()
+    weight = whole(weight).detach().flatten()
     if len(weight) > SAMPLED:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         weight = weight[torch.randint(len(weight), (SAMPLED,), generator=generator).to(weight.device)]

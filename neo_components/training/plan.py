@@ -51,8 +51,7 @@ def plan_of(
     """How a recipe lays its model over devices; an argument that is given stands instead of what it says."""
     count = devices or devices_of(recipe)
     said = str(recipe.trainer.get("strategy") or "auto")
-    divided = any(name in said for name in ("fsdp", "model_parallel"))
-    return Plan(strategy or ("fsdp2" if divided else "ddp" if count > 1 else "single"), count, tensor_parallel)
+    return Plan(strategy or ("fsdp2" if said == "fsdp2" else "ddp" if count > 1 else "single"), count, tensor_parallel)
 
 
 def devices_of(recipe: Recipe) -> int:

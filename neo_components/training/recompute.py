@@ -114,7 +114,7 @@ def shares(*depths: int) -> list[float]:
 
 def worst_rows(model: NEO, data: Mapping[str, Any], device: str) -> list[Batch]:
     """Rows that keep the most: of the longest documents, and on a CPU also of the longest whose attention keeps every
-    score (``backends.FUSED``)."""
+    score (``spans.FUSED``)."""
     longest = min(data["row_length"], data["max_length"] or data["row_length"])
     lengths = {longest, min(longest, FUSED - 1)} if device == "cpu" else {longest}
     batches = []

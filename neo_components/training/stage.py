@@ -111,8 +111,8 @@ class StageConfig:
             that fits the device's memory, or ``activation_gb``.
         activation_gb: GB (10^9 bytes) that the activations of a device's rows may take under ``recompute: auto``; 0:
             what the device's memory leaves.
-        compile: compile every block in place (``torch.compile``). The first steps take minutes, those after are faster
-            on a GPU; rows of one length (``data.row_length``) never make it compile again.
+        compile: compile every block in place (``torch.compile``). Meant for GPUs; the first steps take minutes,
+            and rows of one length (``data.row_length``) never make it compile again.
         ema: decay of an exponential average of the weights (for example 0.999), which validation, checkpoints and the
             trained model then use; 0: none.
         max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.

@@ -60,7 +60,7 @@ class Summary:
 
     def _work(self) -> list[tuple[str, str]]:
         rows = [("steps", f"{self.steps:,}"), ("tokens", f"{self.tokens:,}"), ("images", f"{self.images:,}")]
-        rows.append(("time", f"{self.seconds / 60:.1f} min"))
+        rows.append(("time", f"{self.seconds / 60:.1f} min" if self.seconds >= 60 else f"{self.seconds:.0f} s"))
         metrics = self.metrics
         if "perf/tokens_per_s" in metrics:
             rate = f"{metrics['perf/tokens_per_s']:,.0f} tokens/s, {metrics['perf/images_per_s']:,.1f} images/s"

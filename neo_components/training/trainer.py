@@ -18,7 +18,7 @@ from neo_components.recipe import Recipe
 from neo_components.training.callbacks import LineProgress, Predictions, averaging
 from neo_components.training.checkpoints import WholeFiles
 from neo_components.training.fsdp2.average import ShardedAverage
-from neo_components.training.fsdp2.strategy import NAME, Sharded
+from neo_components.training.fsdp2.strategy import NAME, Sharded, policy_of, refuse_undividable
 from neo_components.training.loggers import run_loggers
 from neo_components.training.random_states import RandomStates
 from neo_components.training.signals import SaveOnSignal, slurm_environment
@@ -96,6 +96,17 @@ def _options(recipe: Recipe, done: int) -> dict[str, Any]:
         options["strategy"] = Sharded()
         options.pop("precision", None)  # the strategy's own: types of the gathered weights, not of single operations
     return options
+
+
+def check_strategy(recipe: Recipe) -> None:
+    """Refuses what the recipe's strategy does not go with.
+
+    Raises:
+        ValueError: saying why, and what else there is.
+    """
+    if strategy_of(recipe) == NAME:
+        policy_of(recipe.trainer.get("precision", "32-true"))
+        refuse_undividable(recipe.stage)
 
 
 def strategy_of(recipe: Recipe) -> str:

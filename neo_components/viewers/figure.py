@@ -65,7 +65,8 @@ def to_picture(image: Picture) -> np.ndarray:
     """The pixels to show: [H, W, 3] uint8.
 
     Args:
-        image: if a tensor, [3, H, W] float with the ImageNet normalisation of ``load_image``, which is undone.
+        image: if a tensor, [3, H, W]: uint8 as it is, float with the ImageNet normalisation of ``load_image``, which
+            is undone.
 
     Raises:
         ValueError: if a tensor is not [3, H, W].
@@ -75,6 +76,8 @@ def to_picture(image: Picture) -> np.ndarray:
         return np.asarray(opened.convert("RGB"))
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image tensor must be [3, H, W], got shape {tuple(image.shape)}")
+    if image.dtype == torch.uint8:
+        return image.cpu().permute(1, 2, 0).numpy()
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     pixels = (image.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -76,7 +76,26 @@ def test_it_warns_when_it_will_not_fit(world: Path) -> None:
     assert "WARNING" not in good("inspect", world / "run.yaml", "--device-memory", f"{2 * peak:.9f}")
     never = good("inspect", world / "run.yaml", "stage.recompute=auto", "--device-memory", "0.0001")
     assert "WARNING: stage.recompute auto: with every block computed again" in never
-    assert "WARNING: will not fit" in never
+    assert never.count("WARNING") == 1
+
+
+def test_what_a_run_refuses_is_told(world: Path) -> None:
+    for line, reason in (("trainer.strategy=fsdp", "divides the weights in a way"),
+                         ("trainer.strategy=fsdp2 stage.optimizer=muon", "muon turns whole matrices")):  # fmt: skip
+        assert f"WARNING: neo train refuses this: {line.split()[-1].split('=')[0]}" in good(
+            "inspect", world / "run.yaml", *line.split()
+        )
+        done = neo("recipes", "validate", str(world / "run.yaml"), *line.split())
+        assert done.status == 1 and reason in done.err
+    assert "WARNING: no run does tensor parallelism" in good(
+        "inspect", world / "run.yaml", "trainer.devices=2", "--tensor-parallel", "2"
+    )
+
+
+def test_other_devices_make_another_step() -> None:
+    line = next(line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "replicas" in line)
+    assert "a step has 65,536 tokens here and 1,048,576 on the recipe's own 128 replicas" in line
+    assert "accumulate_grad_batches times 16" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is found")

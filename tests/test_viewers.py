@@ -89,6 +89,8 @@ def test_normalised_image_is_shown_in_its_own_colours() -> None:
     assert shown.shape == (32, 64, 3)
     assert np.array_equal(shown, np.asarray(original))
     assert np.array_equal(to_picture(original), np.asarray(original))
+    raw = torch.from_numpy(np.array(original)).permute(2, 0, 1)
+    assert np.array_equal(to_picture(raw), np.asarray(original))  # as shards give it to training
     with pytest.raises(ValueError, match=r"\[3, H, W\], got shape \(1, 4, 4\)"):
         to_picture(torch.zeros(1, 4, 4))
 

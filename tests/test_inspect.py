@@ -93,7 +93,9 @@ def test_what_a_run_refuses_is_told(world: Path) -> None:
 
 
 def test_other_devices_make_another_step() -> None:
-    line = next(line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "replicas" in line)
+    line = next(
+        line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "replicas" in line
+    )
     assert "a step has 65,536 tokens here and 1,048,576 on the recipe's own 128 replicas" in line
     assert "accumulate_grad_batches times 16" in line
 

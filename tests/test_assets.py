@@ -233,7 +233,7 @@ def test_faults_are_told_with_a_way_out(folders: dict[str, Path], pre_buffer: Pr
         attach(pre_buffer, one_dimensional)
     assert attach(pre_buffer, llm).post_llm.hparams.rope == "native"  # the way out
     edit_config(Path(shutil.copytree(llm, tmp_path / "odd")), lambda c: c.update(head_dim=18))
-    with pytest.raises(ValueError, match=r"multiple of 4 .*, got 18; .* one with such heads cannot be widened, so not"):
+    with pytest.raises(ValueError, match=r"multiple of 4 .*, got 18: .* one with such heads cannot be widened, so not"):
         attach(pre_buffer, tmp_path / "odd")
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_width": 20, "depth": 1, "feed_forward_size": 8}
     wider = PostLLM(vocab_size=30, hidden_size=WIDTH, **sizes)  # head widths need not agree

@@ -87,9 +87,8 @@ def test_what_a_run_refuses_is_told(world: Path) -> None:
         )
         done = neo("recipes", "validate", str(world / "run.yaml"), *line.split())
         assert done.status == 1 and reason in done.err
-    assert "WARNING: no run does tensor parallelism" in good(
-        "inspect", world / "run.yaml", "trainer.devices=2", "--tensor-parallel", "2"
-    )
+    shared = good("inspect", "neo_2b/pretrain", "--devices", "2", "--strategy", "fsdp2", "--tensor-parallel", "2")
+    assert "WARNING: no run does tensor parallelism" in shared
 
 
 def test_other_devices_make_another_step() -> None:

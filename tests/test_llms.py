@@ -17,11 +17,11 @@ from neo_components.llms.layout import to_stored
 from neo_components.weights import save_tensors
 
 
-def close(llm: PostLLM, model: Any, length: int = 40) -> bool:
+def close(llm: PostLLM, model: Any, length: int = 40, within: float = 1e-4) -> bool:
     """Whether a post-LLM gives the logits of a model of transformers."""
     ids = torch.randint(0, 90, (2, length))
     with torch.no_grad():
-        return torch.allclose(llm.text_logits(ids), model(ids).logits, atol=1e-4, rtol=0)
+        return torch.allclose(llm.text_logits(ids), model(ids).logits, atol=within, rtol=0)
 
 
 def test_where_it_comes_from_is_kept(tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ def test_what_a_config_leaves_out_is_the_default_of_its_class(family: str, tmp_p
     theirs.save_pretrained(tmp_path)
     kept = CORE | {"num_local_experts", "moe_intermediate_size"}
     edit_config(tmp_path, lambda c: [c.pop(name) for name in set(c) - kept])
-    assert close(PostLLM.from_pretrained(tmp_path), theirs)
+    # Granite's scores are not scaled down by default: its own float32 logits, up to 9, are 3e-4 from those in float64.
+    assert close(PostLLM.from_pretrained(tmp_path), theirs, within=3e-4 if family == "granite" else 1e-4)
 
 
 def test_config_of_older_transformers(tmp_path: Path) -> None:

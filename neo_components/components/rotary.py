@@ -176,8 +176,8 @@ class Rotary(nn.Module):
         super().__init__()
         if head_width % 4:
             raise ValueError(
-                f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}; give "
-                "another, or take another language model: one with such heads cannot be widened, so nothing can be "
+                f"head_width must be a multiple of 4 to split into T, H and W pairs, got {head_width}: give "
+                "another, or take another language model, as one with such heads cannot be widened, so nothing can be "
                 "attached to it"
             )
         turning = head_width if rotary_width is None else rotary_width

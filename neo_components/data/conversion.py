@@ -14,6 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -100,6 +101,19 @@ def in_parts(records: Iterable[Any], size: int) -> Iterator[Records]:
     while some := list(islice(left, size)):
         yield first, some
         first += len(some)
+
+
+def by_record(source: str, part: Records, make: Callable[[str, Any], RawSample]) -> Samples:
+    """The samples of a part, one of each record, whose number in the source is its key.
+
+    Args:
+        source: for messages.
+        part: from :func:`in_parts`.
+        make: key and record to sample.
+    """
+    first, records = part
+    for number, record in enumerate(records, first):
+        yield f"{source}, record {number}", partial(make, f"{number:08d}", record)
 
 
 def file_facts(path: Path) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from neo_components.data.conversation import IMAGE_TAG, check_conversation
-from neo_components.data.conversion import Records, Samples, convert, file_facts, in_parts, read_image
+from neo_components.data.conversion import Records, Samples, by_record, convert, file_facts, in_parts, read_image
 from neo_components.data.shards import RawSample
 from neo_components.data.tally import SampleError, Tally
 from neo_components.data.video import read_frames
@@ -120,9 +119,7 @@ class _Reader:
     fps: float | None
 
     def __call__(self, part: Records) -> Samples:
-        first, records = part
-        for number, record in enumerate(records, first):
-            yield f"{self.source}, record {number}", partial(self._sample, f"{number:08d}", record)
+        return by_record(self.source, part, self._sample)
 
     def _sample(self, key: str, line: Any) -> RawSample:
         record = parse_record(line)

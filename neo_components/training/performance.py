@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -106,7 +107,9 @@ class Performance(Callback):
         self._new["images"] += sum(map(sum, batch.image_counts))
         self._new["places"] += batch.document_ids.numel()
         assert isinstance(module.model, NEO)
-        self._new["flops"] += sum(part.model for part in step_flops(module.model, batch).values())
+        # Counted document by document: on a GPU every number would be waited for.
+        ids = {name: getattr(batch, name).cpu() for name in ("token_ids", "labels", "document_ids", "image_ids")}
+        self._new["flops"] += sum(part.model for part in step_flops(module.model, replace(batch, **ids)).values())
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             if self._steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

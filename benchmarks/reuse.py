@@ -6,9 +6,9 @@
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
 Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch
-and schedule (warm-up, then constant) are the same. The random arms go on longer, to see how low they come. The source
-was trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the source saw another task
-than the one that is learnt: that shows transfer.
+and schedule (warm-up, then constant) are the same. The random arms go on longer, to see how low they come. Each seed
+has a source of its own, trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the
+source saw another task than the one that is learnt: that shows transfer.
 
 Every arm is one line of ``arms.jsonl`` when it is done, and one that is there already is not run again, so a run can
 be stopped, continued, and shared by several processes with other arms, seeds or language models.
@@ -135,7 +135,7 @@ def recipe_of(arm: Arm, root: Path, every: int) -> Recipe:
     stage = int(arm.arm[2]) if arm.arm.startswith("PB") else 3
     return load_recipe("quickstart/attach", [
         f"variables.root={root}", f"seed={SEED + arm.seed}", *common(root, arm.llm, arm.task),
-        f"model.pre_buffer.from_pretrained={asset(root, arm.source, stage)}",
+        f"model.pre_buffer.from_pretrained={asset(root, arm.source, arm.seed, stage)}",
         f"model.post_llm.from_pretrained={root / f'llm_{arm.llm}'}",
         f"data.train=[{{shards: {shards(root, arm.task)[0]}}}]",
         f"stage.steps={arm.steps}", f"stage.validate_every={every}", *SCHEDULE, *ARMS[arm.arm],
@@ -214,7 +214,8 @@ def main() -> None:
     if options.what == "report":
         print(report(read(file), options.pictures))
         return
-    make(options.root, [options.source] if options.source else options.tasks)
+    sources = itertools.product([options.source] if options.source else options.tasks, options.seeds)
+    make(options.root, sources)
     for arm in arms_of(options) if options.what == "run" else []:
         if arm.key in {done.key for done in read(file)}:
             continue

@@ -6,8 +6,8 @@ Everything is made once, in a folder, and kept: a second call finds it there.
   place, relation, nearest, count).
 - Language models, all trained on the questions and captions of both tasks, never on a picture: ``a``, Qwen3; ``b``,
   Qwen3 of another width; ``c``, Llama of a third width and head width with a tokenizer of the other kind.
-- Sources: a pre-Buffer for each task, trained with ``a`` in the three stages of the quickstart, and exported after each
-  (the paper's PB1, PB2, PB3).
+- Sources: pre-Buffers for each task and seed, trained with ``a`` in the three stages of the quickstart, and exported
+  after each (the paper's PB1, PB2, PB3).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LLMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 STAGES = ("pretrain", "midtrain", "sft")
-STEPS = {"easy_vqa": (250, 150, 400), "scenes": (500, 300, 600)}
+STEPS = {"easy_vqa": (250, 150, 400), "scenes": (800, 400, 1200)}
 
 
 def shards(root: Path, task: str) -> tuple[Path, Path]:
@@ -49,13 +49,16 @@ def shards(root: Path, task: str) -> tuple[Path, Path]:
 
 
 def make(
-    root: Path, sources: Iterable[str] = TASKS, steps: dict[str, tuple[int, ...]] = STEPS, llm_steps: int = 400
+    root: Path,
+    sources: Iterable[tuple[str, int]],
+    steps: dict[str, tuple[int, ...]] = STEPS,
+    llm_steps: int = 400,
 ) -> None:
     """Makes what is not there yet.
 
     Args:
         root: folder of all of it.
-        sources: tasks whose sources are wanted.
+        sources: (task, seed) of those that are wanted.
         steps: of the three stages of each task's source.
         llm_steps: of each language model.
     """
@@ -67,13 +70,13 @@ def make(
     for seed, (name, sizes) in enumerate(LLMS.items()):
         if not (root / f"llm_{name}").exists():
             train_text_llm(texts, root / f"llm_{name}", steps=llm_steps, seed=seed, title=f"LLM {name}", **sizes)
-    for task in sources:
-        _make_source(root, task, steps[task])
+    for task, seed in sources:
+        _make_source(root, task, seed, steps[task])
 
 
-def asset(root: Path, task: str, stage: int = 3) -> Path:
+def asset(root: Path, task: str, seed: int, stage: int = 3) -> Path:
     """The pre-Buffer of a task's source after a stage (1 to 3)."""
-    return root / f"source_{task}" / f"pb{stage}"
+    return root / f"source_{task}_{seed}" / f"pb{stage}"
 
 
 def _write_scenes(folder: Path) -> None:
@@ -99,13 +102,13 @@ def _scene_texts() -> Iterator[list[dict[str, str]]]:
             yield _blind(sample)["conversations"]
 
 
-def _make_source(root: Path, task: str, steps: tuple[int, ...]) -> None:
+def _make_source(root: Path, task: str, seed: int, steps: tuple[int, ...]) -> None:
     """Pre-training on captions (of easy-VQA: open questions) and text, then mid-training and SFT on all questions."""
     for number, (stage, count) in enumerate(zip(STAGES, steps, strict=True), 1):
-        if asset(root, task, number).exists():
+        if asset(root, task, seed, number).exists():
             continue
-        output = root / f"source_{task}" / stage
-        before = root / f"source_{task}" / STAGES[number - 2] / "neo"
+        output = asset(root, task, seed).parent / stage
+        before = asset(root, task, seed).parent / STAGES[number - 2] / "neo"
         model = [f"model.from_pretrained={before}"]
         if number == 1:
             model = [f"model.post_llm.from_pretrained={root / 'llm_a'}", "model.pre_buffer.depth=2"]
@@ -120,14 +123,14 @@ def _make_source(root: Path, task: str, steps: tuple[int, ...]) -> None:
             f"{{shards: {root / task / name}, share: {share}}}" for name, share in zip(seen[stage], shares, strict=True)
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
-            f"variables.root={root}", f"output={output}", *model, *common(root, "a", task), f"stage.steps={count}",
-            f"stage.validate_every={count}", f"stage.checkpoint_every={count}",
+            f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),
+            f"stage.steps={count}", f"stage.validate_every={count}", f"stage.checkpoint_every={count}",
             f"data.train=[{', '.join(data)}]",
         ])  # fmt: skip
         result = train(recipe)
         info = AssetInfo(Chat.from_pretrained(result.folder).image_config(), provenance_of(result.folder))
-        export_pre_buffer(result.model, asset(root, task, number), root / "llm_a", info=info)
-        print(f"source {task} after {stage}: {result.metrics}", flush=True)
+        export_pre_buffer(result.model, asset(root, task, seed, number), root / "llm_a", info=info)
+        print(f"source {task}, seed {seed}, after {stage}: {result.metrics}", flush=True)
 
 
 def common(root: Path, llm: str, task: str) -> list[str]:

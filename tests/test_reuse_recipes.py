@@ -121,7 +121,7 @@ def test_an_arm_is_trained_and_measured(reuse: Any, root: Path, monkeypatch: pyt
     monkeypatch.setattr("reuse_setting.PIXELS", SIDE**2)
     monkeypatch.setattr(reuse, "PIXELS", SIDE**2)
     monkeypatch.setattr(reuse, "SCHEDULE", [*reuse.SCHEDULE, "stage.warmup_steps=1"])
-    for name, target in {"easy_vqa": root / "shards", "source_easy_vqa/pb3": root / "pre_buffer"}.items():
+    for name, target in {"easy_vqa": root / "shards", "source_easy_vqa_0/pb3": root / "pre_buffer"}.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(target)
     arm = reuse.Arm("frozen bypass", "b", "easy_vqa", "easy_vqa", 0, 4)

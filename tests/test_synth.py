@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
+import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,29 +15,43 @@ from commands import good
 from PIL import Image
 
 from neo_components.data import read_shards
-from neo_components.data.synth import COLORS, SHAPES, Thing, nearest, picture, scenes
+from neo_components.data.synth import COLORS, SHAPES, SIZES, Thing, draw_scene, nearest, picture, scenes
 
 THINGS = [
-    Thing("red", "circle", "small", 0.5, 0.5),
-    Thing("blue", "square", "large", 2.5, 0.6),
-    Thing("green", "triangle", "small", 1.4, 0.7),
-    Thing("black", "circle", "large", 1.5, 2.5),
+    Thing("red", "circle", "small", 0.5, 0.5, 0.2, (230, 30, 50)),
+    Thing("blue", "square", "large", 2.5, 0.6, 0.4, (60, 70, 210)),
+    Thing("green", "triangle", "small", 1.4, 0.7, 0.25, (30, 180, 70)),
+    Thing("black", "circle", "large", 1.5, 2.5, 0.4, (20, 20, 20)),
 ]
 
 
 def test_a_picture_shows_its_scene() -> None:
-    image = Image.open(io.BytesIO(picture(THINGS, 96)))
+    image = Image.open(io.BytesIO(picture(THINGS, (230, 240, 250))))
     assert image.size == (96, 96)
     for thing in THINGS:
-        assert image.getpixel((round(thing.x * 32), round(thing.y * 32 + 3))) == COLORS[thing.color]
-    assert image.getpixel((16, 80)) == (245, 245, 245)
+        assert image.getpixel((round(thing.x * 32), round(thing.y * 32 + 3))) == thing.rgb
+    assert image.getpixel((16, 80)) == (230, 240, 250)
+    assert image.getpixel((80, 19 - 12)) == THINGS[1].rgb and image.getpixel((80, 19 - 14)) == (230, 240, 250)
     assert [thing.place for thing in THINGS] == ["top left", "top right", "top center", "bottom center"]
+
+
+def test_looks_vary_and_keep_their_names() -> None:
+    """Backgrounds differ, a shape fills its cell at most, and its shade is nearer to its own colour than to another."""
+    samples = list(scenes(60, seed=5))
+    assert len({Image.open(io.BytesIO(s["images"][0])).getpixel((0, 0)) for s in samples}) > 50
+    rng = random.Random(0)
+    things = [thing for _ in range(200) for thing in draw_scene(rng)]
+    assert len({thing.rgb for thing in things}) > 500
+    for thing in things:
+        assert SIZES[thing.size][0] <= thing.half <= SIZES[thing.size][1]
+        assert min(COLORS, key=lambda name: math.dist(COLORS[name], thing.rgb)) == thing.color
+        assert abs(thing.x % 1 - 0.5) + thing.half <= 0.5 + 1e-9
 
 
 def test_nearest_by_hand() -> None:
     red, blue, green, black = THINGS
     assert nearest(red, THINGS) is green and nearest(black, THINGS) is green
-    assert nearest(green, [green, red, Thing("blue", "square", "large", 2.3, 0.5)]) is None  # both at 0.92
+    assert nearest(green, [green, red, replace(blue, x=2.3, y=0.5)]) is None  # both at 0.92
     assert nearest(red, [red]) is None and nearest(red, [red, blue]) is blue
 
 

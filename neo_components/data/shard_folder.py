@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -163,6 +164,7 @@ class ShardFolder:
     def _open(self, shard: int) -> IO[bytes]:
         if self._process != os.getpid():  # a forked worker must not share its parent's file positions
             self._files, self._process = {}, os.getpid()
+            weakref.finalize(self, _close, self._files)
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
@@ -177,6 +179,11 @@ class ShardFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_process": -1}
+
+
+def _close(files: Mapping[int, IO[bytes]]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def _gone(path: Path | str, error: OSError) -> ShardGoneError:

@@ -4,6 +4,9 @@ A scene is drawn on a grid of three by three cells, at most one shape in a cell,
 questions: ``place`` (in which cell), ``relation`` (left, right, above or below of another, yes or no), ``nearest``
 (colour of the shape next to one), ``count`` (how many of a colour or shape). For each question the answer is drawn
 first, evenly, and the scene is drawn until it gives that answer, so a reader who does not see the picture is at chance.
+
+Background, shades and sizes vary from scene to scene: what learns on one background and six exact colours sees little
+on other pictures.
 """
 
 from __future__ import annotations
@@ -25,8 +28,12 @@ COLORS = {
     "black": (20, 20, 20), "orange": (240, 140, 30),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
-SIZES = {"small": 0.24, "large": 0.4}
-"""Half the side of a shape, in cells."""
+SIZES = {"small": (0.2, 0.27), "large": (0.36, 0.45)}
+"""Least and largest half of the side of a shape, in cells."""
+SHADE = 20
+"""By how much a channel of a shape's colour, of 0 to 255, is above or below that of :data:`COLORS`."""
+PALE = (222, 255)
+"""Least and largest channel of a background."""
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 RELATIONS: dict[str, Callable[[Thing, Thing], bool]] = {
     "left of": lambda one, other: one.x < other.x,
@@ -41,13 +48,15 @@ MOST = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a scene; x and y are its middle in cells, to the right and down."""
+    """A shape in a scene; x and y are its middle in cells, to the right and down, half is half its side."""
 
     color: str
     shape: str
     size: str
     x: float
     y: float
+    half: float
+    rgb: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -68,26 +77,28 @@ def draw_scene(rng: random.Random, least: int = 2, most: int = 5) -> list[Thing]
     things = []
     for (x, y), (color, shape) in zip(cells, looks, strict=True):
         size = rng.choice(tuple(SIZES))
-        room = 0.5 - SIZES[size]
+        half = rng.uniform(*SIZES[size])
+        room = 0.5 - half
         shift = (rng.uniform(-room, room), rng.uniform(-room, room))
-        things.append(Thing(color, shape, size, x + 0.5 + shift[0], y + 0.5 + shift[1]))
+        shade = tuple(min(255, max(0, channel + rng.randint(-SHADE, SHADE))) for channel in COLORS[color])
+        things.append(Thing(color, shape, size, x + 0.5 + shift[0], y + 0.5 + shift[1], half, shade))
     return things
 
 
-def picture(things: Sequence[Thing], side: int = 96) -> bytes:
-    """The scene as a PNG file of ``side`` x ``side`` pixels, on white."""
-    image = Image.new("RGB", (side, side), (245, 245, 245))
+def picture(things: Sequence[Thing], background: tuple[int, ...] = (245, 245, 245), side: int = 96) -> bytes:
+    """The scene as a PNG file of ``side`` x ``side`` pixels."""
+    image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     cell = side / 3
     for thing in things:
-        half, x, y = SIZES[thing.size] * cell, thing.x * cell, thing.y * cell
-        box, color = (x - half, y - half, x + half, y + half), COLORS[thing.color]
+        half, x, y = thing.half * cell, thing.x * cell, thing.y * cell
+        box = (x - half, y - half, x + half, y + half)
         if thing.shape == "circle":
-            draw.ellipse(box, fill=color)
+            draw.ellipse(box, fill=thing.rgb)
         elif thing.shape == "square":
-            draw.rectangle(box, fill=color)
+            draw.rectangle(box, fill=thing.rgb)
         else:
-            draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=color)
+            draw.polygon([(x, y - half), (x - half, y + half), (x + half, y + half)], fill=thing.rgb)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -177,13 +188,14 @@ def scenes(count: int, seed: int = 0, kinds: Sequence[str] = KINDS, captions: bo
             question, answer = "describe the picture.", caption(things)
         else:
             things, question, answer = _ASK[kind](rng)
-        yield _sample(f"{seed}-{number:06d}", kind, things, question, answer)
+        image = picture(things, tuple(rng.randint(*PALE) for _ in range(3)))
+        yield _sample(f"{seed}-{number:06d}", kind, things, image, question, answer)
 
 
-def _sample(key: str, kind: str, things: Sequence[Thing], question: str, answer: str) -> dict[str, Any]:
+def _sample(key: str, kind: str, things: Sequence[Thing], image: bytes, question: str, answer: str) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     told = [{"name": t.name, "size": t.size, "x": round(t.x, 3), "y": round(t.y, 3)} for t in things]
-    return {"key": key, "conversations": turns, "images": [picture(things)], "kind": kind, "scene": told}
+    return {"key": key, "conversations": turns, "images": [image], "kind": kind, "scene": told}
 
 
 def write_scenes(

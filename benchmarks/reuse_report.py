@@ -12,8 +12,8 @@ from neo_components.viewers.figure import COLOURS, new_figure, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GOALS = ("random bypass", "random, LLM fixed")
-"""The random arms, whose lowest loss the others are to reach: the second is that where the language model is fixed."""
+GOALS = ("random", "random bypass", "random, LLM fixed")
+"""The random arms. An arm is to reach the lowest loss of the one that differs from it in the weights only."""
 FIXED = ", LLM fixed"
 """Ends the names of arms in which the language model does not learn."""
 DRAWN = {
@@ -22,7 +22,8 @@ DRAWN = {
     "frozen, LLM fixed": COLOURS[2], "tuned": COLOURS[1],
 }  # fmt: skip
 """Arms whose curves are drawn, and in which colour."""
-LANGUAGE_MODELS = {"b": "same family, other width", "c": "other family, other tokenizer"}
+Curve = Sequence[tuple[int, float]]
+"""(step, validation loss) of each validation."""
 
 
 class Done(Protocol):
@@ -38,8 +39,8 @@ class Done(Protocol):
     scores: list[tuple[int, dict[str, float]]]
 
 
-Setting = tuple[str, str, str]
-"""Task of the source, task that is learnt, language model."""
+Setting = tuple[str, str]
+"""Task of the source, task that is learnt."""
 
 
 def report(arms: Sequence[Done], pictures: Path | None = None) -> str:
@@ -55,62 +56,72 @@ def report(arms: Sequence[Done], pictures: Path | None = None) -> str:
 def settings_of(arms: Iterable[Done]) -> dict[Setting, list[Done]]:
     """The arms that are comparable, together. One that reuses nothing stands beside those of every source."""
     arms = list(arms)
-    found: dict[Setting, list[Done]] = {}
-    for source, task, llm in sorted({(arm.source, arm.task, arm.llm) for arm in arms}):
-        found[source, task, llm] = [
-            arm
-            for arm in arms
-            if (arm.task, arm.llm) == (task, llm) and (arm.source == source or reuses_nothing(arm.arm))
-        ]
-    return found
+    order = sorted({(arm.task, arm.source != arm.task, arm.source) for arm in arms if not reuses_nothing(arm.arm)})
+    return {
+        (source, task): [arm for arm in arms if arm.task == task and (arm.source == source or reuses_nothing(arm.arm))]
+        for task, _, source in order
+    }
 
 
 def reuses_nothing(arm: str) -> bool:
     """Whether the source does not matter to an arm."""
-    return arm in (*GOALS, "random", "own", "none")
+    return arm in (*GOALS, "own", "none")
+
+
+def goal_of(arm: str) -> str:
+    """The random arm that an arm is compared with."""
+    if arm.endswith(FIXED):
+        return "random" + FIXED
+    return "random bypass" if arm.endswith("bypass") or arm == "none" else "random"
 
 
 def table(setting: Setting, arms: Sequence[Done]) -> str:
-    """One line for each arm: means over its seeds, and the spread."""
-    source, task, llm = setting
+    """One line for each arm, means over its seeds with the spread, and three columns for each language model."""
     asked = set.intersection(*({step for step, _ in arm.scores} for arm in arms))
     if not asked:
         raise ValueError(
             f"the arms of {setting} were asked after different steps; run all of them with the same --steps"
         )
-    steps = max(asked)
-    named = LANGUAGE_MODELS.get(llm, "of the source")
-    lines = [f"Source {source}, task {task}, language model {llm} ({named})", ""]
-    lines.append(
-        f"| arm | seeds | loss at {steps} | exact match at {steps} | random arm has that loss at | "
-        "reaches the random arm's lowest loss at | of its steps |"
-    )
-    lines.append("|---|---|---|---|---|---|---|")
-    for name in dict.fromkeys(arm.arm for arm in arms):
-        some = [arm for arm in arms if arm.arm == name]
-        loss = spread([dict(arm.curve)[steps] for arm in some])
-        score = spread([dict(arm.scores)[steps]["overall"] for arm in some])
-        goals = {arm.seed: arm.curve for arm in arms if arm.arm == GOALS[name.endswith(FIXED)]}
-        pairs = [(arm.curve, goals[arm.seed]) for arm in some if arm.seed in goals]
-        lows = [min(goal, key=lambda point: point[1]) for _, goal in pairs]
-        back = [first_at(goal, dict(curve)[steps]) for curve, goal in pairs]
-        there = [first_at(curve, low[1]) for (curve, _), low in zip(pairs, lows, strict=True)]
-        shares = [step / low[0] for step, low in zip(there, lows, strict=True) if step is not None]
-        share = f"{statistics.mean(shares):.2f}" if shares else ""
-        lines.append(f"| {name} | {len(some)} | {loss} | {score} | {when(back)} | {when(there)} | {share} |")
+    steps, llms = max(asked), sorted({arm.llm for arm in arms})
+    named = [f"LLM {llm}: loss at {steps} | exact match at {steps} | reaches random's lowest loss at" for llm in llms]
+    lines = [
+        f"Source {setting[0]}, task {setting[1]}",
+        "",
+        f"| arm | {' | '.join(named)} |",
+        "|---" * (1 + 3 * len(llms)) + "|",
+    ]
+    for name in sorted({arm.arm for arm in arms}, key=lambda name: (name.endswith(FIXED), not reuses_nothing(name))):
+        cells = [cell for llm in llms for cell in _cells(name, [arm for arm in arms if arm.llm == llm], steps)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def when(steps: Sequence[int | None]) -> str:
-    """The mean of some steps, and how many of them never came."""
-    known = [step for step in steps if step is not None]
-    if not known:
-        return "never" if steps else ""
-    lost = f" ({len(steps) - len(known)} of {len(steps)} never)" if len(known) < len(steps) else ""
-    return f"step {statistics.mean(known):.0f}{lost}"
+def _cells(name: str, arms: Sequence[Done], steps: int) -> list[str]:
+    """Loss, exact match, and when the loss is as low as that of the random arm ever is, of one language model."""
+    some = [arm for arm in arms if arm.arm == name]
+    if not some:
+        return ["", "", ""]
+    goals = {arm.seed: arm.curve for arm in arms if arm.arm == goal_of(name) != name}
+    loss = spread([dict(arm.curve)[steps] for arm in some])
+    score = spread([dict(arm.scores)[steps]["overall"] for arm in some])
+    return [loss, score, _there([(arm.curve, goals[arm.seed]) for arm in some if arm.seed in goals])]
 
 
-def first_at(curve: Sequence[tuple[int, float]], loss: float) -> int | None:
+def _there(pairs: Sequence[tuple[Curve, Curve]]) -> str:
+    """When curves come down to the lowest point of others, and which share of their steps that is."""
+    found = []
+    for curve, goal in pairs:
+        last, low = min(goal, key=lambda point: point[1])
+        if (step := first_at(curve, low)) is not None:
+            found.append((step, step / last))
+    if not found:
+        return f"not in {max(step for curve, _ in pairs for step, _ in curve)}" if pairs else ""
+    step, share = (statistics.mean(values) for values in zip(*found, strict=True))
+    lost = f", {len(pairs) - len(found)} of {len(pairs)} never" if len(found) < len(pairs) else ""
+    return f"step {step:.0f}, {share:.2f} of its steps{lost}"
+
+
+def first_at(curve: Curve, loss: float) -> int | None:
     """The first validated step with a loss that low."""
     return next((step for step, value in curve if value <= loss), None)
 
@@ -123,26 +134,25 @@ def spread(values: Sequence[float]) -> str:
 def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
     """Validation loss against steps, a diagram for each setting and each of: all learns, the language model is fixed.
     Lines are means over the seeds, and bands their range."""
-    panels = [
-        (setting, fixed, [arm for arm in arms if arm.arm in DRAWN and arm.arm.endswith(FIXED) == fixed])
-        for setting, arms in settings.items()
-        for fixed in (False, True)
-    ]
-    panels = [
-        (setting, fixed, arms) for setting, fixed, arms in panels if not all(reuses_nothing(arm.arm) for arm in arms)
-    ]
-    columns = min(3, len(panels))
+    panels = []
+    for fixed in (False, True):
+        for (source, task), arms in settings.items():
+            for llm in sorted({arm.llm for arm in arms}):
+                some = [a for a in arms if a.llm == llm and a.arm in DRAWN and a.arm.endswith(FIXED) == fixed]
+                if not all(reuses_nothing(arm.arm) for arm in some):
+                    panels.append((f"{source} to {task}, LLM {llm}{FIXED * fixed}", some))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(4.2 * columns, 3.0 * rows + 0.5)
+    figure = new_figure(3.6 * columns, 3.0 * rows + 0.5)
     handles: dict[str, Any] = {}
-    for place, ((source, task, llm), fixed, arms) in enumerate(panels):
+    for place, (title, arms) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         for name in dict.fromkeys(arm.arm for arm in arms):
             handles[name.replace(FIXED, " bypass")] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
         goal = [value for arm in arms if arm.arm in GOALS for step, value in arm.curve if step]
         if goal:  # where words pass untrained bridges, the first steps are far above all else
-            axes.set_ylim(top=1.25 * max(goal))
-        axes.set_title(f"{source} to {task}, LLM {llm}{', fixed' if fixed else ''}", fontsize=9)
+            axes.set_ylim(top=1.5 * statistics.median(goal))
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel("steps", fontsize=8)
         axes.set_ylabel("validation loss", fontsize=8)
         axes.tick_params(labelsize=7, which="both")
@@ -151,7 +161,7 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
     return save(figure, path)
 
 
-def _line(axes: Axes, name: str, curves: Sequence[Sequence[tuple[int, float]]]) -> Any:
+def _line(axes: Axes, name: str, curves: Sequence[Curve]) -> Any:
     """One arm's line and band, from the first validation in training on."""
     steps = [step for step, _ in min(curves, key=len) if step]
     values = [[dict(curve)[step] for curve in curves] for step in steps]

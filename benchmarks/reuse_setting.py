@@ -124,13 +124,15 @@ def _make_source(root: Path, task: str, seed: int, steps: tuple[int, ...]) -> No
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),
-            f"stage.steps={count}", f"stage.validate_every={count}", f"stage.checkpoint_every={count}",
+            "data.text_validation=[]", f"stage.steps={count}", f"stage.validate_every={count}",
+            f"stage.checkpoint_every={count}",
             f"data.train=[{', '.join(data)}]",
         ])  # fmt: skip
         result = train(recipe)
         info = AssetInfo(Chat.from_pretrained(result.folder).image_config(), provenance_of(result.folder))
         export_pre_buffer(result.model, asset(root, task, seed, number), root / "llm_a", info=info)
-        print(f"source {task}, seed {seed}, after {stage}: {result.metrics}", flush=True)
+        told = {name: round(value, 3) for name, value in result.metrics.items() if name.startswith("val/")}
+        print(f"source {task}, seed {seed}, after {stage}: {told}", flush=True)
 
 
 def common(root: Path, llm: str, task: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +99,44 @@ def test_the_table_counts_right(reuse: Any, tmp_path: Path) -> None:
     there = arm("tuned bypass", "scenes", [(0, 9.0), (10, 1.0), (20, 0.5)], 0.75)
     again = arm("tuned bypass", "scenes", [(0, 9.0), (10, 1.2), (20, 1.1)], 0.85, seed=1)
     never = arm("frozen bypass", "easy_vqa", [(0, 9.0), (10, 2.0), (20, 1.2)], 0.5)
-    transfer, same = reuse.report([goal, other, there, again, never], tmp_path).split("\n\nSource scenes")
-    head = "| random bypass | 2 | 1.250 ± 0.354 | 0.300 ± 0.071 | step 20 | step 30 | 1.00 |"
-    assert transfer.splitlines()[4:] == [head, "| frozen bypass | 1 | 1.200 | 0.500 | step 40 | never |  |"]
-    assert same.splitlines()[4:6] == [
+    same, transfer = reuse.report([goal, other, there, again, never], tmp_path).split("\n\nSource easy_vqa")
+    head = "| random bypass | 1.250 ± 0.354 | 0.300 ± 0.071 |  |"
+    assert transfer.splitlines()[4:6] == [head, "| frozen bypass | 1.200 | 0.500 | not in 20 |"]
+    assert same.splitlines()[4:] == [
         head,
-        "| tuned bypass | 2 | 0.800 ± 0.424 | 0.800 ± 0.071 | step 20 (1 of 2 never) | step 10 (1 of 2 never) | 0.25 |",
+        "| tuned bypass | 0.800 ± 0.424 | 0.800 ± 0.071 | step 10, 0.25 of its steps, 1 of 2 never |",
     ]
     assert (tmp_path / "reuse.png").stat().st_size > 10_000
 
 
 def test_the_page_shows_what_was_measured(reuse: Any) -> None:
     top = Path(__file__).parent.parent
-    told = reuse.report(reuse.read(top / "benchmarks" / "results" / "arms.jsonl"))
-    shown = re.findall(r"[\d.]+ ± [\d.]+", (top / "docs" / "reuse.md").read_text(encoding="utf-8"))
-    assert len(shown) > 40 and [cell for cell in shown if f"| {cell} |" not in told] == []
+    told = reuse.report(reuse.read(top / "benchmarks" / "results" / "arms.jsonl")).split("\n\n")
+    page = (top / "docs" / "reuse.md").read_text(encoding="utf-8")
+    tables = [part for part in told if part.startswith("| arm")]
+    assert len(tables) == 4 and [table for table in tables if table not in page] == []
+
+
+def test_a_source_is_made(reuse: Any, root: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import reuse_setting
+
+    monkeypatch.setattr(reuse_setting, "PIXELS", SIDE**2)
+    for name in ("train_open", "train_all", "train_text", "validation"):
+        (tmp_path / "easy_vqa" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "easy_vqa" / name).symlink_to(world / "shards")
+    for name in "abc":
+        (tmp_path / f"llm_{name}").symlink_to(world / "other")
+    (tmp_path / "scenes").mkdir()  # is there, so it is not made
+    reuse_setting.make(tmp_path, [("easy_vqa", 7)], {"easy_vqa": (16, 18, 32)})
+    one, two, three = (PreBuffer.from_pretrained(reuse.asset(tmp_path, "easy_vqa", 7, stage)) for stage in (1, 2, 3))
+    assert not same_tensors(one.state_dict(), two.state_dict())
+    assert not same_tensors(two.state_dict(), three.state_dict())
+    stages = read_json(reuse.asset(tmp_path, "easy_vqa", 7) / "config.json")["provenance"]["stages"]
+    assert [(stage["steps"], yaml.safe_load(stage["recipe"])["seed"]) for stage in stages] == [
+        (16, 7),
+        (18, 7),
+        (32, 7),
+    ]
 
 
 def test_an_arm_is_trained_and_measured(reuse: Any, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

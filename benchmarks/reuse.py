@@ -34,7 +34,7 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from reuse_report import report, reuses_nothing
+from reuse_report import GOALS, report, reuses_nothing
 from reuse_setting import PIXELS, TASKS, asset, common, make, shards
 
 from neo_components.data import load_tokenizer
@@ -57,7 +57,6 @@ NONE = [
 ]
 BYPASS = ["model.text=bypass"]
 FIXED = ["stage.train=[bridge, post_llm]"]
-FIXED_LLM = ["stage.train=[bridge, patch_embedding, pre_buffer, post_llm.hw]"]
 ARMS: dict[str, list[str]] = {
     "random": NEW,
     "random bypass": NEW + BYPASS,
@@ -75,16 +74,10 @@ ARMS: dict[str, list[str]] = {
     "PB2": [],
     "PB1 bypass": BYPASS,
     "PB2 bypass": BYPASS,
-    "random, LLM fixed": [*NEW, *BYPASS, *FIXED_LLM],
-    "tuned, LLM fixed": [*BYPASS, *FIXED_LLM],
-    "frozen, LLM fixed": [*BYPASS, "stage.train=[bridge, post_llm.hw]"],
 }
 """What an arm changes in recipe quickstart/attach, in which the pre-Buffer is reused, words go through it and all of
 the model learns. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads visual
-tokens and words straight into the language model. Where the LLM is fixed, words go around and only its new H/W
-channels learn, as in NEO's pre-training."""
-LONG = ("random bypass", "random", "random, LLM fixed")
-"""Arms that go on longer."""
+tokens and words straight into the language model."""
 SCHEDULE = [
     "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
     "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.row_length=1024",
@@ -180,7 +173,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     found = []
     for seed, llm, task, name in itertools.product(options.seeds, options.llms, options.tasks, options.arms):
         source = task if reuses_nothing(name) else options.source or task
-        steps = options.random_steps if name in LONG else options.steps
+        steps = options.random_steps if name in GOALS else options.steps
         found.append(Arm(name, llm, source, task, seed, steps, device))
     return found
 
@@ -201,8 +194,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--source", choices=TASKS, help="task of the source; that of the arm if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--random-steps", type=int, default=200, help="steps of the random arms that set the goal")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--random-steps", type=int, default=320, help="steps of the random arms that set the goal")
     parser.add_argument("--every", type=int, default=5, help="steps between validations")
     parser.add_argument("--questions", type=int, default=200, help="validation questions that are answered")
     parser.add_argument("--pictures", type=Path, help="folder for the curves of report")

@@ -12,14 +12,11 @@ from neo_components.viewers.figure import COLOURS, new_figure, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GOALS = ("random", "random bypass", "random, LLM fixed")
-"""The random arms. An arm is to reach the lowest loss of the one that differs from it in the weights only."""
-FIXED = ", LLM fixed"
-"""Ends the names of arms in which the language model does not learn."""
+GOALS = ("random", "random bypass")
+"""The random arms. An arm is to reach the lowest loss of the one that leads words the same way."""
 DRAWN = {
-    "random bypass": COLOURS[0], "random, LLM fixed": COLOURS[0], "random": COLOURS[5], "own": COLOURS[4],
-    "none": COLOURS[7], "tuned bypass": COLOURS[3], "tuned, LLM fixed": COLOURS[3], "frozen bypass": COLOURS[2],
-    "frozen, LLM fixed": COLOURS[2], "tuned": COLOURS[1],
+    "random bypass": COLOURS[0], "random": COLOURS[5], "own": COLOURS[4], "none": COLOURS[7],
+    "tuned bypass": COLOURS[3], "frozen bypass": COLOURS[2], "tuned": COLOURS[1],
 }  # fmt: skip
 """Arms whose curves are drawn, and in which colour."""
 Curve = Sequence[tuple[int, float]]
@@ -70,8 +67,6 @@ def reuses_nothing(arm: str) -> bool:
 
 def goal_of(arm: str) -> str:
     """The random arm that an arm is compared with."""
-    if arm.endswith(FIXED):
-        return "random" + FIXED
     return "random bypass" if arm.endswith("bypass") or arm == "none" else "random"
 
 
@@ -90,7 +85,10 @@ def table(setting: Setting, arms: Sequence[Done]) -> str:
         f"| arm | {' | '.join(named)} |",
         "|---" * (1 + 3 * len(llms)) + "|",
     ]
-    for name in sorted({arm.arm for arm in arms}, key=lambda name: (name.endswith(FIXED), not reuses_nothing(name))):
+    for name in sorted(
+        {arm.arm for arm in arms},
+        key=lambda name: (not reuses_nothing(name), list(DRAWN).index(name) if name in DRAWN else 99),
+    ):
         cells = [cell for llm in llms for cell in _cells(name, [arm for arm in arms if arm.llm == llm], steps)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -132,15 +130,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
-    """Validation loss against steps, a diagram for each setting and each of: all learns, the language model is fixed.
-    Lines are means over the seeds, and bands their range."""
-    panels = []
-    for fixed in (False, True):
-        for (source, task), arms in settings.items():
-            for llm in sorted({arm.llm for arm in arms}):
-                some = [a for a in arms if a.llm == llm and a.arm in DRAWN and a.arm.endswith(FIXED) == fixed]
-                if not all(reuses_nothing(arm.arm) for arm in some):
-                    panels.append((f"{source} to {task}, LLM {llm}{FIXED * fixed}", some))
+    """Validation loss against steps, a diagram for each setting and language model. Lines are means over the seeds, and
+    bands their range."""
+    panels = [
+        (f"{source} to {task}, LLM {llm}", [arm for arm in arms if arm.llm == llm and arm.arm in DRAWN])
+        for (source, task), arms in settings.items()
+        for llm in sorted({arm.llm for arm in arms})
+    ]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(3.6 * columns, 3.0 * rows + 0.5)
@@ -148,7 +144,7 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
     for place, (title, arms) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         for name in dict.fromkeys(arm.arm for arm in arms):
-            handles[name.replace(FIXED, " bypass")] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
+            handles[name] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
         goal = [value for arm in arms if arm.arm in GOALS for step, value in arm.curve if step]
         if goal:  # where words pass untrained bridges, the first steps are far above all else
             axes.set_ylim(top=1.5 * statistics.median(goal))

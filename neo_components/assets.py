@@ -152,7 +152,7 @@ def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Ten
     for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
         if bridge is not None:
             left = bridge.fit_orthogonal(source, target) if orthogonal else bridge.fit(source, target)
-            told.append(f"{name} {left:.3f}")
+            told.append(f"{name} {left:.3f} (of tokens left out {bridge.unexplained_left_out:.3f})")
     log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(told))
     if bridge_in is not None and (bridge_in.unexplained or 0) > TELLING:
         log.info("words reach the language model changed by as much; text='bypass' leads them around the pre-Buffer")

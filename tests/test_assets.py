@@ -45,7 +45,7 @@ def pre_buffer(folders: dict[str, Path]) -> PreBuffer:
 def unexplained(caplog: pytest.LogCaptureFixture) -> tuple[int, float, float]:
     """Shared tokens and the two shares of variance that ``attach`` told."""
     number = r"([\d.]+)"
-    pattern = rf"fitted on {number} shared tokens; variance left unexplained: in {number}, out {number}"
+    pattern = rf"fitted on {number} shared tokens; variance left unexplained: in {number} .*, out {number} "
     [found] = re.findall(pattern, caplog.text)
     return int(found[0]), float(found[1]), float(found[2])
 
@@ -156,6 +156,8 @@ def test_unrelated_embeddings_are_told(folders: dict[str, Path], caplog: pytest.
     shared, left_in, left_out = unexplained(caplog)
     assert left_in == pytest.approx(1 - OTHER_WIDTH / shared, abs=0.06)
     assert left_out == pytest.approx(1 - WIDTH / shared, abs=0.06)
+    unseen = [float(share) for share in re.findall(r"left out ([\d.]+)", caplog.text)]
+    assert len(unseen) == 2 and min(unseen) > 1.0  # a fit to what is not related is worse than the mean
 
 
 def test_random_bridges_need_no_anchors(folders: dict[str, Path], pre_buffer: PreBuffer) -> None:

@@ -190,7 +190,28 @@ def test_a_bridge_fits_an_affine_map() -> None:
     bridge = Bridge(6, 4)
     assert bridge.fit(x, x @ weight.T + bias, ridge=1e-9) < 1e-6
     assert torch.allclose(bridge(x), x @ weight.T + bias, atol=1e-4)
+    assert (bridge.unexplained_left_out or 1.0) < 1e-6
     assert bridge.fit(x, torch.randn(200, 4)) > 0.8
+
+
+@pytest.mark.parametrize("pairs", [12, 40])
+def test_left_out_errors_of_one_fit_equal_those_of_a_fit_for_each_pair(pairs: int) -> None:
+    """The mean is left out too, and the penalty is that of the whole, whose share of one pair is small."""
+    x, ridge = torch.randn(pairs, 20).double(), 0.1
+    y = x[:, :4] + torch.randn(pairs, 4)
+    bridge = Bridge(20, 4)
+    bridge.fit(x, y, ridge)
+    penalty = ridge * (x - x.mean(0)).square().sum() / 20
+    missed = 0.0
+    for left in range(pairs):
+        kept = torch.arange(pairs) != left
+        middle, goal = x[kept].mean(0), y[kept].mean(0)
+        a, b = x[kept] - middle, y[kept] - goal
+        weight = torch.linalg.solve(a.T @ a + penalty * torch.eye(20).double(), a.T @ b)
+        missed += float((y[left] - goal - (x[left] - middle) @ weight).square().sum())
+    whole = float((y - y.mean(0)).square().sum())
+    assert bridge.unexplained_left_out == pytest.approx(missed / whole, rel=1e-6)
+    assert (bridge.unexplained or 1.0) < missed / whole
 
 
 def test_parts_that_do_not_meet_are_refused() -> None:

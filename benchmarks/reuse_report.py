@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GOALS = ("random", "random bypass")
-"""The random arms. An arm is to reach the lowest loss of the one that leads words the same way."""
+"""The random arms. An arm is compared with the one that leads words the same way."""
+PARTS = (0.5, 0.75, 1.0)
+"""After these parts of its steps a random arm has the losses that others are to reach."""
 DRAWN = {
     "random bypass": COLOURS[0], "random": COLOURS[5], "own": COLOURS[4], "none": COLOURS[7],
     "tuned bypass": COLOURS[3], "frozen bypass": COLOURS[2], "tuned": COLOURS[1],
@@ -78,50 +80,58 @@ def table(setting: Setting, arms: Sequence[Done]) -> str:
             f"the arms of {setting} were asked after different steps; run all of them with the same --steps"
         )
     steps, llms = max(asked), sorted({arm.llm for arm in arms})
-    named = [f"LLM {llm}: loss at {steps} | exact match at {steps} | reaches random's lowest loss at" for llm in llms]
-    lines = [
-        f"Source {setting[0]}, task {setting[1]}",
-        "",
-        f"| arm | {' | '.join(named)} |",
-        "|---" * (1 + 3 * len(llms)) + "|",
+    last = max(max(step for step, _ in arm.curve) for arm in arms)
+    levels = ", ".join(f"{part * last:.0f}" for part in PARTS)
+    head = [
+        f"LLM {llm}: loss at {steps} | exact match at {steps} | steps for random's loss at {levels}" for llm in llms
     ]
-    for name in sorted(
-        {arm.arm for arm in arms},
-        key=lambda name: (not reuses_nothing(name), list(DRAWN).index(name) if name in DRAWN else 99),
-    ):
+    lines = [f"Source {setting[0]}, task {setting[1]}", "", f"| arm | {' | '.join(head)} |"]
+    lines.append("|---" * (1 + 3 * len(llms)) + "|")
+    order = [*DRAWN, *sorted({arm.arm for arm in arms} - set(DRAWN))]
+    for name in sorted({arm.arm for arm in arms}, key=lambda name: (not reuses_nothing(name), order.index(name))):
         cells = [cell for llm in llms for cell in _cells(name, [arm for arm in arms if arm.llm == llm], steps)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cells(name: str, arms: Sequence[Done], steps: int) -> list[str]:
-    """Loss, exact match, and when the loss is as low as that of the random arm ever is, of one language model."""
+    """Loss, exact match, and steps to a random arm's losses as shares of its own, of one language model."""
     some = [arm for arm in arms if arm.arm == name]
     if not some:
         return ["", "", ""]
     goals = {arm.seed: arm.curve for arm in arms if arm.arm == goal_of(name) != name}
-    loss = spread([dict(arm.curve)[steps] for arm in some])
+    loss = spread([dict(smooth(arm.curve))[steps] for arm in some])
     score = spread([dict(arm.scores)[steps]["overall"] for arm in some])
-    return [loss, score, _there([(arm.curve, goals[arm.seed]) for arm in some if arm.seed in goals])]
+    pairs = [(smooth(arm.curve), smooth(goals[arm.seed])) for arm in some if arm.seed in goals]
+    return [loss, score, ", ".join(_share(pairs, part) for part in PARTS) if pairs else ""]
 
 
-def _there(pairs: Sequence[tuple[Curve, Curve]]) -> str:
-    """When curves come down to the lowest point of others, and which share of their steps that is."""
-    found = []
+def _share(pairs: Sequence[tuple[Curve, Curve]], part: float) -> str:
+    """Steps that curves need for the loss of others after a part of their steps, divided by those of the others.
+
+    Where a curve ends before, its steps count as if it came there with the next one, and the mean is a lower bound.
+    """
+    shares, ended = [], False
     for curve, goal in pairs:
-        last, low = min(goal, key=lambda point: point[1])
-        if (step := first_at(curve, low)) is not None:
-            found.append((step, step / last))
-    if not found:
-        return f"not in {max(step for curve, _ in pairs for step, _ in curve)}" if pairs else ""
-    step, share = (statistics.mean(values) for values in zip(*found, strict=True))
-    lost = f", {len(pairs) - len(found)} of {len(pairs)} never" if len(found) < len(pairs) else ""
-    return f"step {step:.0f}, {share:.2f} of its steps{lost}"
+        at = part * goal[-1][0]
+        low = min(value for step, value in goal if step <= at)
+        there = next((step for step, value in curve if value <= low), None)
+        ended = ended or there is None
+        shares.append((curve[-1][0] if there is None else there) / first_at(goal, low))
+    return f"{'over ' * ended}{statistics.mean(shares):.2f}"
 
 
-def first_at(curve: Curve, loss: float) -> int | None:
+def first_at(curve: Curve, loss: float) -> int:
     """The first validated step with a loss that low."""
-    return next((step for step, value in curve if value <= loss), None)
+    return next(step for step, value in curve if value <= loss)
+
+
+def smooth(curve: Curve) -> Curve:
+    """Each loss as the mean of a validation and the two before it: a single one is luck by a hundredth or two."""
+    return [
+        (step, statistics.mean(value for _, value in curve[max(0, place - 2) : place + 1]))
+        for place, (step, _) in enumerate(curve)
+    ]
 
 
 def spread(values: Sequence[float]) -> str:

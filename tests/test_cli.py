@@ -207,6 +207,9 @@ def test_train_with_overrides_and_resume(world: Path, tmp_path: Path) -> None:
     assert torch.equal(before["post_llm.word_embedding.weight"], frozen["post_llm.word_embedding.weight"])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
+    refused = neo("train", world / "run.yaml", where, "stage.steps=5", "stage.lr=0.02", "--resume", "last")
+    assert refused.status == 1
+    assert "stage.lr is 0.02, and was 0.01: a resumed run goes on with the optimizer of" in refused.err
     good("train", world / "run.yaml", where, "stage.steps=5", "stage.lr=0.01", "--resume", "last")
     assert torch.load(last, weights_only=True)["global_step"] == 5
     name = "pre_buffer.layers.0.mlp.up_proj.weight"

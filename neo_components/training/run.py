@@ -26,7 +26,7 @@ from neo_components.training.drift import Drift
 from neo_components.training.fsdp2.strategy import NAME, save_divided
 from neo_components.training.lora import merge_lora
 from neo_components.training.performance import Performance
-from neo_components.training.start import checkpoint_of, start, whiten
+from neo_components.training.start import checkpoint_of, refuse_changes, start, whiten
 from neo_components.training.summary import Summary
 from neo_components.training.text import TextBefore
 from neo_components.training.trainer import build_trainer, predictions_of, strategy_of
@@ -71,7 +71,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     Raises:
         FileNotFoundError: if there is no checkpoint to resume from, or data is missing.
         SystemExit: with code 143 if a signal ended the run (``signals.SaveOnSignal``).
-        ValueError: if parts of the recipe do not fit the model.
+        ValueError: if parts of the recipe do not fit the model, or differ from what a checkpoint goes on with.
     """
     began = time.monotonic()
     output = Path(recipe.output)
@@ -79,6 +79,8 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     divided = strategy_of(recipe) == NAME
     chat, module = start(recipe)
     checkpoint, done = checkpoint_of(output, resume, module)
+    if checkpoint is not None:
+        refuse_changes(recipe, checkpoint)
     data = NEODataModule(**recipe.data)
     data.input_spec = chat.model.input_spec
     history, performance, predictions = History(), Performance(), predictions_of(recipe, chat)

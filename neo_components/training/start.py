@@ -14,7 +14,7 @@ from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
 from neo_components.deferred import Deferred
 from neo_components.model import NEO
-from neo_components.recipe import Recipe, build
+from neo_components.recipe import Recipe, build, load_recipe
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
 from neo_components.training.fsdp2.checkpoints import is_sharded
 from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_undividable
@@ -85,6 +85,32 @@ def whiten(recipe: Recipe, model: NEO) -> None:
             break
     embedding = model.patch_embedding
     embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
+
+
+def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuses values that a checkpoint's optimizer holds and would go on with, whatever the recipe says.
+
+    Args:
+        recipe: of the run that resumes.
+        checkpoint: in ``checkpoints`` of a run's folder, whose ``recipe.yaml`` tells what the run began with.
+
+    Raises:
+        ValueError: if one of them differs.
+    """
+    kept = checkpoint.parent.parent / "recipe.yaml"
+    if not kept.is_file():
+        return
+    before, now = load_recipe(kept).stage, recipe.stage
+    changed = [
+        f"stage.{name} is {getattr(now, name)}, and was {getattr(before, name)}"
+        for name in ("optimizer", "lr", "muon_lr", "betas", "eps", "weight_decay")
+        if getattr(before, name) != getattr(now, name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{'; '.join(changed)}: a resumed run goes on with the optimizer of {checkpoint}. Put it back, or start a "
+            "new run from the weights with model.from_pretrained"
+        )
 
 
 def checkpoint_of(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:

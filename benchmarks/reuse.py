@@ -35,7 +35,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from reuse_report import GOALS, report, reuses_nothing
-from reuse_setting import PIXELS, TASKS, asset, common, make, shards
+from reuse_setting import PIXELS, STEPS, TASKS, asset, common, make, shards
 
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
@@ -125,7 +125,7 @@ class Curve(Callback):
 
 def recipe_of(arm: Arm, root: Path, every: int) -> Recipe:
     """The recipe of an arm."""
-    stage = int(arm.arm[2]) if arm.arm.startswith("PB") else 3
+    stage = int(arm.arm[2]) if arm.arm.startswith("PB") else None
     return load_recipe("quickstart/attach", [
         f"variables.root={root}", f"seed={SEED + arm.seed}", *common(root, arm.llm, arm.task),
         f"model.pre_buffer.from_pretrained={asset(root, arm.source, arm.seed, stage)}",
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--llms", nargs="+", choices=["a", "b", "c"], default=["b", "c"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--source", choices=TASKS, help="task of the source; that of the arm if not given")
+    parser.add_argument("--source", choices=STEPS, help="what the source saw; the task of the arm if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--random-steps", type=int, default=320, help="steps of the random arms that set the goal")

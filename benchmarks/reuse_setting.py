@@ -7,7 +7,8 @@ Everything is made once, in a folder, and kept: a second call finds it there.
 - Language models, all trained on the questions and captions of both tasks, never on a picture: ``a``, Qwen3; ``b``,
   Qwen3 of another width; ``c``, Llama of a third width and head width with a tokenizer of the other kind.
 - Sources: pre-Buffers for each task and seed, trained with ``a`` in the three stages of the quickstart, and exported
-  after each (the paper's PB1, PB2, PB3).
+  after each (the paper's PB1, PB2, PB3). One more, ``captions``, is trained on the captions of the scenes alone, for
+  the same number of steps in the first stage.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ LLMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 STAGES = ("pretrain", "midtrain", "sft")
-STEPS = {"easy_vqa": (250, 150, 400), "scenes": (800, 400, 1200)}
+STEPS = {"easy_vqa": (250, 150, 400), "scenes": (800, 400, 1200), "captions": (2400,)}
+"""Of the stages of each source."""
 
 
 def shards(root: Path, task: str) -> tuple[Path, Path]:
@@ -58,8 +60,8 @@ def make(
 
     Args:
         root: folder of all of it.
-        sources: (task, seed) of those that are wanted.
-        steps: of the three stages of each task's source.
+        sources: (name, seed) of those that are wanted.
+        steps: of the stages of each.
         llm_steps: of each language model.
     """
     if not (root / "easy_vqa").exists():
@@ -70,13 +72,13 @@ def make(
     for seed, (name, sizes) in enumerate(LLMS.items()):
         if not (root / f"llm_{name}").exists():
             train_text_llm(texts, root / f"llm_{name}", steps=llm_steps, seed=seed, title=f"LLM {name}", **sizes)
-    for task, seed in sources:
-        _make_source(root, task, seed, steps[task])
+    for source, seed in sources:
+        _make_source(root, source, seed, steps[source])
 
 
-def asset(root: Path, task: str, seed: int, stage: int = 3) -> Path:
-    """The pre-Buffer of a task's source after a stage (1 to 3)."""
-    return root / f"source_{task}_{seed}" / f"pb{stage}"
+def asset(root: Path, source: str, seed: int, stage: int | None = None) -> Path:
+    """The pre-Buffer of a source after a stage (1 to 3), by default its last."""
+    return root / f"source_{source}_{seed}" / f"pb{stage or len(STEPS[source])}"
 
 
 def _write_scenes(folder: Path) -> None:
@@ -102,13 +104,14 @@ def _scene_texts() -> Iterator[list[dict[str, str]]]:
             yield _blind(sample)["conversations"]
 
 
-def _make_source(root: Path, task: str, seed: int, steps: tuple[int, ...]) -> None:
+def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> None:
     """Pre-training on captions (of easy-VQA: open questions) and text, then mid-training and SFT on all questions."""
-    for number, (stage, count) in enumerate(zip(STAGES, steps, strict=True), 1):
-        if asset(root, task, seed, number).exists():
+    task = "scenes" if source == "captions" else source
+    for number, (stage, count) in enumerate(zip(STAGES, steps, strict=False), 1):
+        if asset(root, source, seed, number).exists():
             continue
-        output = asset(root, task, seed).parent / stage
-        before = asset(root, task, seed).parent / STAGES[number - 2] / "neo"
+        output = asset(root, source, seed).parent / stage
+        before = asset(root, source, seed).parent / STAGES[number - 2] / "neo"
         model = [f"model.from_pretrained={before}"]
         if number == 1:
             model = [f"model.post_llm.from_pretrained={root / 'llm_a'}", "model.pre_buffer.depth=2"]
@@ -130,9 +133,9 @@ def _make_source(root: Path, task: str, seed: int, steps: tuple[int, ...]) -> No
         ])  # fmt: skip
         result = train(recipe)
         info = AssetInfo(Chat.from_pretrained(result.folder).image_config(), provenance_of(result.folder))
-        export_pre_buffer(result.model, asset(root, task, seed, number), root / "llm_a", info=info)
+        export_pre_buffer(result.model, asset(root, source, seed, number), root / "llm_a", info=info)
         told = {name: round(value, 3) for name, value in result.metrics.items() if name.startswith("val/")}
-        print(f"source {task}, seed {seed}, after {stage}: {told}", flush=True)
+        print(f"source {source}, seed {seed}, after {stage}: {told}", flush=True)
 
 
 def common(root: Path, llm: str, task: str) -> list[str]:

@@ -53,11 +53,12 @@ def report(arms: Sequence[Done], pictures: Path | None = None) -> str:
 
 
 def settings_of(arms: Iterable[Done]) -> dict[Setting, list[Done]]:
-    """The arms that are comparable, together. One that reuses nothing stands beside those of every source."""
+    """The arms that are comparable, together. Arms that reuse nothing are kept under their task; the random ones stand
+    beside those of every source."""
     arms = list(arms)
     order = sorted({(arm.task, arm.source != arm.task, arm.source) for arm in arms if not reuses_nothing(arm.arm)})
     return {
-        (source, task): [arm for arm in arms if arm.task == task and (arm.source == source or reuses_nothing(arm.arm))]
+        (source, task): [arm for arm in arms if arm.task == task and (arm.source == source or arm.arm in GOALS)]
         for task, _, source in order
     }
 
@@ -157,7 +158,7 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
             handles[name] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
         goal = [value for arm in arms if arm.arm in GOALS for step, value in arm.curve if step]
         if goal:  # where words pass untrained bridges, the first steps are far above all else
-            axes.set_ylim(top=1.5 * statistics.median(goal))
+            axes.set_ylim(0.9 * min(value for arm in arms for _, value in arm.curve), 1.5 * statistics.median(goal))
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("steps", fontsize=8)
         axes.set_ylabel("validation loss", fontsize=8)

@@ -253,7 +253,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     strategy: Annotated[Strategy | None, typer.Option(help="How devices share the model; else the recipe's.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="All devices; else the recipe's.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every block.")] = 1,
     device_memory: Annotated[float | None, typer.Option(min=0, help="GB of a device; else what is found.")] = None,
     image_tokens: Annotated[int | None, typer.Option(min=0, help="Visual tokens of a document.")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Other tokens of a document, half of them learnt.")] = 128,
@@ -271,8 +270,7 @@ def inspect(
     _register(imports)
     loaded = load_recipe(recipe, overrides or [])
     assumed = inspection.Assumed(
-        image_tokens, text_tokens, strategy.value if strategy else None, devices, tensor_parallel, device_memory,
-        tflops, mfu,
+        image_tokens, text_tokens, strategy.value if strategy else None, devices, device_memory, tflops, mfu,
     )  # fmt: skip
     report = inspection.inspect_recipe(loaded, assumed, overrides or [])
     if settings and not as_json:

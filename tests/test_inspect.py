@@ -152,6 +152,24 @@ def test_assets_and_checkpoints_have_the_shape_of_what_is_built(world: Path, tmp
     assert "note: no stage and data: parameters only" in out and "GFLOPs" not in out
 
 
+def test_what_building_refuses_is_refused_alike(world: Path, tmp_path: Path) -> None:
+    """Another base than the language model's, another rope than the asset's: the same words as from a run."""
+    export_pre_buffer(NEO.from_pretrained(world / "neo"), tmp_path / "asset", world / "neo", 64, AssetInfo())
+    asset, llm = f"{{from_pretrained: {tmp_path / 'asset'}}}", f"{{from_pretrained: {world / 'other'}}}"
+    (tmp_path / "asset.yaml").write_text(f"model: {{pre_buffer: {asset}, post_llm: {llm}, bridge: random}}")
+    for path, override, told in (
+        (world / "run.yaml", "model.rope.base_t=5", "model.rope.base_t is 5.0, but the language model"),
+        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope.kind is '1d', but the pre-Buffer"),
+    ):
+        recipe = load_recipe(path, [override])
+        with pytest.raises(ValueError, match=told) as built:
+            build(recipe.model)
+        done = neo("inspect", path, override)
+        assert done.status == 1 and str(built.value) in done.err
+    done = neo("inspect", "neo_2b/pretrain", "model.rope.base_t=5")
+    assert done.status == 1 and "was trained with 1000000.0" in done.err
+
+
 def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:
     done = neo("inspect", world / "run.yaml", "model.post_llm.from_pretrained=no/such-model")
     assert done.status == 1 and "'no/such-model' is no folder here" in done.err and "Traceback" not in done.err

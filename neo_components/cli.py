@@ -13,11 +13,14 @@ import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neo_components.cli_data import data_app
+
+if TYPE_CHECKING:
+    from neo_components.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -315,7 +318,24 @@ def validate(
         from neo_components.training.trainer import check_strategy
 
         check_strategy(loaded)
+        _check_lora(loaded, overrides or [])
     typer.echo("valid")
+
+
+def _check_lora(recipe: Recipe, overrides: list[str]) -> None:
+    """Refuses targets of ``stage.lora`` that its language model has not; says so where that is not known yet."""
+    lora = recipe.stage.lora
+    if lora is None:
+        return
+    from neo_components.inspection.shape import empty_model
+    from neo_components.training.lora import check_targets
+
+    try:
+        model, _ = empty_model(recipe, overrides)
+    except FileNotFoundError as error:
+        typer.echo(f"note: stage.lora.targets are not looked at: {error}", err=True)
+    else:
+        check_targets(model, lora)
 
 
 def _register(modules: list[str] | None) -> None:

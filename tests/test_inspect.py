@@ -170,6 +170,21 @@ def test_what_building_refuses_is_refused_alike(world: Path, tmp_path: Path) -> 
     assert done.status == 1 and "was trained with 1000000.0" in done.err
 
 
+def test_targets_of_adapters_are_looked_at_without_weights(world: Path, tmp_path: Path) -> None:
+    wrong = "stage.lora.targets=[q_proj,query]"
+    own = (world / "run.yaml").read_text()
+    (tmp_path / "no_data.yaml").write_text(own[: own.index("data:")])
+    for words in (["recipes", "validate", world / "run.yaml"], ["inspect", world / "run.yaml"],
+                  ["inspect", tmp_path / "no_data.yaml"]):  # fmt: skip
+        done = neo(*words, wrong)
+        assert done.status == 1 and "stage.lora.targets: 'query' names no linear layer of the" in done.err
+    right = neo("recipes", "validate", world / "run.yaml", "stage.lora.targets=[q_proj]")
+    assert (right.status, right.out, right.err) == (0, "valid\n", "")
+    unknown = neo("recipes", "validate", world / "run.yaml", wrong, "model.post_llm.from_pretrained=no/such-model")
+    assert (unknown.status, unknown.out) == (0, "valid\n")
+    assert "stage.lora.targets are not looked at: 'no/such-model' is no folder here" in unknown.err
+
+
 def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:
     done = neo("inspect", world / "run.yaml", "model.post_llm.from_pretrained=no/such-model")
     assert done.status == 1 and "'no/such-model' is no folder here" in done.err and "Traceback" not in done.err

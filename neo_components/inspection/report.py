@@ -14,7 +14,7 @@ from neo_components.estimate.tracing import Setting
 from neo_components.inspection.shape import empty_model
 from neo_components.model import NEO
 from neo_components.recipe import Recipe
-from neo_components.training.lora import choose_trained
+from neo_components.training.lora import check_targets, choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
@@ -93,6 +93,8 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     assumed = assumed or Assumed()
     model, notes = empty_model(recipe, overrides)
     model.train()
+    if recipe.given_stage is not None and recipe.given_stage.lora is not None:
+        check_targets(model, recipe.given_stage.lora)
     if recipe.given_stage is None or recipe.given_data is None:
         model.requires_grad_(recipe.given_stage is None)
         groups, total = _parameters(model)

@@ -101,16 +101,16 @@ def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
     print(f"memory                       {private:10.0f} MB of its own; {peak:.0f} MB at most with the mapped lengths")
 
 
-def long_tailed(count: int) -> list[Supply]:
-    """Images of 64 to 4,096 visual tokens and, three of ten, text alone."""
+def long_tailed(count: int, shards: int = 1) -> list[Supply]:
+    """Images of 64 to 4,096 visual tokens and, three of ten, text alone, both with long tails; so many shards each."""
     random = np.random.default_rng(0)
     pictures, texts = count * 7 // 10, count * 3 // 10
     visual = np.clip(np.exp(random.normal(np.log(400), 1.0, pictures)), 64, 4096).astype(np.int32)
     words = np.clip(np.exp(random.normal(np.log(80), 0.9, pictures)), 10, 4000).astype(np.int32)
     text = np.clip(np.exp(random.normal(np.log(300), 1.0, texts)), 20, 8192).astype(np.int32)
     return [
-        Supply("pictures", visual + words + 2, visual, np.array([pictures])),
-        Supply("text", text, np.zeros(texts, np.int32), np.array([texts])),
+        Supply("pictures", visual + words + 2, visual, np.full(shards, pictures // shards)),
+        Supply("text", text, np.zeros(texts, np.int32), np.full(shards, texts // shards)),
     ]
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
@@ -18,6 +17,7 @@ from typing import Annotated
 import typer
 
 from neo_components.cli_data import data_app
+from neo_components.cli_recipes import Imports, Overrides, recipes_app, register
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,12 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compose, train, evaluate and reuse native vision-language models.",
 )
-recipes_app = typer.Typer(help="List, copy and check recipes.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: dotted.key=value ...")]
-Imports = Annotated[list[str] | None, typer.Option("--import", help="Module that registers your own parts.")]
 Model = Annotated[str, typer.Argument(help="Model folder or hub id.")]
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -84,7 +81,7 @@ def train(
     from neo_components.training.run import train as run
     from neo_components.training.summary import places, table
 
-    _register(imports)
+    register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
     if result.first:
@@ -108,7 +105,7 @@ def evaluate(
     from neo_components.evaluation import evaluate as run
     from neo_components.evaluation import questions_from_shards
 
-    _register(imports)
+    register(imports)
     if output and output.is_dir():
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
@@ -140,7 +137,7 @@ def chat(
     """Ask a model a question about pictures."""
     from neo_components.chat import Chat
 
-    _register(imports)
+    register(imports)
     typer.echo(Chat.from_pretrained(_model_folder(model), dtype=dtype).ask(question, image or [], max_new_tokens))
 
 
@@ -168,7 +165,7 @@ def export(
     from neo_components.chat import Chat
     from neo_components.weights import TensorFiles
 
-    _register(imports)
+    register(imports)
     folder = _model_folder(model)
     chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
     if to is Export.pre_buffer:
@@ -219,7 +216,7 @@ def attach(
     from neo_components.data import load_tokenizer
     from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 
-    _register(imports)
+    register(imports)
     part = PreBuffer.from_pretrained(pre_buffer)
     limits = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS} | part.info.image
     chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
@@ -236,7 +233,7 @@ def convert(
     """Rewrite a model in another layout; its tokenizer and image limits go along."""
     from neo_components.model import NEO
 
-    _register(imports)
+    register(imports)
     folder = _model_folder(model)
     NEO.from_pretrained(folder).save_pretrained(output, layout=layout)
     for name in COMPANIONS:
@@ -253,7 +250,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     strategy: Annotated[Strategy | None, typer.Option(help="How devices share the model; else the recipe's.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="All devices; else the recipe's.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every block.")] = 1,
     device_memory: Annotated[float | None, typer.Option(min=0, help="GB of a device; else what is found.")] = None,
     image_tokens: Annotated[int | None, typer.Option(min=0, help="Visual tokens of a document.")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Other tokens of a document, half of them learnt.")] = 128,
@@ -268,64 +264,15 @@ def inspect(
     from neo_components import inspection
     from neo_components.recipe import load_recipe
 
-    _register(imports)
+    register(imports)
     loaded = load_recipe(recipe, overrides or [])
     assumed = inspection.Assumed(
-        image_tokens, text_tokens, strategy.value if strategy else None, devices, tensor_parallel, device_memory,
-        tflops, mfu,
+        image_tokens, text_tokens, strategy.value if strategy else None, devices, device_memory, tflops, mfu,
     )  # fmt: skip
     report = inspection.inspect_recipe(loaded, assumed, overrides or [])
     if settings and not as_json:
         typer.echo(loaded.to_yaml())
     typer.echo(inspection.as_json(report) if as_json else inspection.as_text(report))
-
-
-@recipes_app.callback()
-def recipes(context: typer.Context) -> None:
-    """List the shipped recipes."""
-    if context.invoked_subcommand is None:
-        from neo_components.recipe import list_recipes
-
-        width = max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else sys.maxsize
-        for name, _, what in list_recipes():
-            typer.echo(textwrap.fill(what, width, initial_indent=f"{name:26s} ", subsequent_indent=" " * 27))
-
-
-@recipes_app.command()
-def copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    destination: Annotated[Path, typer.Argument(help="File or folder to write.")],
-) -> None:
-    """Copy a shipped recipe, to change it."""
-    from neo_components.recipe import copy_recipe
-
-    typer.echo(copy_recipe(name, destination))
-
-
-@recipes_app.command()
-def validate(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
-    overrides: Overrides = None,
-    imports: Imports = None,
-) -> None:
-    """Check a recipe without loading a weight; list every fault."""
-    from neo_components.recipe import load_recipe
-
-    _register(imports)
-    loaded = load_recipe(recipe, overrides or [])
-    if loaded.given_stage is not None:
-        from neo_components.training.trainer import check_strategy
-
-        check_strategy(loaded)
-    typer.echo("valid")
-
-
-def _register(modules: list[str] | None) -> None:
-    """Imports what ``--import`` names."""
-    if modules:
-        from neo_components.recipe import import_user_modules
-
-        import_user_modules(modules)
 
 
 def _quiet() -> None:

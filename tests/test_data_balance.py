@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,15 @@ from neo_components.data.row_plan import PlannedRow, RowPlan, Supply
 from neo_components.data.step_plan import Step, StepPlan
 from neo_components.quickstart.easy_vqa import read_easy_vqa
 
+LongTailed = Callable[[int], list[Supply]]
 
-def long_tailed(count: int) -> list[Supply]:
-    """Images of 64 to 4,096 visual tokens and, three of ten, text alone; both with long tails."""
-    random = np.random.default_rng(0)
-    pictures, texts = count * 7 // 10, count * 3 // 10
-    visual = np.clip(np.exp(random.normal(np.log(400), 1.0, pictures)), 64, 4096).astype(np.int32)
-    words = np.clip(np.exp(random.normal(np.log(80), 0.9, pictures)), 10, 4000).astype(np.int32)
-    text = np.clip(np.exp(random.normal(np.log(300), 1.0, texts)), 20, 8192).astype(np.int32)
-    return [
-        Supply("pictures", visual + words + 2, visual, np.full(pictures // 700, 700)),
-        Supply("text", text, np.zeros(texts, np.int32), np.full(texts // 300, 300)),
-    ]
+
+@pytest.fixture
+def long_tailed(monkeypatch: pytest.MonkeyPatch) -> LongTailed:
+    """The lengths of benchmarks/data_scale.py, in shards of 700 pictures or 300 texts."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    data_scale = importlib.import_module("data_scale")
+    return lambda count: list(data_scale.long_tailed(count, count // 1000))
 
 
 def plan(supplies: list[Supply], row_length: int) -> RowPlan:
@@ -56,7 +55,9 @@ def fill(rows: list[PlannedRow], row_length: int) -> float:
         (16384, 2, 1, 512), (16384, 8, 1, 128), (16384, 64, 1, 32), (16384, 8, 4, 64),
     ],
 )  # fmt: skip
-def test_no_rank_waits_for_the_images_of_another(row_length: int, ranks: int, rows: int, count: int) -> None:
+def test_no_rank_waits_for_the_images_of_another(
+    long_tailed: LongTailed, row_length: int, ranks: int, rows: int, count: int
+) -> None:
     """At most 5 % over the mean at every single step; without trades it is up to four times the mean."""
     supplies = long_tailed(120000)
     steps = steps_of(plan(supplies, row_length), ranks, rows, count)
@@ -74,7 +75,7 @@ def test_no_rank_waits_for_the_images_of_another(row_length: int, ranks: int, ro
     assert set(taken.values()) == {1}
 
 
-def test_one_rank_gets_the_rows_as_they_are_planned() -> None:
+def test_one_rank_gets_the_rows_as_they_are_planned(long_tailed: LongTailed) -> None:
     planned = plan(long_tailed(20000), 4096)
     expected = [planned.next_row() for _ in range(300)]
     steps = steps_of(plan(long_tailed(20000), 4096), 1, 3, 100)
@@ -82,7 +83,9 @@ def test_one_rank_gets_the_rows_as_they_are_planned() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 1), (4, 2)])
-def test_no_step_holds_a_sample_twice_before_every_other_one_came(ranks: int, rows: int) -> None:
+def test_no_step_holds_a_sample_twice_before_every_other_one_came(
+    long_tailed: LongTailed, ranks: int, rows: int
+) -> None:
     """A small source of which a block holds several epochs."""
     (pictures, _) = long_tailed(3000)
     counts = np.zeros(len(pictures.tokens), int)

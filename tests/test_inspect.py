@@ -87,15 +87,13 @@ def test_what_a_run_refuses_is_told(world: Path) -> None:
         )
         done = neo("recipes", "validate", str(world / "run.yaml"), *line.split())
         assert done.status == 1 and reason in done.err
-    shared = good("inspect", "neo_2b/pretrain", "--devices", "2", "--strategy", "fsdp2", "--tensor-parallel", "2")
-    assert "WARNING: no run does tensor parallelism" in shared
 
 
 def test_other_devices_make_another_step() -> None:
     line = next(
-        line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "replicas" in line
+        line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "recipe's own" in line
     )
-    assert "a step has 65,536 tokens here and 1,048,576 on the recipe's own 128 replicas" in line
+    assert "a step has 65,536 tokens here and 1,048,576 on the recipe's own 128 devices" in line
     assert "accumulate_grad_batches times 16" in line
 
 
@@ -121,17 +119,6 @@ def test_strategies_divide(world: Path) -> None:
     assert ddp["weights"] == one["weights"] == pytest.approx(4 * divided["weights"], abs=4)
     assert ddp["gradient buckets"] == ddp["gradients"]
     assert halves["weights"] == pytest.approx(2 * divided["weights"], abs=4)
-    done = neo("inspect", world / "run.yaml", "--strategy", "fsdp2", "--devices", "2", "--tensor-parallel", "2")
-    assert done.status == 1 and "tensor parallel 2 does not divide num_kv_heads 1" in done.err
-
-
-def test_tensor_parallel_shares_blocks() -> None:
-    whole = report("neo_2b/sft", "--strategy", "fsdp2", "--devices", "4", "--device-memory", "80", "stage.recompute=0")
-    shared = report("neo_2b/sft", "--strategy", "fsdp2", "--devices", "4", "--tensor-parallel", "2",
-                    "--device-memory", "80", "stage.recompute=0")  # fmt: skip
-    assert 0.5 < shared["memory"]["activations"] / whole["memory"]["activations"] < 0.75
-    assert shared["tokens"] == whole["tokens"] // 2
-    assert shared["flops_per_token"] == whole["flops_per_token"]
 
 
 def test_the_commands_of_the_page() -> None:
@@ -163,6 +150,39 @@ def test_assets_and_checkpoints_have_the_shape_of_what_is_built(world: Path, tmp
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in again.parameters()) and notes == []
     out = good("inspect", tmp_path / "b.yaml")
     assert "note: no stage and data: parameters only" in out and "GFLOPs" not in out
+
+
+def test_what_building_refuses_is_refused_alike(world: Path, tmp_path: Path) -> None:
+    """Another base than the language model's, another rope than the asset's: the same words as from a run."""
+    export_pre_buffer(NEO.from_pretrained(world / "neo"), tmp_path / "asset", world / "neo", 64, AssetInfo())
+    asset, llm = f"{{from_pretrained: {tmp_path / 'asset'}}}", f"{{from_pretrained: {world / 'other'}}}"
+    (tmp_path / "asset.yaml").write_text(f"model: {{pre_buffer: {asset}, post_llm: {llm}, bridge: random}}")
+    for path, override, told in (
+        (world / "run.yaml", "model.rope.base_t=5", "model.rope.base_t is 5.0, but the language model"),
+        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope.kind is '1d', but the pre-Buffer"),
+    ):
+        recipe = load_recipe(path, [override])
+        with pytest.raises(ValueError, match=told) as built:
+            build(recipe.model)
+        done = neo("inspect", path, override)
+        assert done.status == 1 and str(built.value) in done.err
+    done = neo("inspect", "neo_2b/pretrain", "model.rope.base_t=5")
+    assert done.status == 1 and "was trained with 1000000.0" in done.err
+
+
+def test_targets_of_adapters_are_looked_at_without_weights(world: Path, tmp_path: Path) -> None:
+    wrong = "stage.lora.targets=[q_proj,query]"
+    own = (world / "run.yaml").read_text()
+    (tmp_path / "no_data.yaml").write_text(own[: own.index("data:")])
+    for words in (["recipes", "validate", world / "run.yaml"], ["inspect", world / "run.yaml"],
+                  ["inspect", tmp_path / "no_data.yaml"]):  # fmt: skip
+        done = neo(*words, wrong)
+        assert done.status == 1 and "stage.lora.targets: 'query' names no linear layer of the" in done.err
+    right = neo("recipes", "validate", world / "run.yaml", "stage.lora.targets=[q_proj]")
+    assert (right.status, right.out, right.err) == (0, "valid\n", "")
+    unknown = neo("recipes", "validate", world / "run.yaml", wrong, "model.post_llm.from_pretrained=no/such-model")
+    assert (unknown.status, unknown.out) == (0, "valid\n")
+    assert "stage.lora.targets are not looked at: 'no/such-model' is no folder here" in unknown.err
 
 
 def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"training"},
     {"__init__"},
     {"quickstart", "inspection"},
-    {"cli_data"},
+    {"cli_data", "cli_recipes"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -25,8 +25,7 @@ class Plan:
     Args:
         strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimiser states
             are divided among the devices and put together block by block.
-        devices: all of them.
-        tensor_parallel: devices that share the heads and feed-forward channels of every block.
+        devices: all of them; each reads rows of its own.
 
     Raises:
         ValueError: if the numbers are not possible.
@@ -34,30 +33,19 @@ class Plan:
 
     strategy: str = "single"
     devices: int = 1
-    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        if self.devices < 1 or self.tensor_parallel < 1 or self.devices % self.tensor_parallel:
-            raise ValueError(
-                f"devices must be 1 or more and a multiple of tensor_parallel, got {self.devices} and "
-                f"{self.tensor_parallel}"
-            )
+        if self.devices < 1:
+            raise ValueError(f"devices must be 1 or more, got {self.devices}")
         if self.strategy == "single" and self.devices != 1:
             raise ValueError(f"strategy single has one device, got {self.devices}; choose ddp or fsdp2")
-        if self.tensor_parallel > 1 and self.strategy != "fsdp2":
-            raise ValueError("tensor_parallel needs strategy fsdp2, which divides the model")
-
-    @property
-    def replicas(self) -> int:
-        """Devices, or groups of them, that read rows of their own."""
-        return self.devices // self.tensor_parallel
 
     @property
     def shards(self) -> int:
         """Into how many parts weights, gradients and states are divided."""
-        return self.replicas if self.strategy == "fsdp2" else 1
+        return self.devices if self.strategy == "fsdp2" else 1
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ def step_memory(
     gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
 
     Args:
-        model: what one device computes: under tensor parallelism with its share of heads and channels. What trains is
-            read off ``requires_grad``, what is recomputed off ``recomputed``.
+        model: what trains is read off ``requires_grad``, what is recomputed off ``recomputed``.
         batch: rows of one device.
         setting: device and precision.
         plan: how the model is laid over devices.

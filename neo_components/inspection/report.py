@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neo_components.components.patch_embedding import PatchEmbedding
-from neo_components.components.post_llm import PostLLM
-from neo_components.components.pre_buffer import PreBuffer
-from neo_components.deferred import unfilled
 from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.flops import Flops, step_flops
 from neo_components.estimate.memory import Plan, step_memory
@@ -18,7 +14,7 @@ from neo_components.estimate.tracing import Setting
 from neo_components.inspection.shape import empty_model
 from neo_components.model import NEO
 from neo_components.recipe import Recipe
-from neo_components.training.lora import choose_trained
+from neo_components.training.lora import check_targets, choose_trained
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.recompute import blocks_of, settle
@@ -35,7 +31,6 @@ class Assumed:
         text: other tokens of a document.
         strategy: ``single``, ``ddp``, ``fsdp2``; ``None``: the recipe's.
         devices: all of them; ``None``: the recipe's.
-        tensor_parallel: devices that share every block.
         device_memory: GB (10^9 bytes) of one device; ``None``: what is found on this machine.
         tflops: peak of a device in 10^12 FLOPs a second, for the hours.
         mfu: share of the peak that a run is taken to reach.
@@ -45,7 +40,6 @@ class Assumed:
     text: int = 128
     strategy: str | None = None
     devices: int | None = None
-    tensor_parallel: int = 1
     device_memory: float | None = None
     tflops: float = 312.0
     mfu: float = 0.4
@@ -99,40 +93,39 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     assumed = assumed or Assumed()
     model, notes = empty_model(recipe, overrides)
     model.train()
+    if recipe.given_stage is not None and recipe.given_stage.lora is not None:
+        check_targets(model, recipe.given_stage.lora)
     if recipe.given_stage is None or recipe.given_data is None:
         model.requires_grad_(recipe.given_stage is None)
         groups, total = _parameters(model)
         return Report(str(recipe.path), groups, total, notes=[*notes, "no stage and data: parameters only"])
     choose_trained(model, recipe.stage)
     groups, total = _parameters(model)
-    plan = plan_of(recipe, assumed.strategy, assumed.devices, assumed.tensor_parallel)
+    plan = plan_of(recipe, assumed.strategy, assumed.devices)
     setting = setting_of(recipe, plan)
     document, told = document_of(recipe, model, assumed)
-    mine = _share(model, plan.tensor_parallel)
-    choose_trained(mine, recipe.stage)
-    batch = assumed_rows(mine, document, recipe.data["rows"], recipe.data["row_length"])
+    batch = assumed_rows(model, document, recipe.data["rows"], recipe.data["row_length"])
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"
-    stage, doubts = _settled(recipe, mine, setting, memory_limit, plan)
-    for both in (mine, model):
-        for stack in (both.pre_buffer, both.post_llm):
-            stack.recomputed = blocks_of(float(stage.recompute), len(stack.layers))
+    stage, doubts = _settled(recipe, model, setting, memory_limit, plan)
+    for stack in (model.pre_buffer, model.post_llm):
+        stack.recomputed = blocks_of(float(stage.recompute), len(stack.layers))
     memory = step_memory(
-        mine, batch, setting, _stored(plan), kept_activations(mine, batch, setting),
-        hidden_matrices(mine) if stage.optimizer == "muon" else (), bool(stage.ema),
+        model, batch, setting, plan, kept_activations(model, batch, setting),
+        hidden_matrices(model) if stage.optimizer == "muon" else (), bool(stage.ema),
         accumulates(recipe),
     )  # fmt: skip
-    batches = plan.replicas * int(recipe.trainer.get("accumulate_grad_batches") or 1)
+    batches = plan.devices * int(recipe.trainer.get("accumulate_grad_batches") or 1)
     flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}
     used = sum(part.model + part.again for part in flops.values())
     hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
     assumptions = told | {
         "rows": f"{recipe.data['rows']} of {recipe.data['row_length']} tokens on a device, {batches} batches a step",
-        "strategy": f"{plan.strategy}, {plan.devices} devices, tensor parallel {plan.tensor_parallel}",
+        "strategy": f"{plan.strategy}, {plan.devices} devices",
         "precision": str(recipe.trainer.get("precision") or "32-true"),
         "device": setting.device,
-        "recomputed": f"{mine.pre_buffer.recomputed} + {mine.post_llm.recomputed} blocks",
+        "recomputed": f"{model.pre_buffer.recomputed} + {model.post_llm.recomputed} blocks",
         "hours": f"{assumed.mfu:.0%} of {assumed.tflops:g} TFLOP/s a device, {stage.steps} steps",
         "device memory": source,
     }
@@ -141,31 +134,28 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         memory.peak, memory_limit, hours, notes,
     )  # fmt: skip
     notes += [*doubts.notes, *_smaller_step(recipe, plan, report)]
-    return replace(report, notes=notes, warnings=[*_refused(recipe, plan), *(doubts.warnings or _warnings(report))])
+    return replace(report, notes=notes, warnings=[*_refused(recipe), *(doubts.warnings or _warnings(report))])
 
 
 def _smaller_step(recipe: Recipe, plan: Plan, report: Report) -> list[str]:
     """A note, if other devices than the recipe's make another step of it, and what the recipe's own would take."""
-    own = plan_of(recipe).replicas
-    if own == plan.replicas or report.hours is None:
+    own = plan_of(recipe).devices
+    if own == plan.devices or report.hours is None:
         return []
-    tokens, times = report.tokens * own // plan.replicas, own / plan.replicas
+    tokens, times = report.tokens * own // plan.devices, own / plan.devices
     return [
-        f"a step has {report.tokens:,} tokens here and {tokens:,} on the recipe's own {own} replicas; as many would "
+        f"a step has {report.tokens:,} tokens here and {tokens:,} on the recipe's own {own} devices; as many would "
         f"take trainer.accumulate_grad_batches times {times:g} and {report.hours * times:,.1f} hours"
     ]
 
 
-def _refused(recipe: Recipe, plan: Plan) -> list[str]:
+def _refused(recipe: Recipe) -> list[str]:
     """Why a run would stop before it starts."""
-    found = []
-    if plan.tensor_parallel > 1:
-        found.append("no run does tensor parallelism: these are the figures of one that would")
     try:
         check_strategy(recipe)
     except ValueError as error:
-        found.append(f"neo train refuses this: {error}")
-    return found
+        return [f"neo train refuses this: {error}"]
+    return []
 
 
 @dataclass(frozen=True)
@@ -185,7 +175,7 @@ def _settled(
         note = "stage.recompute auto: told without any, as the device's memory is not known; give --device-memory"
         return replace(stage, recompute=0.0), _Doubts(notes=(note,))
     try:
-        return settle(stage, model, recipe.data, setting, device_memory, _stored(plan), accumulates(recipe)), _Doubts()
+        return settle(stage, model, recipe.data, setting, device_memory, plan, accumulates(recipe)), _Doubts()
     except ValueError as error:
         return replace(stage, recompute=1.0, activation_gb=0.0), _Doubts(warnings=(str(error),))
 
@@ -227,29 +217,3 @@ def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document,
     document = Document(visual, min(assumed.text, longest))
     text = f"{document.length} tokens: {visual} visual ({how}), {document.text} text, half of it learnt"
     return document, {"document": text}
-
-
-def _share(model: NEO, parts: int) -> NEO:
-    """What one of ``parts`` devices computes of a model whose heads and feed-forward channels they share.
-
-    Raises:
-        ValueError: if these cannot be shared evenly.
-    """
-    if parts == 1:
-        return model
-    changed = []
-    for stack in (model.pre_buffer, model.post_llm):
-        sizes = {name: stack.hparams[name] for name in ("num_heads", "num_kv_heads", "feed_forward_size")}
-        if uneven := [f"{name} {size}" for name, size in sizes.items() if size % parts]:
-            raise ValueError(f"tensor parallel {parts} does not divide {', '.join(uneven)}")
-        changed.append(dict(stack.hparams) | {name: size // parts for name, size in sizes.items()})
-    with unfilled():
-        patches = PatchEmbedding(**model.patch_embedding.hparams)
-        made = NEO(patches, PreBuffer(**changed[0]), PostLLM(**changed[1]), model.bridge_in, model.bridge_out)
-    made.text = model.text
-    return made.to(model.post_llm.norm.weight.dtype)
-
-
-def _stored(plan: Plan) -> Plan:
-    """The plan as one device of a tensor-parallel group sees it: its share of the model, divided among the replicas."""
-    return replace(plan, devices=plan.replicas, tensor_parallel=1) if plan.tensor_parallel > 1 else plan

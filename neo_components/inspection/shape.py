@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.deferred import unfilled
 from neo_components.hub import resolve
-from neo_components.llms import arguments_of, family_of
 from neo_components.llms.known import KNOWN
 from neo_components.model import NEO
-from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, PretrainedLLM, Recipe, load_recipe
-from neo_components.recipe.building import BLOCKS
+from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, Rope, load_recipe
+from neo_components.recipe.building import config_of, counting_of, llm_arguments, new_parts
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
 from neo_components.weights import as_dtype, read_config
@@ -81,12 +79,9 @@ def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | No
 
 
 def _composed(model: Compose) -> tuple[NEO, list[str]]:
-    sizes, notes = _llm_sizes(model)
-    assert model.patch_embedding and not isinstance(model.pre_buffer, PreBufferAsset)
-    own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
-    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own)
-    patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
-    return NEO(patch_embedding, pre_buffer, PostLLM(**sizes), text=model.text), notes
+    assert model.rope and model.attention
+    sizes, notes = _llm_sizes(model, model.rope, model.attention)
+    return NEO(*new_parts(model, sizes), PostLLM(**sizes), text=model.text), notes
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
@@ -95,9 +90,8 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     if config.get("kind") != "pre_buffer":
         raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
     pre_buffer = PreBuffer(**config["pre_buffer"])
-    h = pre_buffer.hparams
-    sizes, notes = _llm_sizes(model, {name: h[name] for name in ("rope", "base_h", "base_w", "attention")})
-    inner, outer = h.hidden_size, sizes["hidden_size"]
+    sizes, notes = _llm_sizes(model, *counting_of(model, asset, pre_buffer))
+    inner, outer = pre_buffer.hparams.hidden_size, sizes["hidden_size"]
     identity = model.bridge == "identity" or (model.bridge == "auto" and inner == outer)
     if model.bridge == "auto" and identity:
         notes = [*notes, "bridge auto: taken as identity, as the widths are equal"]
@@ -107,22 +101,14 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
 
 
-def _llm_sizes(model: Compose, inherited: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of the post-LLM: the recipe's, or those of the language model's config, here, known or on the hub."""
-    rope = model.rope
-    said: dict[str, Any] = dict(inherited or {})
-    if rope is not None:
-        said |= {"rope": rope.kind, "base_h": rope.base_h, "base_w": rope.base_w}
-    if model.attention is not None:
-        said["attention"] = model.attention
-    if not isinstance(model.post_llm, PretrainedLLM):
-        return asdict(model.post_llm) | said | ({"base_t": rope.base_t} if rope and rope.base_t else {}), []
-    source = model.post_llm.from_pretrained
+def _llm_sizes(model: Compose, rope: Rope, attention: str) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of the post-LLM as a run takes them; the config of a language model of ``llms.known`` is known here."""
     notes = []
-    if source in KNOWN and not Path(source).is_dir():
-        config, folder = KNOWN[source], Path(source)
-        notes = [f"{source}: shape as this library knows it, nothing was asked of the hub"]
-    else:
-        folder = resolve(source, weights=False)
-        config = read_config(folder)
-    return arguments_of(family_of(config), config, folder) | said, notes
+
+    def known_or_there(source: str) -> tuple[dict[str, Any], Path]:
+        if source not in KNOWN or Path(source).is_dir():
+            return config_of(source)
+        notes.append(f"{source}: shape as this library knows it, nothing was asked of the hub")
+        return KNOWN[source], Path(source)
+
+    return llm_arguments(model, rope, attention, known_or_there), notes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,14 +53,20 @@ def build(model: ModelRecipe) -> NEO:
     if isinstance(model.pre_buffer, PreBufferAsset):
         return _attached(model, model.pre_buffer)
     assert model.rope and model.attention and model.patch_embedding
-    sizes = _llm_arguments(model, model.rope, model.attention)
-    own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
+    sizes = llm_arguments(model, model.rope, model.attention)
     # The language model comes last: what does not fit stops before its weights are read.
     with new_weights():
-        pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
-        patch_embedding = PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding))
+        patch_embedding, pre_buffer = new_parts(model, sizes)
     dtype = as_dtype(model.dtype)
     return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
+
+
+def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[PatchEmbedding, PreBuffer]:
+    """Patch embedding and pre-Buffer that fit a language model of such arguments and are no asset."""
+    assert model.patch_embedding and not isinstance(model.pre_buffer, PreBufferAsset)
+    own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
+    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
+    return PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding)), pre_buffer
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
@@ -67,6 +75,16 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
     if asset.reset:
         pre_buffer = _with_new_weights(pre_buffer).to(as_dtype(model.dtype))
     pre_buffer.backend = model.backend
+    sizes = llm_arguments(model, *counting_of(model, asset, pre_buffer))
+    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge, text=model.text)
+
+
+def counting_of(model: Compose, asset: PreBufferAsset, pre_buffer: PreBuffer) -> tuple[Rope, str]:
+    """Rope and attention of a language model under an asset: those of the recipe, else the asset's own.
+
+    Raises:
+        ValueError: if the recipe names another rope than the asset was trained with.
+    """
     h: Any = pre_buffer.hparams
     rope = model.rope or Rope(kind=h.rope, base_h=h.base_h, base_w=h.base_w)
     if rope.kind != h.rope:
@@ -74,8 +92,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
             f"model.rope.kind is {rope.kind!r}, but the pre-Buffer {asset.from_pretrained} was trained with "
             f"{h.rope!r}; take model.rope away"
         )
-    sizes = _llm_arguments(model, rope, model.attention or h.attention)
-    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge, text=model.text)
+    return rope, model.attention or h.attention
 
 
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:
@@ -90,15 +107,26 @@ def _with_new_weights(trained: PreBuffer) -> PreBuffer:
     return new
 
 
-def _llm_arguments(model: Compose, rope: Rope, attention: str) -> dict[str, Any]:
-    """Arguments of the post-LLM; of a pretrained one those that its config gives."""
+def config_of(source: str) -> tuple[dict[str, Any], Path]:
+    """A language model's config, and the folder that it lies in."""
+    folder = resolve(source, weights=False)
+    return read_config(folder), folder
+
+
+def llm_arguments(
+    model: Compose, rope: Rope, attention: str, config_of: Callable[[str], tuple[dict[str, Any], Path]] = config_of
+) -> dict[str, Any]:
+    """Arguments of the post-LLM; of a pretrained one those that its config gives.
+
+    Raises:
+        ValueError: if a pretrained one was trained with another base than the recipe's.
+    """
     said = {"rope": rope.kind, "base_h": rope.base_h, "base_w": rope.base_w, "attention": attention}
     base_t = {} if rope.base_t is None else {"base_t": rope.base_t}
     if not isinstance(model.post_llm, PretrainedLLM):
         return asdict(model.post_llm) | said | base_t
     source = model.post_llm.from_pretrained
-    folder = resolve(source, weights=False)
-    config = read_config(folder)
+    config, folder = config_of(source)
     sizes = arguments_of(family_of(config), config, folder)
     if rope.base_t not in (None, sizes["base_t"]):
         raise ValueError(

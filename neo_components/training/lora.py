@@ -36,7 +36,7 @@ def add_lora(model: NEO, lora: LoRA) -> None:
         raise ModuleNotFoundError(
             "stage.lora needs the package peft: run `pip install 'neo-components[lora]'`, or take stage.lora away"
         ) from error
-    _check_targets(model, lora)
+    check_targets(model, lora)
     inject_adapter_in_model(
         LoraConfig(
             r=lora.rank,
@@ -63,7 +63,12 @@ def choose_trained(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
     return train_only(model, stage.train, lora_parameters(model))
 
 
-def _check_targets(model: NEO, lora: LoRA) -> None:
+def check_targets(model: NEO, lora: LoRA) -> None:
+    """Refuses targets that no block has; shapes are enough, and peft is not needed.
+
+    Raises:
+        ValueError: if a target is no linear layer of the blocks.
+    """
     blocks = model.post_llm.layers
     new = set(model.post_llm.hw_modules())
     linear = [name for name, part in blocks.named_modules() if isinstance(part, nn.Linear) and part not in new]

@@ -42,16 +42,11 @@ def setting_of(recipe: Recipe, plan: Plan) -> Setting:
     return Setting(device_of(recipe), autocast, weights)
 
 
-def plan_of(
-    recipe: Recipe,
-    strategy: str | None = None,
-    devices: int | None = None,
-    tensor_parallel: int = 1,
-) -> Plan:
+def plan_of(recipe: Recipe, strategy: str | None = None, devices: int | None = None) -> Plan:
     """How a recipe lays its model over devices; an argument that is given stands instead of what it says."""
     count = devices or devices_of(recipe)
     said = str(recipe.trainer.get("strategy") or "auto")
-    return Plan(strategy or ("fsdp2" if said == "fsdp2" else "ddp" if count > 1 else "single"), count, tensor_parallel)
+    return Plan(strategy or ("fsdp2" if said == "fsdp2" else "ddp" if count > 1 else "single"), count)
 
 
 def devices_of(recipe: Recipe) -> int:

@@ -77,6 +77,8 @@ def train(
     imports: Imports = None,
 ) -> None:
     """Train a recipe."""
+    import torch.distributed
+
     from neo_components.recipe import load_recipe
     from neo_components.training.run import train as run
     from neo_components.training.summary import places, table
@@ -86,6 +88,8 @@ def train(
     result = run(load_recipe(recipe, overrides or []), resume)
     if result.first:
         typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads can abort a process that ends with them
 
 
 @app.command()

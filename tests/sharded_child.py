@@ -136,6 +136,7 @@ def main(plan: Path) -> None:
     results = [make_run(**run) for run in json.loads(plan.read_text())]
     rank = torch.distributed.get_rank()
     plan.with_name(f"{plan.stem}.rank{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()  # its threads can abort a process that ends with them
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 from neo_components.data import NEODataModule, Source, load_tokenizer, smart_resize, write_shards
 from neo_components.data import rows as rows_module
 from neo_components.data import samples as samples_module
-from neo_components.data.conversation import image_token_ids
-from neo_components.data.decoding import decode
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, open_image
-from neo_components.data.resampling import resize, resize_fast
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.packing import patchify
+from neo_components.data.image.decoding import decode
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, open_image
+from neo_components.data.image.resampling import resize, resize_fast
+from neo_components.data.packing import patchify
+from neo_components.data.shards.folder import ShardFolder
+from neo_components.data.text.conversation import image_token_ids
 from neo_components.types import InputSpec
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "conversation" / "tokenizer"
@@ -111,9 +111,9 @@ def positions(image_ids: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Te
     return found
 
 
-def ours(shards: Path, side: int, row_length: int, workers: int = 0, **options: Any) -> NEODataModule:
+def ours(shards: Path, side: int, seq_len: int, workers: int = 0, **options: Any) -> NEODataModule:
     data = NEODataModule(
-        str(TOKENIZER), [Source(str(shards))], row_length=row_length, min_pixels=side**2, max_pixels=side**2,
+        str(TOKENIZER), [Source(str(shards))], seq_len=seq_len, min_pixels=side**2, max_pixels=side**2,
         workers=workers, **options,
     )  # fmt: skip
     tokenizer = data.tokenizer
@@ -205,13 +205,13 @@ def write(side: int, folder: Path) -> tuple[Path, Path]:
     return images, folder / "shards"
 
 
-def print_speed(side: int, seconds: float, plain: PlainDataset, shards: Path, row_length: int) -> None:
-    check_equal(plain, ours(shards, side, row_length, exact_pixels=True))
+def print_speed(side: int, seconds: float, plain: PlainDataset, shards: Path, seq_len: int) -> None:
+    check_equal(plain, ours(shards, side, seq_len, exact_pixels=True))
     loader = DataLoader(plain, BATCH, shuffle=True, collate_fn=collate)
     arms: dict[str, tuple[Iterator[Any], Callable[[Any], tuple[int, int]]]] = {
         "plain": (endless(loader), plain_size),
-        "ours": (iter(ours(shards, side, row_length).train_dataloader()), our_size),
-        "ours, exact": (iter(ours(shards, side, row_length, exact_pixels=True).train_dataloader()), our_size),
+        "ours": (iter(ours(shards, side, seq_len).train_dataloader()), our_size),
+        "ours, exact": (iter(ours(shards, side, seq_len, exact_pixels=True).train_dataloader()), our_size),
     }
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for batches, size in arms.values():
@@ -229,7 +229,7 @@ def print_speed(side: int, seconds: float, plain: PlainDataset, shards: Path, ro
     for name, exact in (("ours", False), ("exact", True)):
         text = ", ".join(
             f"{label} {100 * share:.0f} %"
-            for label, share in shares(ours(shards, side, row_length, exact_pixels=exact), 6).items()
+            for label, share in shares(ours(shards, side, seq_len, exact_pixels=exact), 6).items()
         )
         print(f"       time, {name}: {text}")
 

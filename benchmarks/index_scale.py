@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.data.shards import FORMAT_VERSION
+from neo_components.data.shards.folder import ShardFolder
+from neo_components.data.shards.format import FORMAT_VERSION
 
 NEO = 345_000_000
 SIZE = 20_480

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.checkpoint import own_config
-from neo_components.deferred import unfilled
 from neo_components.llms.family import in_model
-from neo_components.weights import DTYPES
+from neo_components.model.layouts import own_config
+from neo_components.storage.deferred import unfilled
+from neo_components.storage.weights import DTYPES
 
 GIGA = 10**9
 TARGET = 1.2

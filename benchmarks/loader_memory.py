@@ -35,10 +35,10 @@ def print_memory(folders: dict[int, tuple[Path, int]]) -> None:
     print(f"{'memory':>6s} {'workers':>26s} {'one more':>12s} {'private':>9s} {'resident':>9s}   MB; all processes'")
     print("  side " + "".join(f"{workers:7d}" for workers in WORKERS) + "  PSS for that many workers, then of a worker")
     slopes = []
-    for side, (shards, row_length) in folders.items():
+    for side, (shards, seq_len) in folders.items():
         totals, private, resident = [], 0.0, 0.0
         for workers in WORKERS:
-            command = [sys.executable, __file__, str(side), str(shards), str(row_length), str(workers)]
+            command = [sys.executable, __file__, str(side), str(shards), str(seq_len), str(workers)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             totals.append(found["pss"])
             private, resident = max(private, found["private"]), max(resident, found["resident"])
@@ -55,7 +55,7 @@ def memory_of(process: int | str) -> dict[str, float]:
     return {line.split(":")[0]: int(line.split()[1]) / 1000 for line in lines if line.endswith("kB")}
 
 
-def measure(side: int, shards: Path, row_length: int, workers: int) -> dict[str, float]:
+def measure(side: int, shards: Path, seq_len: int, workers: int) -> dict[str, float]:
     """Memory while a loader runs."""
     import multiprocessing
 
@@ -63,7 +63,7 @@ def measure(side: int, shards: Path, row_length: int, workers: int) -> dict[str,
     from data import ours
 
     torch.set_num_threads(1)
-    loader = iter(ours(shards, side, row_length, workers).train_dataloader())
+    loader = iter(ours(shards, side, seq_len, workers).train_dataloader())
     for _ in range(BATCHES):
         batch = next(loader)
     time.sleep(5)  # workers read ahead as far as they may

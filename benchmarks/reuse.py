@@ -80,7 +80,7 @@ the model learns. ``own`` is a new pre-Buffer of the language model's own width,
 tokens and words straight into the language model."""
 SCHEDULE = [
     "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
-    "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.row_length=1024",
+    "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.seq_len=1024",
 ]  # fmt: skip
 SEED = 1000
 """Added to an arm's seed: no arm starts from the numbers that a source started from."""

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from neo_components.assets import export_pre_buffer, provenance_of
-from neo_components.chat import Chat
 from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data import write_shards
-from neo_components.data.synth import scenes
+from neo_components.data.convert.synth import scenes
+from neo_components.model.attach import export_pre_buffer, provenance_of
+from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import load_recipe
@@ -142,6 +142,6 @@ def common(root: Path, llm: str, task: str) -> list[str]:
     """Overrides of every recipe here: pictures, rows and tokenizer."""
     return [
         f"data.tokenizer={root / f'llm_{llm}'}", f"data.validation=[{{shards: {shards(root, task)[1]}}}]",
-        f"data.min_pixels={PIXELS}", f"data.max_pixels={PIXELS}", "data.row_length=2048", "data.workers=0",
+        f"data.min_pixels={PIXELS}", f"data.max_pixels={PIXELS}", "data.seq_len=2048", "data.workers=0",
         "trainer.limit_val_batches=4",
     ]  # fmt: skip

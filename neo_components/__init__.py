@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from neo_components.assets import attach
     from neo_components.components.bridge import Bridge
     from neo_components.components.patch_embedding import PatchEmbedding
     from neo_components.components.post_llm import PostLLM
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.components.primitive import NativePrimitive
-    from neo_components.model import NEO
-    from neo_components.packing import pack
+    from neo_components.data.packing import pack
+    from neo_components.model.attach import attach
+    from neo_components.model.neo import NEO
     from neo_components.recipe import build, load_recipe
     from neo_components.types import Batch, InputSpec, Output, Sample
 
 _HOMES = {
-    "NEO": "model",
+    "NEO": "model.neo",
     "PatchEmbedding": "components.patch_embedding",
     "NativePrimitive": "components.primitive",
     "PreBuffer": "components.pre_buffer",
@@ -33,8 +33,8 @@ _HOMES = {
     "Batch": "types",
     "InputSpec": "types",
     "Output": "types",
-    "pack": "packing",
-    "attach": "assets",
+    "pack": "data.packing",
+    "attach": "model.attach",
     "load_recipe": "recipe",
     "build": "recipe",
 }

@@ -61,7 +61,7 @@ class InputSpec:
         return self.patch_size * self.fold
 
     @property
-    def image_ids(self) -> tuple[int, int, int]:
+    def image_special_token_ids(self) -> tuple[int, int, int]:
         """The three ids that may lie beyond the vocabulary."""
         return self.image_token_id, self.image_start_id, self.image_end_id
 
@@ -140,7 +140,7 @@ class Batch:
             return rows[0]
         lengths = {row.token_ids.shape[1] for row in rows}
         if len(lengths) != 1:
-            raise ValueError(f"rows of one batch must be equally long, got lengths {sorted(lengths)}; set row_length")
+            raise ValueError(f"rows of one batch must be equally long, got lengths {sorted(lengths)}; set seq_len")
         joined: dict[str, Any] = {name: torch.cat([getattr(row, name) for row in rows]) for name in _columns()}
         joined |= {name: [told for row in rows for told in getattr(row, name)] for name in TOLD}
         return Batch(**joined)

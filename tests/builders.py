@@ -96,7 +96,7 @@ def random_sample(
     grids = [
         (choose.randint(1, 3), choose.randint(1, 3)) for _ in range(choose.randint(0, 2) if images is None else images)
     ]
-    lowest_image_id = min(*spec.image_ids, spec.vocab_size)
+    lowest_image_id = min(*spec.image_special_token_ids, spec.vocab_size)
     ids: list[int] = []
     for grid in (*grids, None):
         ids += [choose.randrange(lowest_image_id) for _ in range(choose.randint(*text))]
@@ -118,7 +118,7 @@ def random_batch(
         [random_sample(spec, 1000 * seed + 10 * row + n, **options) for n in range(documents)] for row in range(rows)
     ]
     longest = max(sum(len(sample.token_ids) for sample in row) for row in samples)
-    return Batch.stack([pack(row, spec, row_length=longest + padding) for row in samples]), samples
+    return Batch.stack([pack(row, spec, seq_len=longest + padding) for row in samples]), samples
 
 
 def plain_tokens(row: Sequence[Sample], spec: InputSpec) -> list[tuple[int, int | None]]:

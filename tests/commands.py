@@ -14,9 +14,9 @@ from unittest.mock import patch
 from llm_builders import COLORS, native_model, text_llm
 from shard_builders import png, sample, write
 
-from neo_components.chat import Chat
-from neo_components.cli import main
+from neo_components.cli.main import main
 from neo_components.data import load_tokenizer
+from neo_components.model.chat import Chat
 
 SIDE = 32
 """Sides of the images in pixels; 4 x 4 visual tokens."""
@@ -82,7 +82,7 @@ stage: {{train: [patch_embedding, pre_buffer], steps: 2, validate_every: 0, chec
 data:
   tokenizer: {llm}
   train: [{{shards: {root}/shards}}]
-  row_length: 256
+  seq_len: 256
   min_pixels: {SIDE**2}
   max_pixels: {SIDE**2}
   workers: 0

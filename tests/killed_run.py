@@ -16,11 +16,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from llm_builders import native_model
 
 from neo_components.data import NEODataModule, Source
+from neo_components.recipe.stage import StageConfig
+from neo_components.training.callbacks.rng_state import RandomStates, random_states
+from neo_components.training.callbacks.signals import SaveOnSignal
 from neo_components.training.checkpoints import WholeFiles, newest_checkpoint
 from neo_components.training.module import NEOTraining
-from neo_components.training.random_states import RandomStates, random_states
-from neo_components.training.signals import SaveOnSignal
-from neo_components.training.stage import StageConfig
 from neo_components.types import Batch
 
 STEPS, RANKS, WORKERS, EVERY = 24, 2, 2, 3
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     lightning.seed_everything(0, verbose=False)
     stage = StageConfig(train=("all",), steps=options.steps, warmup_steps=2)
     module = NEOTraining(native_model(options.world / "llm"), stage)
-    settings: dict[str, Any] = {"row_length": 256, "min_pixels": 1024, "max_pixels": 4096, "shuffle": 30}
+    settings: dict[str, Any] = {"seq_len": 256, "min_pixels": 1024, "max_pixels": 4096, "shuffle": 30}
     sources = [Source(str(options.world / "pictures"), 0.7), Source(str(options.world / "text"), 0.3)]
     data = NEODataModule(str(options.world / "llm"), sources, workers=options.workers, seed=5, **settings)
     data.input_spec = module.model.input_spec

@@ -9,9 +9,9 @@ import torch
 from builders import randomize, weights_of
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
+from neo_components.model.vocabulary import token_strings
 from neo_components.quickstart.text_llm import train_text_llm
-from neo_components.vocabulary import token_strings
-from neo_components.weights import save_tensors
+from neo_components.storage.weights import save_tensors
 
 COLORS = ("red", "blue", "green", "black")
 EMBEDDING = "model.embed_tokens.weight"

@@ -67,7 +67,7 @@ data:
   tokenizer: {root}/llm
   train: [{{shards: {root}/train, share: 0.7}}, {{shards: {root}/text, share: 0.3}}]
   validation: [{{shards: {root}/validation}}]
-  row_length: 256
+  seq_len: 256
   min_pixels: 4096
   max_pixels: 4096
   workers: 0

@@ -81,7 +81,7 @@ def mixed_samples(count: int, prefix: str = "s", images: bool = True) -> list[di
 def module(*folders: Path | str | Source, validation: Sequence[Path] = (), **arguments: Any) -> NEODataModule:
     """A DataModule over some folders, small rows, no worker processes."""
     train = [folder if isinstance(folder, Source) else Source(str(folder)) for folder in folders]
-    options = {"row_length": 128, "min_pixels": 4096, "max_pixels": 16384, "workers": 0, "shuffle": 20, **arguments}
+    options = {"seq_len": 128, "min_pixels": 4096, "max_pixels": 16384, "workers": 0, "shuffle": 20, **arguments}
     data = NEODataModule(TOKENIZER, train, [Source(str(folder)) for folder in validation], **options)
     data.input_spec = SPEC
     return data

@@ -16,14 +16,14 @@ from builders import random_sample
 from torch.utils.data import DataLoader
 
 from neo_components import NEO, Batch, InputSpec, pack
-from neo_components.deferred import Deferred
-from neo_components.training.callbacks import averaging
+from neo_components.recipe.stage import StageConfig
+from neo_components.storage.deferred import Deferred
+from neo_components.storage.weights import save_tensors
+from neo_components.training.callbacks.progress import averaging
 from neo_components.training.fsdp2.average import ShardedAverage
 from neo_components.training.fsdp2.strategy import Sharded, ShardedTraining, gathered_again, policy_of
 from neo_components.training.fsdp2.tensors import gradient_norms, whole
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
-from neo_components.weights import save_tensors
 
 ROWS = 4
 """Rows of a step on all processes together."""
@@ -35,7 +35,7 @@ def row(spec: InputSpec, step: int, number: int) -> Batch:
     learn = (step, number) != (1, ROWS - 1)
     texts = (2 + 3 * number, 4 + 5 * number)
     samples = [random_sample(spec, 100 * step + 10 * number + n, images, texts, learn) for n in range(2)]
-    return pack(samples, spec, row_length=200)
+    return pack(samples, spec, seq_len=200)
 
 
 def batches(spec: InputSpec, steps: range, rank: int, ranks: int, poisoned: int | None = None) -> list[Batch]:

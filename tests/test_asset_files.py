@@ -15,9 +15,9 @@ from builders import edit_config, same_tensors, weights_of
 from llm_builders import native_model, text_llm
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, attach, pack
-from neo_components.assets import export_pre_buffer
 from neo_components.components.pre_buffer import AssetInfo
-from neo_components.weights import save_tensors
+from neo_components.model.attach import export_pre_buffer
+from neo_components.storage.weights import save_tensors
 
 FROZEN = Path(__file__).parent / "data" / "asset_1"
 STAGE = {"stage": "one", "steps": 3, "trained": ["all"], "data": ["a"], "metrics": {"val/loss": 0.5}, "seed": 7}

@@ -15,10 +15,10 @@ from builders import edit_config, random_batch, randomize, same_outputs, same_te
 from llm_builders import EMBEDDING, native_model, relate_embeddings, text_llm
 
 from neo_components import NEO, PostLLM, PreBuffer, attach, build, load_recipe
-from neo_components.assets import export_pre_buffer, shared_embeddings
 from neo_components.components.pre_buffer import Anchors, AssetInfo
 from neo_components.data import load_tokenizer
-from neo_components.vocabulary import token_strings
+from neo_components.model.attach import export_pre_buffer, shared_embeddings
+from neo_components.model.vocabulary import token_strings
 
 WIDTH, OTHER_WIDTH = 32, 48
 OTHER: dict[str, Any] = {

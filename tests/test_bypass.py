@@ -11,9 +11,9 @@ from builders import SIZES, random_batch, randomize, same_outputs, same_tensors,
 from llm_builders import native_model, text_llm
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, attach, build, load_recipe, pack
-from neo_components.assets import export_pre_buffer
 from neo_components.components.bridge import Bridge
-from neo_components.generation import generate
+from neo_components.model.attach import export_pre_buffer
+from neo_components.model.generation import generate
 from neo_components.types import NO_IMAGE
 
 
@@ -66,7 +66,7 @@ def test_images_of_a_row_do_not_meet() -> None:
     runs = [[spec.image_start_id, *[spec.image_token_id] * n, spec.image_end_id] for n in (1, 2, 3)]
     together = pack(
         [Sample(torch.tensor([1, *runs[0], 2, *runs[1]]), None, pictures[:2]),
-         Sample(torch.tensor([*runs[2], 4]), None, pictures[2:])], spec, row_length=20,
+         Sample(torch.tensor([*runs[2], 4]), None, pictures[2:])], spec, seq_len=20,
     )  # fmt: skip
     with torch.no_grad():
         found = model(together, output_hidden_states=True).hidden_states
@@ -168,7 +168,7 @@ def test_recipes_say_where_text_goes(folders: dict[str, Path], tmp_path: Path) -
 
 
 def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    from neo_components.hf.folder import write_hf
+    from neo_components.export.hf.folder import write_hf
 
     with pytest.raises(ValueError, match="text must be one of shared, bypass, got 'around'"):
         attach(folders["asset"], folders["llm"], text="around")

@@ -25,8 +25,8 @@ from builders import (
 )
 
 from neo_components import NEO, Bridge, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.checkpoint import parts_from_released, released_of
 from neo_components.components.pre_buffer import Anchors, AssetInfo
+from neo_components.model.layouts import parts_from_released, released_of
 
 
 def bridged() -> NEO:
@@ -54,7 +54,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "granite": {
         "qkv_bias": True, "output_bias": True, "feed_forward_bias": True, "residual_multiplier": 0.5,
-        "logits_divisor": 4.0, "qk_norm": "whole", "norm_placement": "after", "unturned_layers": [1],
+        "logits_divisor": 4.0, "qk_norm": "whole", "norm_placement": "after", "nope_layers": [1],
     },
     "experts": {"num_experts": 3, "experts_per_token": 2, "expert_layers": [1], "expert_size": 12},
 }  # fmt: skip
@@ -246,7 +246,7 @@ def test_image_tokens_of_a_config_that_names_none(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, layout="released")
     edit_config(tmp_path, lambda config: [config.pop(f"img_{name}_token_id") for name in ("start", "context")])
     again = NEO.from_pretrained(tmp_path)
-    assert again.input_spec.image_ids == (151669, 151670, 151671)
+    assert again.input_spec.image_special_token_ids == (151669, 151670, 151671)
     assert torch.equal(again.pre_buffer.boundary, again.post_llm.word_embedding.weight[151670:151672])
     assert torch.equal(again.pre_buffer.boundary, model.pre_buffer.boundary)
 
@@ -259,7 +259,7 @@ def test_image_tokens_of_the_tokenizer_beside_such_a_config(data_folder: Path, r
     tokenizer.save(str(released / "tokenizer.json"))
     shutil.copy(released / "config_inference_layout.json", released / "config.json")
     again = NEO.from_pretrained(released)
-    assert again.input_spec.image_ids == (389, 390, 391)
+    assert again.input_spec.image_special_token_ids == (389, 390, 391)
     assert same_tensors(again.state_dict(), NEO.from_pretrained(data_folder / "model_forward").state_dict())
 
 
@@ -324,7 +324,7 @@ def test_sizes_of_the_released_models(
     tables = {id(model.post_llm.word_embedding.weight), id(model.post_llm.head_weight)}
     count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
     assert f"{count / 1e9:.2f}" == billions
-    assert model.input_spec.image_ids == (151669, 151670, 151671)
+    assert model.input_spec.image_special_token_ids == (151669, 151670, 151671)
     released, state = released_of(model), model.state_dict()
     del state["pre_buffer.boundary"]
     written = {released.rename(name): list(released.write(name, tensor).shape) for name, tensor in state.items()}

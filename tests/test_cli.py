@@ -16,9 +16,9 @@ from commands import good, installed_neo, neo
 from shard_builders import turns
 
 from neo_components import NEO, PreBuffer, load_recipe
-from neo_components.chat import Chat
-from neo_components.cli import app
+from neo_components.cli.main import app
 from neo_components.data import read_shards
+from neo_components.model.chat import Chat
 from neo_components.recipe import list_recipes
 
 
@@ -70,7 +70,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
     import subprocess
 
     heavy = {"torch", "lightning", "transformers", "omegaconf", "matplotlib", "webdataset"}
-    code = f"import sys, neo_components.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, neo_components.cli.main; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     shown = installed_neo("--help", folder=tmp_path)

@@ -14,9 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from neo_components import NEO, Batch, pack
 from neo_components.components.masks import block_mask
+from neo_components.recipe.stage import StageConfig
 from neo_components.training.groups import train_only
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 ROW = 256
@@ -35,7 +35,7 @@ def batches(model: NEO, count: int) -> Iterator[Batch]:
     """Rows of one length, of documents and images of other sizes in each."""
     for seed in range(count):
         samples = [random_sample(model.input_spec, 10 * seed + n, text=(1, 8 + seed)) for n in range(3 + seed % 3)]
-        yield pack(samples, model.input_spec, row_length=ROW)
+        yield pack(samples, model.input_spec, seq_len=ROW)
 
 
 def staged(groups: list[str]) -> NEO:

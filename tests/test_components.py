@@ -26,10 +26,10 @@ from neo_components import (
     pack,
 )
 from neo_components.components.backends import prepare_attention
-from neo_components.components.experts import SparseFeedForward
 from neo_components.components.layers import NORMS, RMSNorm
+from neo_components.components.moe import SparseFeedForward
 from neo_components.components.rotary import native_positions
-from neo_components.packing import patchify
+from neo_components.data.packing import patchify
 
 # Patch embedding
 
@@ -357,7 +357,7 @@ def test_primitive_alone_equals_itself_in_a_stack() -> None:
     ("wrong", "message"),
     [
         ({"window": 3, "window_layers": [0, 2]}, "window_layers names block 2, but a depth of 2 has 0 to 1"),
-        ({"unturned_layers": [-1]}, "unturned_layers names block -1"),
+        ({"nope_layers": [-1]}, "nope_layers names block -1"),
         ({"window_base_t": 1e4}, "window_base_t says nothing without window, which is not given"),
         ({"expert_layers": [1]}, "expert_layers says nothing without num_experts"),
     ],

@@ -12,9 +12,9 @@ import pytest
 from shard_builders import SPEC, TOKENIZER
 
 from neo_components.data import NEODataModule, Source, write_shards
-from neo_components.data.balance import Balance
-from neo_components.data.row_plan import PlannedRow, RowPlan, Supply
-from neo_components.data.step_plan import Step, StepPlan
+from neo_components.data.plan.balance import Balance
+from neo_components.data.plan.row_plan import PlannedRow, RowPlan, Supply
+from neo_components.data.plan.step_plan import Step, StepPlan
 from neo_components.quickstart.easy_vqa import read_easy_vqa
 
 LongTailed = Callable[[int], list[Supply]]
@@ -28,8 +28,8 @@ def long_tailed(monkeypatch: pytest.MonkeyPatch) -> LongTailed:
     return lambda count: list(data_scale.long_tailed(count, count // 1000))
 
 
-def plan(supplies: list[Supply], row_length: int) -> RowPlan:
-    return RowPlan(supplies, [7, 3][: len(supplies)], row_length=row_length, shuffle=10000)
+def plan(supplies: list[Supply], seq_len: int) -> RowPlan:
+    return RowPlan(supplies, [7, 3][: len(supplies)], seq_len=seq_len, shuffle=10000)
 
 
 def steps_of(plan: RowPlan, ranks: int, rows: int, count: int) -> list[Step]:
@@ -44,28 +44,28 @@ def excess(steps: list[Step]) -> np.ndarray:
     return np.where(visual.any(axis=1), visual.max(axis=1) / np.maximum(visual.mean(axis=1), 1), 1.0)
 
 
-def fill(rows: list[PlannedRow], row_length: int) -> float:
-    return sum(row.tokens for row in rows) / (len(rows) * row_length)
+def fill(rows: list[PlannedRow], seq_len: int) -> float:
+    return sum(row.tokens for row in rows) / (len(rows) * seq_len)
 
 
 @pytest.mark.parametrize(
-    ("row_length", "ranks", "rows", "count"),
+    ("seq_len", "ranks", "rows", "count"),
     [
         (4096, 2, 1, 1024), (4096, 8, 1, 500), (4096, 64, 1, 32), (4096, 2, 4, 256), (4096, 8, 4, 128),
         (16384, 2, 1, 512), (16384, 8, 1, 128), (16384, 64, 1, 32), (16384, 8, 4, 64),
     ],
 )  # fmt: skip
 def test_no_rank_waits_for_the_images_of_another(
-    long_tailed: LongTailed, row_length: int, ranks: int, rows: int, count: int
+    long_tailed: LongTailed, seq_len: int, ranks: int, rows: int, count: int
 ) -> None:
     """At most 5 % over the mean at every single step; without trades it is up to four times the mean."""
     supplies = long_tailed(120000)
-    steps = steps_of(plan(supplies, row_length), ranks, rows, count)
+    steps = steps_of(plan(supplies, seq_len), ranks, rows, count)
     assert excess(steps).max() <= 1.05
     assert all(len(mine) == rows for step in steps for mine in step)
     everyone = [row for step in steps for mine in step for row in mine]
-    assert max(row.tokens for row in everyone) <= row_length
-    assert fill(everyone, row_length) >= 0.985
+    assert max(row.tokens for row in everyone) <= seq_len
+    assert fill(everyone, seq_len) >= 0.985
     for row in everyone:
         assert row.visual == sum(supplies[source].visual[number] for source, number, _ in row.members)
         assert row.amounts == [sum(source == wanted for source, _, _ in row.members) for wanted in (0, 1)]
@@ -91,7 +91,7 @@ def test_no_step_holds_a_sample_twice_before_every_other_one_came(
     counts = np.zeros(len(pictures.tokens), int)
     usable = pictures.tokens <= 4096
     fewest = 0
-    for step in steps_of(RowPlan([pictures], [1.0], row_length=4096, shuffle=500), ranks, rows, 2400 // ranks // rows):
+    for step in steps_of(RowPlan([pictures], [1.0], seq_len=4096, shuffle=500), ranks, rows, 2400 // ranks // rows):
         for mine in step:
             for row in mine:
                 for _, number, _ in row.members:
@@ -151,13 +151,13 @@ def easy_vqa(folder: Path, images: int) -> Supply:
 def test_rows_of_easy_vqa_are_full_and_balanced(images: int, tmp_path: Path) -> None:
     supply = easy_vqa(tmp_path / "shards", images)
     assert len(supply.tokens) > 4 * images and supply.tokens.min() > 0 and set(supply.visual) == {16}
-    for row_length in (4096, 16384):
-        one_pass = RowPlan([supply], [1.0], row_length=row_length, endless=False)
+    for seq_len in (4096, 16384):
+        one_pass = RowPlan([supply], [1.0], seq_len=seq_len, endless=False)
         rows = list(iter(one_pass.next_row, None))
         assert sum(len(row.members) for row in rows) == len(supply.tokens)
         # The last row of a pass holds what is left; it is no row of training.
-        assert fill(rows[:-1], row_length) >= 0.985
+        assert fill(rows[:-1], seq_len) >= 0.985
         for ranks in (1, 2, 8):
-            steps = steps_of(plan([supply], row_length), ranks, 1, 400 // ranks)
-            assert fill([row for step in steps for mine in step for row in mine], row_length) >= 0.985
+            steps = steps_of(plan([supply], seq_len), ranks, 1, 400 // ranks)
+            assert fill([row for step in steps for mine in step for row in mine], seq_len) >= 0.985
             assert excess(steps).max() <= 1.05

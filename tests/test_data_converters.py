@@ -23,12 +23,12 @@ from shard_builders import content, module, png, tar, turns, write
 
 from neo_components.components.rotary import native_positions
 from neo_components.data import encode_conversation, llava_to_shards, load_tokenizer, read_shards
-from neo_components.data.captions import captions_to_shards
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.data.texts import texts_to_shards
-from neo_components.data.video import evenly, read_frames
-from neo_components.data.vlmeval import vlmeval_to_shards
-from neo_components.data.web_tars import tars_to_shards
+from neo_components.data.convert.captions import captions_to_shards
+from neo_components.data.convert.texts import texts_to_shards
+from neo_components.data.convert.video import evenly, read_frames
+from neo_components.data.convert.vlmeval import vlmeval_to_shards
+from neo_components.data.convert.web_tars import tars_to_shards
+from neo_components.data.shards.folder import ShardFolder
 
 
 def counts(folder: Path) -> list[tuple[list[dict[str, str]], int]]:
@@ -279,7 +279,7 @@ def test_videos_become_samples_whose_time_advances_by_frame(tmp_path: Path) -> N
     one, two = read_shards(tmp_path / "shards")
     assert (one["frames"], two["frames"]) == ([3], [3, 3])
     assert greens(one["images"]) == [3, 10, 16] and greens(two["images"]) == [1, 3, 5, 3, 10, 16]
-    data = module(tmp_path / "shards", validation=[tmp_path / "shards"], row_length=256)
+    data = module(tmp_path / "shards", validation=[tmp_path / "shards"], seq_len=256)
     (batch,) = list(data.val_dataloader())
     # Each frame is 64 x 64 pixels, 4 visual tokens; the frames of a video stand next to each other.
     inside = batch.document_ids[0] == 1
@@ -397,7 +397,7 @@ def test_inspection(tmp_path: Path) -> None:
     tar(folder / "shard-000009.tar", {"cut.json": content("<image>"), "cut.png": truncated_png(),
                                       "odd.json": content("<image><image>"), "odd.png": png()})  # fmt: skip
     (folder / "index.json").unlink()
-    options = ["--tokenizer", TOKENIZER, "--row-length", "256", "--min-pixels", "4096", "--max-pixels", "16384"]
+    options = ["--tokenizer", TOKENIZER, "--seq-len", "256", "--min-pixels", "4096", "--max-pixels", "16384"]
     out = good("data", "inspect", folder, *options, "--decode", "--workers", "0", "-o", tmp_path / "seen")
     lines = out.splitlines()
     assert lines[0] == "samples 33, usable 31"  # the truncated one shows only when it is decoded
@@ -416,6 +416,6 @@ def test_inspection(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob("lengths-*.npy")] == [index.splitlines()[-1]]
     # Training takes exactly these lengths: nothing is counted again, even where it could not be written.
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    data = module(folder, validation=[folder], row_length=256, max_skipped=0.5)
+    data = module(folder, validation=[folder], seq_len=256, max_skipped=0.5)
     keys = Counter(key for batch in data.val_dataloader() for row in batch.keys for key in row)
     assert len(keys) == 30 and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shard_builders import SPEC, TOKENIZER, png, turns
 
-from neo_components.data.tally import REASONS
+from neo_components.data.skip_counts import REASONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 

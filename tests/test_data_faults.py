@@ -18,10 +18,10 @@ from shard_builders import mixed_samples, module, png, raw_samples, sample, take
 from neo_components.data import NEODataModule
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardFolder, ShardGoneError
-from neo_components.data.tally import TooManySkippedError
+from neo_components.data.shards.folder import ShardFolder, ShardGoneError
+from neo_components.data.skip_counts import TooManySkippedError
 
-OPTIONS = {"row_length": 128, "max_skipped": 1.0}
+OPTIONS = {"seq_len": 128, "max_skipped": 1.0}
 
 
 def steps(data: NEODataModule, count: int) -> list[list[str]]:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from shard_builders import gigantic_png, png, truncated_png
 
 from neo_components.data import images, load_image, max_pixels_per_image, resampling, smart_resize
-from neo_components.data.augment import Augment
-from neo_components.data.decoding import decode
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
-from neo_components.packing import normalise, patchify
+from neo_components.data.image.augment import Augment
+from neo_components.data.image.decoding import decode
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
+from neo_components.data.packing import normalise, patchify
 from neo_components.types import InputSpec
 
 LIMITS = {"min_pixels": 4096, "max_pixels": 16384}

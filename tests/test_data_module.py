@@ -14,10 +14,10 @@ import torch
 from shard_builders import SPEC, TOKENIZER, keys, mixed_samples, module, take, write
 
 from neo_components.data import NEODataModule, Source
-from neo_components.data.augment import Augment
+from neo_components.data.image.augment import Augment
 from neo_components.types import Batch
 
-OPTIONS: dict[str, Any] = {"row_length": 128, "rows": 2, "shuffle": 30}
+OPTIONS: dict[str, Any] = {"seq_len": 128, "micro_batch_size": 2, "shuffle": 30}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_batches(folders: tuple[Path, Path]) -> Non
 
 
 def test_skipped_samples_are_counted_on_after_a_resume(folders: tuple[Path, Path]) -> None:
-    short = {**OPTIONS, "row_length": 45, "max_skipped": 0.9}
+    short = {**OPTIONS, "seq_len": 45, "max_skipped": 0.9}
     first = module(*sources(folders), **short)
     take(first, 10)
     second = module(*sources(folders), **short)
@@ -192,7 +192,7 @@ def test_every_rank_validates_the_same_number_of_steps(tmp_path: Path) -> None:
     assert empty.loss_weights.sum() == 0 and empty.token_ids.shape == (1, 128)
 
 
-@pytest.mark.parametrize("changed", [{"row_length": 120}, {"seed": 5}, {"shuffle": 3}])
+@pytest.mark.parametrize("changed", [{"seq_len": 120}, {"seed": 5}, {"shuffle": 3}])
 def test_resume_with_other_data_is_refused(folders: tuple[Path, Path], changed: dict[str, Any]) -> None:
     first = module(*sources(folders), **OPTIONS)
     take(first, 2)
@@ -205,7 +205,7 @@ def test_resume_with_other_data_is_refused(folders: tuple[Path, Path], changed: 
 
 def test_faults_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows must be at least 1, got 0; .*loss_reduction.*'mean'; share of x"):
-        module(Source("x", 0.0), rows=0, loss_reduction="mean")
+        module(Source("x", 0.0), micro_batch_size=0, loss_reduction="mean")
     with pytest.raises(FileNotFoundError, match="no shards"):
         module(tmp_path).setup()
     with pytest.raises(ValueError, match="lists no source"):
@@ -291,8 +291,8 @@ def test_the_stream_goes_on_over_lightnings_epochs(folders: tuple[Path, Path], t
 
 
 def rank_of(number: int, ranks: int, rows: int, folders: tuple[Path, Path], workers: int) -> OfRank:
-    options = {"row_length": 128, "min_pixels": 4096, "max_pixels": 16384, "shuffle": 30}
-    data = OfRank(TOKENIZER, sources(folders), rows=rows, workers=workers, **options)
+    options = {"seq_len": 128, "min_pixels": 4096, "max_pixels": 16384, "shuffle": 30}
+    data = OfRank(TOKENIZER, sources(folders), micro_batch_size=rows, workers=workers, **options)
     data.number, data.ranks, data.input_spec = number, ranks, SPEC
     return data
 

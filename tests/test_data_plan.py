@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neo_components.data import step_plan
-from neo_components.data.order import EpochOrder
-from neo_components.data.row_plan import PlannedRow, RowPlan, Supply
-from neo_components.data.step_plan import StepPlan
+from neo_components.data.plan import step_plan
+from neo_components.data.plan.order import EpochOrder
+from neo_components.data.plan.row_plan import PlannedRow, RowPlan, Supply
+from neo_components.data.plan.step_plan import StepPlan
 
 L = 16384
 
@@ -90,7 +90,7 @@ def test_rows_are_full(kind: str) -> None:
         "x", random.integers(1000, 4000, 16000).astype(np.int32), np.zeros(16000, np.int32), np.array([16000])
     )
     source, length = {"long tail": (supply(16000, 1), L), "easy-VQA": (short, 2048), "no short ones": (long, L)}[kind]
-    rows = one_pass(RowPlan([source], [1.0], row_length=length, endless=False))
+    rows = one_pass(RowPlan([source], [1.0], seq_len=length, endless=False))
     taken = Counter(number for row in rows for _, number, _ in row.members)
     assert len(taken) == 16000 and set(taken.values()) == {1}
     assert all(row.tokens <= length for row in rows)
@@ -103,7 +103,7 @@ def test_no_sample_comes_again_before_every_other_one() -> None:
     source = supply(3000, 2)
     source.tokens[::50] = 0
     source.tokens[7] = L + 1
-    plan = RowPlan([source], [1.0], row_length=L, shuffle=500, seed=1)
+    plan = RowPlan([source], [1.0], seq_len=L, shuffle=500, seed=1)
     counts = np.zeros(3000, int)
     usable = (source.tokens > 0) & (source.tokens <= L)
     crossings = 0
@@ -122,7 +122,7 @@ def test_no_sample_comes_again_before_every_other_one() -> None:
 @pytest.mark.parametrize("count", ["samples", "tokens"])
 def test_mixture_is_right_at_any_time(shares: tuple[float, float], count: str) -> None:
     sources = [supply(3000, 1, 4.8, visual=False), supply(9000, 2)]
-    plan = RowPlan(sources, shares, row_length=L, shuffle=500, count=count)
+    plan = RowPlan(sources, shares, seq_len=L, shuffle=500, count=count)
     taken = np.zeros(2)
     for number, row in enumerate(rows_of(plan, 1500), 1):
         taken += [
@@ -137,7 +137,7 @@ def test_mixture_is_right_at_any_time(shares: tuple[float, float], count: str) -
 @pytest.mark.parametrize("cut", [0, 1, 40, 333])
 def test_rows_go_on_where_they_stopped(cut: int) -> None:
     def fresh() -> RowPlan:
-        return RowPlan([supply(800, 1), supply(90, 2)], [1.0, 2.0], row_length=L, shuffle=70, seed=2)
+        return RowPlan([supply(800, 1), supply(90, 2)], [1.0, 2.0], seq_len=L, shuffle=70, seed=2)
 
     whole = rows_of(fresh(), 400)
     first = fresh()
@@ -149,8 +149,8 @@ def test_rows_go_on_where_they_stopped(cut: int) -> None:
 
 def test_a_source_without_a_usable_sample_is_told() -> None:
     with pytest.raises(ValueError, match="no sample of x is usable"):
-        RowPlan([even(9, 101)], [1.0], row_length=100)
-    assert one_pass(RowPlan([even(9, 101)], [1.0], row_length=100, endless=False)) == []
+        RowPlan([even(9, 101)], [1.0], seq_len=100)
+    assert one_pass(RowPlan([even(9, 101)], [1.0], seq_len=100, endless=False)) == []
 
 
 # --- ranks
@@ -162,7 +162,7 @@ def steps_of(plan: StepPlan, count: int) -> list[list[list[PlannedRow]]]:
 
 
 def mixed_plan() -> RowPlan:
-    return RowPlan([supply(60000, 1), supply(30000, 2, 5.3, visual=False)], [7, 3], row_length=L, shuffle=10000)
+    return RowPlan([supply(60000, 1), supply(30000, 2, 5.3, visual=False)], [7, 3], seq_len=L, shuffle=10000)
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(8, 1), (4, 2), (64, 1)])
@@ -191,7 +191,7 @@ def test_steps_go_on_where_they_stopped(cut: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(step_plan, "ROWS_PER_BLOCK", 1)  # so that 70 steps are three blocks
 
     def fresh(place: Any = None) -> StepPlan:
-        return StepPlan(RowPlan([supply(3000, 1)], [1.0], row_length=L, shuffle=100), 3, 2, place)
+        return StepPlan(RowPlan([supply(3000, 1)], [1.0], seq_len=L, shuffle=100), 3, 2, place)
 
     whole = steps_of(fresh(), 70)
     first = fresh()
@@ -207,7 +207,7 @@ def test_other_numbers_of_ranks_go_on_without_a_repeat() -> None:
     usable = 9000
 
     def plan() -> RowPlan:
-        return RowPlan([supply(usable, 5, 5.8)], [1.0], row_length=L, shuffle=1000, seed=3)
+        return RowPlan([supply(usable, 5, 5.8)], [1.0], seq_len=L, shuffle=1000, seed=3)
 
     place, seen = None, Counter[tuple[int, int]]()
     for ranks, rows, count in ((2, 1, 5), (3, 2, 4), (3, 2, 2), (1, 1, 3), (5, 1, 1), (2, 2, 40), (4, 1, 7)):
@@ -224,13 +224,13 @@ def test_other_numbers_of_ranks_go_on_without_a_repeat() -> None:
 
 
 def test_validation_ends_for_all_ranks_at_once() -> None:
-    plan = RowPlan([even(101, 40)], [1.0], row_length=100, endless=False)
+    plan = RowPlan([even(101, 40)], [1.0], seq_len=100, endless=False)
     steps = list(iter(StepPlan(plan, 4, 3).next_step, None))
     assert sorted(numbers(steps)) == [(0, number) for number in range(101)]
     assert all(len(step) == 4 for step in steps)
     assert [len(mine) for step in steps[:-1] for mine in step] == [3] * 4 * (len(steps) - 1)
     assert {len(mine) for mine in steps[-1]} <= {0, 1, 2, 3}
     # Two rows of four samples are spread over four ranks.
-    few = StepPlan(RowPlan([even(4, 40)], [1.0], row_length=100, endless=False), 4, 1)
+    few = StepPlan(RowPlan([even(4, 40)], [1.0], seq_len=100, endless=False), 4, 1)
     assert [[len(row.members) for row in mine] for mine in few.next_step() or []] == [[1]] * 4
     assert few.next_step() is None

@@ -29,8 +29,8 @@ from shard_builders import (
 
 from neo_components import InputSpec
 from neo_components.data import encode_conversation, load_image, load_tokenizer, max_pixels_per_image
-from neo_components.data.tally import Tally, TooManySkippedError
-from neo_components.packing import patchify
+from neo_components.data.packing import patchify
+from neo_components.data.skip_counts import SkipCounts, TooManySkippedError
 from neo_components.types import IGNORED, Batch
 
 ROW = 128
@@ -65,7 +65,7 @@ def documents(batches: list[Batch]) -> dict[str, list[dict[str, Any]]]:
 def test_one_pass_gives_each_sample_whole_and_once(tmp_path: Path, workers: int) -> None:
     samples = mixed_samples(41)
     folder = write(tmp_path / "shards", samples)
-    data = module(folder, validation=[folder], row_length=ROW, rows=3, workers=workers)
+    data = module(folder, validation=[folder], seq_len=ROW, micro_batch_size=3, workers=workers)
     batches = list(data.val_dataloader())
     assert all(batch.token_ids.shape[1] == ROW for batch in batches)
     found = documents(batches)
@@ -88,7 +88,7 @@ def test_one_pass_gives_each_sample_whole_and_once(tmp_path: Path, workers: int)
 
 def test_training_loses_and_doubles_nothing(tmp_path: Path) -> None:
     samples = mixed_samples(23)
-    data = module(write(tmp_path / "shards", samples), row_length=ROW)
+    data = module(write(tmp_path / "shards", samples), seq_len=ROW)
     counts = Counter[str]()
     for batch in take(data, 40):
         for row in batch.keys:
@@ -135,7 +135,7 @@ def test_unusable_samples_are_skipped_counted_and_named(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = bad_shards(tmp_path / "shards")
-    options = {"max_skipped": 1.0, "max_length": 60, "max_pixels": 65536, "row_length": 256, "workers": workers}
+    options = {"max_skipped": 1.0, "max_length": 60, "max_pixels": 65536, "seq_len": 256, "workers": workers}
     data = module(folder, validation=[folder], **options)
     with caplog.at_level(logging.WARNING):
         found = documents(list(data.val_dataloader()))
@@ -214,7 +214,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
     ],
 )
 def test_when_a_run_stops(read: int, skipped: int, share: float, complete: bool, stops: bool) -> None:
-    tally = Tally(read, Counter({"truncated": skipped}))
+    tally = SkipCounts(read, Counter({"truncated": skipped}))
     if stops:
         with pytest.raises(TooManySkippedError, match="over the share of"):
             tally.check(share, complete)
@@ -229,6 +229,6 @@ def test_image_tokens_beyond_the_vocabulary_are_not_learnt(tmp_path: Path) -> No
         data = module(folder, validation=[folder])
         data.input_spec = spec
         (document,) = documents(list(data.val_dataloader()))["drawn"]
-        drawn = [i for i, token in enumerate(document["token_ids"]) if token in spec.image_ids]
+        drawn = [i for i, token in enumerate(document["token_ids"]) if token in spec.image_special_token_ids]
         assert len(drawn) == 6
         assert all((document["labels"][i] != IGNORED) == learnt for i in drawn)

@@ -15,8 +15,8 @@ from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
 from neo_components.data import llava_to_shards, read_shards, shard_index, write_shards
-from neo_components.data.shard_folder import ShardFolder, open_folder
-from neo_components.data.tally import SampleError
+from neo_components.data.shards.folder import ShardFolder, open_folder
+from neo_components.data.skip_counts import SampleError
 
 
 def test_samples_come_back_as_they_were(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from llm_references import plain
 from torch import nn
 
 from neo_components import NEO, load_recipe
-from neo_components.assets import export_pre_buffer
-from neo_components.data.conversation import load_tokenizer  # noqa: F401 - registers nothing; the world's tokenizer
-from neo_components.deferred import Deferred, Source, filled, new_weights, unfilled
+from neo_components.data.text.conversation import load_tokenizer  # noqa: F401 - registers nothing; the world's tokenizer
+from neo_components.model.attach import export_pre_buffer
 from neo_components.recipe import build
+from neo_components.storage.deferred import Deferred, Source, filled, new_weights, unfilled
 
 SMALL = "vocab_size: 60, depth: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, head_width: 8, feed_forward_size: 48"
 

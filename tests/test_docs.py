@@ -26,15 +26,15 @@ from torch.distributed.run import get_args_parser
 
 import neo_components
 from neo_components import PostLLM
-from neo_components.cli import app
+from neo_components.cli.main import app
 from neo_components.data import read_shards, write_shards
 from neo_components.llms import FAMILIES
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
+from neo_components.recipe.stage import Group
+from neo_components.storage.weights import save_tensors
 from neo_components.training.checkpoints import read_checkpoint
-from neo_components.training.stage import Group
-from neo_components.weights import save_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -156,7 +156,7 @@ def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
     listed, copied, valid, costs = (good(*words) for words in lines[:4])
     assert all(recipe.name in listed for recipe in list_recipes())
     assert (copied, valid) == ("my_run.yaml\n", "valid\n") and "pre_buffer" in costs
-    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "data.row_length=512", "data.workers=0"]
+    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "data.seq_len=512", "data.workers=0"]
     assert "model: outputs/quickstart/pretrain/neo" in good(*lines[4], *short)
     assert NEO.from_pretrained("outputs/quickstart/pretrain/neo").pre_buffer.hparams.depth >= 1
     [example] = blocks("docs/recipes.md", "python")
@@ -193,7 +193,7 @@ def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
     """All stages one after the other, what is done with the result, adapters, the accumulated run and the resumed one;
     the training is cut short by further overrides."""
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
-    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    short += ["stage.predictions=0", "data.seq_len=512", "data.workers=0", "stage.whiten_patches=0"]
     lines = [shlex.split(line, comments=True)[1:] for line in bash_lines("docs/training.md")]
     names = ["pretrain", "midtrain", "sft", None, None, None, "sft", "pretrain", "pretrain"]
     assert [words[1].removeprefix("quickstart/") for words in lines if words[0] == "train"] == [n for n in names if n]
@@ -216,7 +216,7 @@ def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
 def test_the_commands_of_the_scaling_page_in_their_order(clone: Path) -> None:
     """Both strategies, started by the command itself, then torchrun's line twice: the second time it goes on."""
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
-    short += ["stage.predictions=0", "data.row_length=512", "data.workers=0", "stage.whiten_patches=0"]
+    short += ["stage.predictions=0", "data.seq_len=512", "data.workers=0", "stage.whiten_patches=0"]
     lines = [shlex.split(line, comments=True) for line in bash_lines("docs/scaling.md")]
     assert [words[0] for words in lines] == ["neo", "neo", "torchrun"]
     run = Path("outputs/quickstart/pretrain")

@@ -15,15 +15,15 @@ from test_bypass import around
 from torch import Tensor
 
 from neo_components import NEO, Batch, load_recipe, pack
-from neo_components.components.experts import SparseFeedForward
+from neo_components.components.moe import SparseFeedForward
 from neo_components.estimate.activations import Activations, Block, kept_activations
 from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import SavedBytes, Setting, evenly_routed
+from neo_components.recipe.stage import StageConfig
+from neo_components.training.activation_checkpointing import blocks_of, settle, shares, worst_rows
 from neo_components.training.groups import train_only
 from neo_components.training.module import NEOTraining
-from neo_components.training.recompute import blocks_of, settle, shares, worst_rows
-from neo_components.training.stage import StageConfig
 from neo_components.types import NO_IMAGE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -195,7 +195,7 @@ def test_assumed_rows_look_like_packed_ones() -> None:
 
     ids = torch.tensor([58, *[57] * 6, 59, 0, 0, 0, 0])
     samples = [Sample(ids, ids.where(torch.arange(12) >= 10, -100), [torch.zeros(3, 16, 24)])] * 2
-    packed = pack(samples, spec, row_length=32)
+    packed = pack(samples, spec, seq_len=32)
     assert torch.equal(packed.image_ids[0], batch.image_ids[0])
     assert torch.equal(packed.labels[0], batch.labels[0])
     assert len(packed.patches) * 2 == len(batch.patches)
@@ -220,7 +220,7 @@ def test_shares_step_block_by_block() -> None:
     ]
 
 
-DATA = {"rows": 1, "row_length": 96, "max_length": None}
+DATA = {"micro_batch_size": 1, "seq_len": 96, "max_length": None}
 
 
 def stage(**changes: Any) -> StageConfig:
@@ -237,7 +237,7 @@ def needed(model: NEO, share: float) -> int:
 def test_a_budget_is_held_and_the_result_is_the_same() -> None:
     """For each budget the least share, whose saved bytes stay below it; gradients are equal bit for bit."""
     batch, _ = random_batch(tiny_model().input_spec, seed=4, rows=1, documents=4, padding=0)
-    assert batch.token_ids.shape[1] <= DATA["row_length"]
+    assert batch.token_ids.shape[1] <= DATA["seq_len"]
     plain = tiny_model(pre={"depth": 3}, post={"depth": 5})
     plain.loss(batch).backward()
     steps = shares(3, 5)

@@ -16,8 +16,8 @@ from builders import randomize
 from PIL import Image
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample
-from neo_components.chat import Chat
 from neo_components.data import load_tokenizer, write_shards
+from neo_components.data.text.templates import stop_token_ids
 from neo_components.evaluation import (
     ExactMatch,
     Question,
@@ -26,11 +26,11 @@ from neo_components.evaluation import (
     questions_from_shards,
     runner,
     shuffle_images,
-    stop_token_ids,
     without_images,
 )
-from neo_components.progress import progress
+from neo_components.model.chat import Chat
 from neo_components.quickstart.text_llm import train_text_llm
+from neo_components.storage.progress import progress
 
 FACTS = {"what is up?": "sky", "what is down?": "earth", "is it day?": "no", "is it night?": "yes"}
 PIXELS = {"min_pixels": 16 * 16, "max_pixels": 16 * 16}

@@ -14,9 +14,9 @@ from builders import random_sample, tiny_model
 from torch.utils.data import DataLoader
 
 from neo_components import NEO, Batch, InputSpec, pack
+from neo_components.recipe.stage import StageConfig
 from neo_components.training.checkpoints import WholeFiles, read_checkpoint
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
 
 
 def rows(spec: InputSpec, count: int, documents: int = 2) -> list[Batch]:
@@ -27,7 +27,7 @@ def rows(spec: InputSpec, count: int, documents: int = 2) -> list[Batch]:
             random_sample(spec, 100 * (row + 1) + n, images=n, text=(2 + 5 * row, 4 + 9 * row))
             for n in range(documents)
         ]
-        made.append(pack(samples, spec, row_length=160))
+        made.append(pack(samples, spec, seq_len=160))
     return made
 
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
-from neo_components.chat import Chat
 from neo_components.components.bridge import Bridge
 from neo_components.components.masks import MASK_RULES, register_mask
 from neo_components.data import load_tokenizer
-from neo_components.hf.folder import write_hf
+from neo_components.export.hf.folder import write_hf
+from neo_components.model.chat import Chat
 
 CHILD = Path(__file__).parent / "hf_child.py"
 SIZES = {"a": (40, 24), "b": (24, 70), "c": (33, 47)}
@@ -181,7 +181,7 @@ def test_documents_grow_from_one_regime_into_another(cases: dict[str, Case]) -> 
     for name in ("llama", "phi3"):
         case = cases[name]
         ends = [int(pack([prompt], case.chat.model.input_spec).positions[..., 0].max()) for prompt in case.prompts[-1]]
-        assert any(case.chat.model.regimes(end + 1) != case.chat.model.regimes(end + 10) for end in ends)
+        assert any(case.chat.model.length_buckets(end + 1) != case.chat.model.length_buckets(end + 10) for end in ends)
 
 
 @pytest.mark.parametrize("name", ["plain", "bridged"])

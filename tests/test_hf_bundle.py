@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from neo_components.hf.bundle import bundle
-from neo_components.hf.folder import ROOTS
+from neo_components.export.hf.bundle import bundle
+from neo_components.export.hf.folder import ROOTS
 
 ROOT = '''"""The root."""
 

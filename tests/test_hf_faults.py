@@ -12,12 +12,12 @@ from chat_templates import STYLES, tokenizer_of
 from llm_builders import word_tokenizer
 from PIL import Image
 
-from neo_components.checkpoint import own_config
 from neo_components.data import encode_prompt, load_tokenizer
-from neo_components.hf.configuration_neo import NEOConfig
-from neo_components.hf.modeling_neo import NEOForConditionalGeneration
-from neo_components.hf.processing_neo import NEOImageProcessor, NEOProcessor
-from neo_components.hf.text import CHATML, PICTURES, chat_template
+from neo_components.export.hf.configuration_neo import NEOConfig
+from neo_components.export.hf.modeling_neo import NEOForConditionalGeneration
+from neo_components.export.hf.processing_neo import NEOImageProcessor, NEOProcessor
+from neo_components.export.hf.text import CHATML, PICTURES, chat_template
+from neo_components.model.layouts import own_config
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from llm_builders import word_tokenizer
 from llm_references import CASES, LENGTH, reference
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.chat import Chat
 from neo_components.components.masks import MASK_RULES, register_mask
 from neo_components.components.rotary import ROPE_VARIANTS, RopeVariant, register_rope, rope_variant
-from neo_components.hf.language_model import (
+from neo_components.export.hf.language_model import (
     language_model_config,
     what_is_lost,
     write_language_model,
 )
+from neo_components.model.chat import Chat
 
 WORDS = 60
 

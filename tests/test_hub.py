@@ -76,7 +76,7 @@ def run(code: str, cache: Path, endpoint: str, **environment: str) -> tuple[str,
     return done.stdout.strip(), done.stderr
 
 
-FOLDER = "from neo_components.hub import resolve; print(resolve('some/llm'))"
+FOLDER = "from neo_components.storage.hub import resolve; print(resolve('some/llm'))"
 
 
 def test_only_what_is_needed_is_fetched_and_once(hub: Hub, repositories: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_offline_the_cache_serves(hub: Hub, tmp_path: Path) -> None:
 def test_failures_say_what_to_do(name: str, offline: str, says: tuple[str, ...], hub: Hub, tmp_path: Path) -> None:
     hub.gated.add("some/gated")
     endpoint = "http://127.0.0.1:9" if offline == "down" else hub.address
-    code = f"from neo_components.hub import resolve; print(resolve({name!r}))"
+    code = f"from neo_components.storage.hub import resolve; print(resolve({name!r}))"
     out, _ = run(code, tmp_path, endpoint, HF_HUB_OFFLINE="1" if offline == "1" else "0")
     assert out.startswith("FileNotFoundError: ")
     for words in says:
@@ -139,7 +139,7 @@ def test_failures_say_what_to_do(name: str, offline: str, says: tuple[str, ...],
 
 def test_half_a_download_is_told_from_a_whole_one(hub: Hub, tmp_path: Path) -> None:
     """The config came, the weights did not: offline this is no model."""
-    code = "from neo_components.hub import resolve; print(resolve('some/llm', weights=False))"
+    code = "from neo_components.storage.hub import resolve; print(resolve('some/llm', weights=False))"
     folder = Path(run(code, tmp_path, hub.address)[0])
     assert (folder / "config.json").is_file()
     out, _ = run(FOLDER, tmp_path, hub.address, HF_HUB_OFFLINE="1")

@@ -15,8 +15,8 @@ import torch
 from commands import installed_neo
 from test_sharding import TESTS, stored
 
+from neo_components.training.callbacks.signals import requeue, slurm_environment
 from neo_components.training.checkpoints import read_checkpoint
-from neo_components.training.signals import requeue, slurm_environment
 
 NEO = Path(sys.executable).with_name("neo")
 ENDLESS = ["stage.steps=5000", "stage.checkpoint_every=2", "stage.min_lr_ratio=1"]

@@ -18,8 +18,8 @@ from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.components.backends import SpanAttention
 from neo_components.llms import FAMILIES
 from neo_components.llms.layout import to_stored
+from neo_components.storage.weights import TensorFiles
 from neo_components.types import NO_IMAGE
-from neo_components.weights import TensorFiles
 
 ALL = [pytest.param(family, case, id=f"{family}-{case}") for family, cases in CASES.items() for case in cases]
 FIRST = [pytest.param(family, next(iter(cases)), id=family) for family, cases in CASES.items()]

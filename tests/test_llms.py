@@ -14,7 +14,7 @@ from llm_references import CASES, DYNAMIC, LENGTH, LINEAR, SIZES, plain, referen
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.llms import FAMILIES
 from neo_components.llms.layout import to_stored
-from neo_components.weights import save_tensors
+from neo_components.storage.weights import save_tensors
 
 
 def close(llm: PostLLM, model: Any, length: int = 40, within: float = 1e-4) -> bool:
@@ -393,7 +393,7 @@ def test_a_vocabulary_without_image_tokens_takes_images(tmp_path: Path) -> None:
     pre_buffer = PreBuffer(1, **{name: llm.hparams[name] for name in names})
     model = NEO(PatchEmbedding(48, width=16, patch_size=4), pre_buffer, llm)
     spec = model.input_spec
-    assert spec.image_ids == (200, 201, 202)
+    assert spec.image_special_token_ids == (200, 201, 202)
     image = random_image(spec, (1, 2), torch.Generator().manual_seed(0))
     ids = torch.tensor([3, 201, 200, 200, 202, 4, 5])
     batch = pack([Sample(ids, torch.where(ids < 200, ids, -100), [image])], spec)

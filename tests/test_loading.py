@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, build, load_recipe
-from neo_components.chat import Chat
 from neo_components.components.rotary import Rotary
-from neo_components.deferred import unfilled
-from neo_components.weights import TensorFiles, as_dtype, load_strict, settle
+from neo_components.model.chat import Chat
+from neo_components.storage.deferred import unfilled
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, settle
 
 ROOT = Path(__file__).parent.parent
 READERS = {"NEO": NEO, "PreBuffer": PreBuffer, "PostLLM": PostLLM}
@@ -162,7 +162,7 @@ class Shapes(nn.Module):
 
 @pytest.mark.parametrize("block", [1, 40, 100, 10**6])
 def test_large_tensors_are_read_in_blocks(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neo_components.weights.BLOCK", block)
+    monkeypatch.setattr("neo_components.storage.weights.BLOCK", block)
     stored = {name: torch.randn(tensor.shape) for name, tensor in Shapes().state_dict().items()}
     stored["count"] = torch.tensor([1, 2**40 + 1, 3])
     save_file(stored, tmp_path / "model.safetensors")

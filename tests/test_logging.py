@@ -19,15 +19,15 @@ from test_faults import fit, rows
 
 from neo_components import NEO, Batch, Sample, load_recipe, pack
 from neo_components.data import Source
-from neo_components.data.mixture import source_names
 from neo_components.data.module import NEODataModule
+from neo_components.data.plan.mixture import source_names
 from neo_components.estimate.flops import step_flops
-from neo_components.training import callbacks
-from neo_components.training.drift import SAMPLED, Drift, samples
-from neo_components.training.loss_parts import LossParts
-from neo_components.training.performance import Performance, peak_flops
+from neo_components.training.callbacks import progress as callbacks
+from neo_components.training.callbacks.drift import SAMPLED, Drift, samples
+from neo_components.training.callbacks.loss_parts import LossParts
+from neo_components.training.callbacks.performance import Performance, peak_flops
+from neo_components.training.callbacks.summary import Summary
 from neo_components.training.run import train
-from neo_components.training.summary import Summary
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def mixed_batch(model: NEO) -> Batch:
             sample = random_sample(model.input_spec, 10 * row + number, images=images)
             sample.source = source
             documents.append(sample)
-        made.append(pack(documents, model.input_spec, row_length=160))
+        made.append(pack(documents, model.input_spec, seq_len=160))
     return Batch.stack(made)
 
 
@@ -109,7 +109,7 @@ def test_short_names_of_sources() -> None:
 
 def test_batches_name_the_sources_of_their_samples(root: Path) -> None:
     data = NEODataModule(
-        str(root / "llm"), [Source(str(root / "train")), Source(str(root / "text"))], row_length=256, workers=0,
+        str(root / "llm"), [Source(str(root / "train")), Source(str(root / "text"))], seq_len=256, workers=0,
         min_pixels=4096, max_pixels=4096,
     )  # fmt: skip
     data.input_spec = started(pretraining(root, "names")).input_spec
@@ -130,7 +130,7 @@ def watched(root: Path, name: str, more: str = ", lr: 1.0e-2") -> Path:
     """A recipe whose language model is watched on text."""
     path = pretraining(root, name, "[all]", more)
     text = path.read_text()
-    path.write_text(text.replace("\n  row_length", TEXT.format(root=root) + "\n  row_length"))
+    path.write_text(text.replace("\n  seq_len", TEXT.format(root=root) + "\n  seq_len"))
     return path
 
 
@@ -191,7 +191,7 @@ def assert_the_training_page_names(logged: set[str]) -> None:
 
 def text_perplexity(root: Path, model: NEO) -> float:
     """By hand, from the logits of each sample of the text shards alone."""
-    data = NEODataModule(str(root / "llm"), [], [Source(str(root / "text"))], row_length=64, rows=1, workers=0)
+    data = NEODataModule(str(root / "llm"), [], [Source(str(root / "text"))], seq_len=64, micro_batch_size=1, workers=0)
     data.input_spec = model.input_spec
     total, count = 0.0, 0
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_text_perplexity_before_after_and_of_the_language_model_alone(root: Path
     assert summary.metrics["val/text_perplexity"] == pytest.approx(text_perplexity(root, result.model), rel=1e-4)
     alone = before.post_llm
     total, count = 0.0, 0
-    data = NEODataModule(str(root / "llm"), [], [Source(str(root / "text"))], row_length=64, workers=0)
+    data = NEODataModule(str(root / "llm"), [], [Source(str(root / "text"))], seq_len=64, workers=0)
     data.input_spec = before.input_spec
     for batch in data.val_dataloader():
         for number in range(int(batch.document_ids.max()) + 1):
@@ -226,7 +226,7 @@ def test_text_perplexity_before_after_and_of_the_language_model_alone(root: Path
                 count += 1
     assert summary.before["val/text_perplexity_of_llm"] == pytest.approx(math.exp(total / count), rel=1e-4)
     second = recipe_file(root, "later", f"{{from_pretrained: {result.folder}}}", "train: [post_llm.head]")
-    second.write_text(second.read_text().replace("\n  row_length", TEXT.format(root=root) + "\n  row_length"))
+    second.write_text(second.read_text().replace("\n  seq_len", TEXT.format(root=root) + "\n  seq_len"))
     later = train(load_recipe(second)).summary.before
     assert set(later) == {"val/text_perplexity"}
     assert later["val/text_perplexity"] == pytest.approx(summary.metrics["val/text_perplexity"], rel=1e-4)
@@ -259,7 +259,7 @@ def test_a_resumed_run_goes_on_telling(root: Path) -> None:
 def test_speed_counts_tokens_images_and_flops_over_the_time_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is read twice a batch; here each reading is a second after the one before."""
     seconds = iter(range(1, 1000))
-    monkeypatch.setattr("neo_components.training.performance.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr("neo_components.training.callbacks.performance.time.perf_counter", lambda: float(next(seconds)))
     model = tiny_model()
     made = rows(model.input_spec, 4)
     for row in made:

@@ -14,12 +14,12 @@ from test_faults import fit, rows
 
 from neo_components import NEO, load_recipe
 from neo_components.recipe import RecipeError
-from neo_components.training.drift import samples
+from neo_components.recipe.stage import LINEAR, LoRA, StageConfig
+from neo_components.training.callbacks.drift import samples
 from neo_components.training.lora import add_lora, lora_layers, lora_parameters, merge_lora
 from neo_components.training.module import NEOTraining
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.run import train
-from neo_components.training.stage import LINEAR, LoRA, StageConfig
 
 BEFORE = ("patch_embedding", "pre_buffer", "post_llm.hw")
 

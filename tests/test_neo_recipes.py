@@ -11,8 +11,8 @@ from commands import SIDE, good, neo
 from neo_components import NEO, load_recipe
 from neo_components.inspection.shape import empty_model
 from neo_components.recipe import Checkpoint, Compose, list_recipes
+from neo_components.storage.weights import read_json
 from neo_components.training.module import lr_factor
-from neo_components.weights import read_json
 
 STAGES = ("pretrain", "midtrain", "sft")
 FOLDERS = ("neo_2b", "neo_2b_released", "neo_9b", "neo_9b_released")
@@ -64,9 +64,11 @@ def test_numbers_are_those_of_the_spec(name: str) -> None:
     want, recipe = TABLE[folder][stage_name], load_recipe(name)
     stage, data, trainer = recipe.stage, recipe.data, recipe.trainer
     assert (stage.steps, stage.lr, stage.min_lr_ratio, stage.warmup_steps) == want[:4]
-    assert (data["row_length"], data["max_length"]) == (want.row, want.longest)
+    assert (data["seq_len"], data["max_length"]) == (want.row, want.longest)
     assert (data["min_pixels"], data["max_pixels"]) == (256**2, want.side**2)
-    rows = data["rows"] * trainer["devices"] * trainer.get("num_nodes", 1) * trainer["accumulate_grad_batches"]
+    rows = (
+        data["micro_batch_size"] * trainer["devices"] * trainer.get("num_nodes", 1) * trainer["accumulate_grad_batches"]
+    )
     assert rows == want.rows
     released = folder.endswith("_released")
     assert stage.betas == ((0.9, 0.95) if released else (0.9, 0.999))
@@ -117,7 +119,7 @@ def test_shapes_are_those_of_the_spec(folder: str, depths: tuple[int, int], hidd
 
 SHORT = [
     "stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=2", "data.workers=0",
-    "data.row_length=256", "data.max_length=128", f"data.min_pixels={SIDE**2}", f"data.max_pixels={SIDE**2}",
+    "data.seq_len=256", "data.max_length=128", f"data.min_pixels={SIDE**2}", f"data.max_pixels={SIDE**2}",
     "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto",
 ]  # fmt: skip
 

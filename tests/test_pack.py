@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neo_components import Batch, InputSpec, Sample, pack
 from neo_components.components.rotary import native_positions
-from neo_components.packing import patchify
+from neo_components.data.packing import patchify
 from neo_components.types import TOLD
 
 SPEC = InputSpec(
@@ -28,7 +28,7 @@ def image(rows: int, columns: int) -> Tensor:
 def test_a_row_by_hand() -> None:
     first = Sample(torch.tensor([1, 11, 10, 10, 12, 2, 3]), torch.tensor([-100] * 5 + [2, 3]), [image(1, 2)], "one")
     second = Sample(torch.tensor([4, 11, 10, 12, 5]), torch.tensor([4, -100, -100, -100, 5]), [image(1, 1)], "two")
-    batch = pack([first, second], SPEC, loss_reduction="square", row_length=14)
+    batch = pack([first, second], SPEC, loss_reduction="square", seq_len=14)
     assert batch.token_ids.tolist() == [[1, 11, 10, 10, 12, 2, 3, 4, 11, 10, 12, 5, 0, 0]]
     assert batch.document_ids.tolist() == [[0] * 7 + [1] * 5 + [-1] * 2]
     assert batch.image_ids.tolist() == [[-1, -1, 0, 0, -1, -1, -1, -1, -1, 1, -1, -1, -1, -1]]
@@ -121,8 +121,8 @@ def test_faults_of_the_row_are_named() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         pack([], SPEC)
     with pytest.raises(ValueError, match="6 tokens do not fit a row of 5"):
-        pack([Sample(TEXT), Sample(TEXT)], SPEC, row_length=5)
-    assert pack([Sample(TEXT), Sample(TEXT)], SPEC, row_length=6).token_ids.shape == (1, 6)
+        pack([Sample(TEXT), Sample(TEXT)], SPEC, seq_len=5)
+    assert pack([Sample(TEXT), Sample(TEXT)], SPEC, seq_len=6).token_ids.shape == (1, 6)
 
 
 def test_neighbouring_images_need_no_token_between() -> None:
@@ -136,7 +136,7 @@ def test_stack_keeps_every_row() -> None:
     spec = model.input_spec
     samples = [[random_sample(spec, 10 * row + n, images=row) for n in range(2)] for row in range(3)]
     length = max(sum(len(sample.token_ids) for sample in row) for row in samples)
-    rows = [pack(row, spec, row_length=length) for row in samples]
+    rows = [pack(row, spec, seq_len=length) for row in samples]
     batch = Batch.stack(rows)
     assert batch.token_ids.shape == (3, length)
     assert batch.keys == [row.keys[0] for row in rows]
@@ -149,8 +149,8 @@ def test_stack_keeps_every_row() -> None:
 
 
 def test_stack_refuses_rows_of_different_lengths() -> None:
-    rows = [pack([Sample(TEXT)], SPEC), pack([Sample(TEXT)], SPEC, row_length=7)]
-    with pytest.raises(ValueError, match=r"equally long, got lengths \[3, 7\]; set row_length"):
+    rows = [pack([Sample(TEXT)], SPEC), pack([Sample(TEXT)], SPEC, seq_len=7)]
+    with pytest.raises(ValueError, match=r"equally long, got lengths \[3, 7\]; set seq_len"):
         Batch.stack(rows)
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from neo_components import NEO, Batch, InputSpec, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
-from neo_components.checkpoint import released_of
 from neo_components.components.attention import NativeAttention
 from neo_components.components.backends import prepare_attention
 from neo_components.components.masks import dense_mask
 from neo_components.components.patch_embedding import _turn
 from neo_components.components.rotary import Rotary, rotate
-from neo_components.packing import patchify
+from neo_components.data.packing import patchify
+from neo_components.model.layouts import released_of
 from neo_components.types import NO_IMAGE
 
 Tensors = dict[str, Tensor]

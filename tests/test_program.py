@@ -15,9 +15,9 @@ from commands import good
 from llm_builders import native_model, text_llm
 
 from neo_components import NEO, attach
-from neo_components.assets import export_pre_buffer, image_features
-from neo_components.program import write_programs
-from neo_components.weights import save_tensors
+from neo_components.export.torch_export import write_programs
+from neo_components.model.attach import export_pre_buffer, image_features
+from neo_components.storage.weights import save_tensors
 
 MODES = ("shared", "bypass")
 GRIDS = ((2, 2), (3, 5), (7, 4))

@@ -15,12 +15,12 @@ from commands import good
 from PIL import Image
 
 from neo_components import NEO, PostLLM, PreBuffer, load_recipe
-from neo_components.chat import Chat
 from neo_components.evaluation import questions_from_shards
+from neo_components.model.chat import Chat
 from neo_components.quickstart.main import MADE, MARK, _clear, run
 from neo_components.recipe import build, list_recipes
+from neo_components.storage.weights import read_json
 from neo_components.training.groups import train_only
-from neo_components.weights import read_json
 
 KINDS = {"overall", "shape", "color", "yes_no"}
 STEPS = {"data", "llm", "training", "evaluation", "reuse", "report"}

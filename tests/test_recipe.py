@@ -25,7 +25,7 @@ from neo_components.recipe import (
 )
 from neo_components.recipe.hints import hints_of, sections_of
 from neo_components.recipe.schema import TRAINER_OWNED, keys, schema
-from neo_components.training.stage import Group, StageConfig
+from neo_components.recipe.stage import Group, StageConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
     assert recipe.stage.train == ("patch_embedding", "pre_buffer", "post_llm.hw")
     assert (recipe.stage.steps, recipe.stage.lr, recipe.stage.betas) == (20, 1e-3, (0.9, 0.95))
     assert [(s.shards, s.share) for s in recipe.data["train"]] == [("folder/images", 0.7), ("folder/text", 0.3)]
-    assert (recipe.data["row_length"], recipe.data["validation"], recipe.data["seed"]) == (4096, [], 0)
+    assert (recipe.data["seq_len"], recipe.data["validation"], recipe.data["seed"]) == (4096, [], 0)
     assert recipe.trainer == {"accelerator": "cpu", "gradient_clip_val": 1}
     assert (recipe.seed, recipe.output) == (0, "outputs/my")
 

@@ -69,7 +69,7 @@ SINGLE = [
     ("model.post_llm.vocab_size=0", "model.post_llm.vocab_size", "got 0, must be positive"),
     ("model.pre_buffer.depth=-1", "model.pre_buffer.depth", "got -1, must be 0 or more"),
     ("model.rope.base_h=0", "model.rope.base_h", "got 0.0, must be positive"),
-    ("data.rows=0", "data.rows", "must be at least 1, got 0"),
+    ("data.micro_batch_size=0", "data.micro_batch_size", "must be at least 1, got 0"),
     # what does not go together
     ("model.patch_embedding.width=30", "model.patch_embedding.width", "must be a multiple of 4, half for columns"),
     ("model.post_llm.num_kv_heads=3", "model.post_llm.num_kv_heads", "must divide num_heads, got 3 and 4"),

@@ -12,12 +12,12 @@ from builders import random_batch, random_sample, randomize, tiny_model
 from torch import Tensor, nn
 
 from neo_components import NEO, Batch, pack
-from neo_components.components import spans
+from neo_components.components import document_attention as spans
 from neo_components.components import token_loss as losses
+from neo_components.components.document_attention import SpanAttention
 from neo_components.components.layers import GatedFeedForward, RMSNorm, linears_after
 from neo_components.components.masks import dense_mask
-from neo_components.components.recomputed import linears_of
-from neo_components.components.spans import SpanAttention
+from neo_components.components.recompute import linears_of
 from neo_components.training.groups import train_only
 
 

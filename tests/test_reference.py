@@ -25,7 +25,7 @@ def test_loss_and_gradients_are_those_of_the_textbook() -> None:
         model = tiny_model()
         train_only(model, groups)
         samples = [random_sample(model.input_spec, seed, images=seed % 3, text=(3, 90)) for seed in range(5)]
-        batch = pack(samples, model.input_spec, row_length=sum(len(s.token_ids) for s in samples) + 5)
+        batch = pack(samples, model.input_spec, seq_len=sum(len(s.token_ids) for s in samples) + 5)
         reference = ReferenceNEO(model)
         ours, theirs = model.loss(batch), reference.loss(batch, images_of(samples))
         assert torch.allclose(ours, theirs, atol=1e-5)

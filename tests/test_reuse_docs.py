@@ -18,7 +18,7 @@ from neo_components import NEO, PreBuffer
 ROOT = Path(__file__).parent.parent
 SHORT = [
     "stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=2", "data.workers=0",
-    "data.row_length=512",
+    "data.seq_len=512",
 ]  # fmt: skip
 WITHOUT_US = """
 import importlib.abc, sys

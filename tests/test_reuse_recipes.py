@@ -16,11 +16,11 @@ from commands import SIDE, good
 
 from neo_components import NEO, PreBuffer
 from neo_components.recipe import list_recipes, validate_recipe
-from neo_components.weights import read_json
+from neo_components.storage.weights import read_json
 
 SHORT = [
     "stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=2", "data.workers=0",
-    "data.row_length=256", f"data.min_pixels={SIDE**2}", f"data.max_pixels={SIDE**2}",
+    "data.seq_len=256", f"data.min_pixels={SIDE**2}", f"data.max_pixels={SIDE**2}",
 ]  # fmt: skip
 
 
@@ -69,9 +69,9 @@ def test_an_asset_tells_its_recipes_but_not_where_things_lay(root: Path) -> None
     assert str(root) not in text and str(root.parent) not in text
     one, two = (yaml.safe_load(stage["recipe"]) for stage in json.loads(text)["provenance"]["stages"])
     assert (one["stage"]["name"], one["stage"]["train"]) == ("bridges and H/W", ["bridge", "post_llm.hw"])
-    assert two["data"]["tokenizer"] == "llm_b" and two["data"]["row_length"] == 256
+    assert two["data"]["tokenizer"] == "llm_b" and two["data"]["seq_len"] == 256
     told = (root / "again" / "README.md").read_text()
-    assert "| all, after the bridges | 2 | all | train_all | 0 |" in told and "row_length" not in told
+    assert "| all, after the bridges | 2 | all | train_all | 0 |" in told and "seq_len" not in told
 
 
 # --- the benchmark

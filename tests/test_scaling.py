@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from test_faults import fit, rows
 
 from neo_components import Batch
-from neo_components.training.callbacks import averaging
+from neo_components.training.callbacks.performance import Performance
+from neo_components.training.callbacks.progress import averaging
 from neo_components.training.module import NEOTraining
-from neo_components.training.performance import Performance
 
 
 def losses_of(module: lightning.LightningModule) -> float:

@@ -15,7 +15,7 @@ from commands import good
 from PIL import Image
 
 from neo_components.data import read_shards
-from neo_components.data.synth import COLORS, SHAPES, SIZES, Thing, draw_scene, nearest, picture, scenes
+from neo_components.data.convert.synth import COLORS, SHAPES, SIZES, Thing, draw_scene, nearest, picture, scenes
 
 THINGS = [
     Thing("red", "circle", "small", 0.5, 0.5, 0.2, (230, 30, 50)),

@@ -20,14 +20,14 @@ from PIL import Image
 from run_builders import MUON, picture, pretraining, recipe_file, small_world, started
 
 from neo_components import load_recipe
-from neo_components.chat import Chat
 from neo_components.data import load_image
+from neo_components.model.chat import Chat
+from neo_components.recipe.stage import StageConfig
 from neo_components.training import trainer
 from neo_components.training.groups import train_only
 from neo_components.training.module import lr_factor
 from neo_components.training.optimizers import Joined, build_optimizer
 from neo_components.training.run import train
-from neo_components.training.stage import StageConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from uneven_ranks import KINDS, MODELS, RANKS, batch_of
 
+from neo_components.recipe.stage import StageConfig
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from neo_components.model.vocabulary import token_strings
 from neo_components.quickstart.text_llm import train_tokenizer
-from neo_components.vocabulary import token_strings
 
 TEXTS = ["the colour of the café is déjà vu, naïve", "图片 里 有 什么 图片", "A ▁ in the text: Ġ"] * 20
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from builders import same_outputs, same_tensors, tiny_model, weights_of
 
 from neo_components import NEO
-from neo_components.weight_writer import WeightWriter
-from neo_components.weights import TensorFiles
+from neo_components.storage.weight_writer import WeightWriter
+from neo_components.storage.weights import TensorFiles
 
 
 def write(model: NEO, folder: Path, largest: int) -> list[str]:

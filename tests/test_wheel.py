@@ -85,7 +85,7 @@ def test_a_shipped_recipe_trains(installed: Path, world: Path, tmp_path: Path) -
     run(installed / "neo", "recipes", "copy", "quickstart/pretrain", "mine.yaml", folder=tmp_path)
     shards = f"[{{shards: {world}/shards}}]"
     where = ["output=trained", f"model.post_llm.from_pretrained={world}/llm", f"data.tokenizer={world}/llm"]
-    tiny = ["model.patch_embedding={width: 16, patch_size: 4}", "model.pre_buffer.depth=1", "data.row_length=256"]
+    tiny = ["model.patch_embedding={width: 16, patch_size: 4}", "model.pre_buffer.depth=1", "data.seq_len=256"]
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=2", "stage.predictions=2"]
     pixels = ["data.min_pixels=1024", "data.max_pixels=1024"]
     data = [f"data.train={shards}", f"data.validation={shards}", "data.text_validation=[]"]

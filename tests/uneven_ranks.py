@@ -24,8 +24,8 @@ from neo_components import NEO, Batch, PatchEmbedding, PostLLM, PreBuffer, pack
 from neo_components.components.bridge import Bridge
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
+from neo_components.recipe.stage import StageConfig
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
 from neo_components.types import InputSpec
 
 LENGTH, RANKS = 96, 2
@@ -63,7 +63,7 @@ def batch_of(kind: str, spec: InputSpec, seed: int) -> Batch:
         return RowMaker([], maker, LENGTH).batch([])[0]
     images = 1 if kind.startswith("images") else 0
     sample = random_sample(spec, seed, images=images, learn="nothing" not in kind)
-    return pack([sample], spec, row_length=LENGTH)
+    return pack([sample], spec, seq_len=LENGTH)
 
 
 class Uneven(IterableDataset[Batch]):

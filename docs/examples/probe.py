@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from neo_components import PreBuffer
-from neo_components.assets import image_features
+from neo_components.model.attach import image_features
 
 
 def pictures(count: int, seed: int, side: int = 64) -> TensorDataset:

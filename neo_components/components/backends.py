@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neo_components.components.document_attention import HALF, Bucket, SpanAttention, make_buckets, sdpa
 from neo_components.components.masks import LayerRule, block_mask, dense_mask
-from neo_components.components.recomputed import Compute, keeps_inputs
-from neo_components.components.spans import HALF, Bucket, SpanAttention, make_buckets, sdpa
+from neo_components.components.recompute import Compute, keeps_inputs
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
 

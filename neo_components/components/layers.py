@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.recomputed import keeps_inputs, linears_of, plain
+from neo_components.components.recompute import keeps_inputs, linears_of, plain
 
 NORMS = ("weight", "one_plus_weight")
 """How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from neo_components.components.backends import Attend
 from neo_components.components.layers import RMSNorm
-from neo_components.components.primitive import PrimitiveStack
-from neo_components.deferred import unfilled
-from neo_components.hub import resolve
+from neo_components.components.stack import PrimitiveStack
 from neo_components.llms import arguments_of, family_of
 from neo_components.llms.layout import FamilyFiles
+from neo_components.storage.deferred import unfilled
+from neo_components.storage.hub import resolve
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, read_config, settle
 from neo_components.types import NO_IMAGE
-from neo_components.weights import TensorFiles, as_dtype, load_strict, read_config, settle
 
 
 class PostLLM(PrimitiveStack):
@@ -44,7 +44,7 @@ class PostLLM(PrimitiveStack):
             language models do otherwise than NEO on Qwen3.
         window_layers: numbers of the blocks that have the window; ``None``: all.
         window_base_t: base of the T frequencies in those blocks, unscaled; ``None``: like the others.
-        unturned_layers: numbers of the blocks whose T channels do not turn (NoPE); ``None``: none.
+        nope_layers: numbers of the blocks whose T channels do not turn (NoPE); ``None``: none.
         expert_layers: numbers of the blocks that have experts; ``None``: all.
         expert_size: width of one expert; ``None``: ``feed_forward_size``.
         embedding_multiplier: factor of the word embeddings. Visual tokens are put in after it.
@@ -96,7 +96,7 @@ class PostLLM(PrimitiveStack):
         normalize_experts: bool = True,
         window_layers: Sequence[int] | None = None,
         window_base_t: float | None = None,
-        unturned_layers: Sequence[int] | None = None,
+        nope_layers: Sequence[int] | None = None,
         expert_layers: Sequence[int] | None = None,
         expert_size: int | None = None,
         embedding_multiplier: float = 1.0,
@@ -130,7 +130,7 @@ class PostLLM(PrimitiveStack):
             ValueError: if a list names blocks that are not there, or an argument refines one that is not given.
         """
         h = self.hparams
-        for name in ("window_layers", "unturned_layers", "expert_layers"):
+        for name in ("window_layers", "nope_layers", "expert_layers"):
             if wrong := [number for number in h[name] or () if not 0 <= number < h.depth]:
                 raise ValueError(f"{name} names block {wrong[0]}, but a depth of {h.depth} has 0 to {h.depth - 1}")
         refined = {"window": ("window_layers", "window_base_t"), "num_experts": ("expert_layers", "expert_size")}
@@ -147,7 +147,7 @@ class PostLLM(PrimitiveStack):
             changes["window"] = None
         elif h.window is not None and h.window_base_t is not None:
             changes |= {"base_t": h.window_base_t, "rope_scaling": None}
-        if number in (h.unturned_layers or ()):
+        if number in (h.nope_layers or ()):
             changes["rotary_width"] = 0
         if h.num_experts is not None and h.expert_layers is not None and number not in h.expert_layers:
             changes["num_experts"] = None

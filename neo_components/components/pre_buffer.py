@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neo_components.asset_files import (
+from neo_components.components.backends import Attend
+from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.stack import PrimitiveStack
+from neo_components.storage.asset_files import (
     ANCHORS,
     check_sizes,
     model_card,
@@ -22,12 +25,9 @@ from neo_components.asset_files import (
     write_anchors,
     write_preprocessor,
 )
-from neo_components.components.backends import Attend
-from neo_components.components.patch_embedding import PatchEmbedding
-from neo_components.components.primitive import PrimitiveStack
-from neo_components.deferred import unfilled
-from neo_components.hub import resolve
-from neo_components.weights import (
+from neo_components.storage.deferred import unfilled
+from neo_components.storage.hub import resolve
+from neo_components.storage.weights import (
     TensorFiles,
     as_dtype,
     load_strict,

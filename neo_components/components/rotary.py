@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.scaling import check_scaling, frequencies, magnitude, regime_of
+from neo_components.components.rope_scaling import check_scaling, frequencies, length_bucket_of, magnitude
 from neo_components.types import NO_IMAGE, IndexRule
 
 T, H, W = 0, 1, 2
@@ -194,11 +194,11 @@ class Rotary(nn.Module):
         self.register_buffer("axis", torch.tensor(self.table(0).axis, device="cpu"), persistent=False)
         self.register_buffer("frequency", self._frequency(0), persistent=False)
 
-    def table(self, regime: int) -> PairTable:
-        """The pairs of documents of one regime (:func:`~neo_components.components.scaling.regime_of`)."""
-        if regime not in self._tables:
+    def table(self, length_bucket: int) -> PairTable:
+        """The pairs of documents of one rope length bucket (``rope_scaling.length_bucket_of``)."""
+        if length_bucket not in self._tables:
             base_t, base_h, base_w = self._bases
-            turning = frequencies(self.scaling, self._turning, base_t, regime).tolist()
+            turning = frequencies(self.scaling, self._turning, base_t, length_bucket).tolist()
             resting = [0.0] * ((self._width - self._turning) // 2)
             table = self._variant.table([*turning, *resting], base_h, base_w)
             if len(table.axis) != self._width or len(table.frequency) != self._width:
@@ -206,11 +206,11 @@ class Rotary(nn.Module):
                     f"rope {self._kind!r} gives {len(table.axis)} axes and {len(table.frequency)} frequencies, "
                     f"not one each for the {self._width} pairs of a head"
                 )
-            self._tables[regime] = table
-        return self._tables[regime]
+            self._tables[length_bucket] = table
+        return self._tables[length_bucket]
 
-    def _frequency(self, regime: int) -> Tensor:
-        return torch.tensor(self.table(regime).frequency, dtype=torch.float32, device="cpu")
+    def _frequency(self, length_bucket: int) -> Tensor:
+        return torch.tensor(self.table(length_bucket).frequency, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Moves with the model to another device, but not to another type: rounded frequencies turn far positions by
@@ -227,9 +227,9 @@ class Rotary(nn.Module):
         self.axis.copy_(torch.tensor(self.table(0).axis))
         self.frequency.copy_(self._frequency(0))
 
-    def regime(self, length: int) -> int:
-        """Which set of frequencies a document of ``length`` T positions gets; see ``scaling.regime_of``."""
-        return regime_of(self.scaling, length)
+    def length_bucket(self, length: int) -> int:
+        """Which set of frequencies a document of ``length`` T positions gets; see ``scaling.length_bucket_of``."""
+        return length_bucket_of(self.scaling, length)
 
     @property
     def looks_at_length(self) -> bool:
@@ -266,10 +266,10 @@ class Rotary(nn.Module):
         last = positions[..., T].flatten()
         lengths = torch.zeros(int(document.max()) + 1, dtype=last.dtype, device=last.device)
         lengths = lengths.scatter_reduce(0, document, last, "amax") + 1
-        regimes = [self.regime(math.ceil(length)) for length in lengths.tolist()]
-        kinds = sorted(set(regimes))
+        length_buckets = [self.length_bucket(math.ceil(length)) for length in lengths.tolist()]
+        kinds = sorted(set(length_buckets))
         table = torch.stack([self._frequency(kind) for kind in kinds]).to(self.frequency.device)
-        index = torch.tensor([kinds.index(regime) for regime in regimes], device=last.device)
+        index = torch.tensor([kinds.index(length_bucket) for length_bucket in length_buckets], device=last.device)
         return table[index[document]].view(*document_ids.shape, -1)
 
 

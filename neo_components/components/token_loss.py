@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neo_components.components.recomputed import autocast_type
+from neo_components.components.recompute import autocast_type
 
 CHUNK = 256
 """Labelled tokens whose logits exist at the same time, at least."""

@@ -9,34 +9,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neo_components.data.conversation import encode_conversation as encode_conversation
-    from neo_components.data.conversation import encode_prompt as encode_prompt
-    from neo_components.data.conversation import image_token_ids as image_token_ids
-    from neo_components.data.conversation import load_tokenizer as load_tokenizer
-    from neo_components.data.images import load_image as load_image
-    from neo_components.data.images import max_pixels_per_image as max_pixels_per_image
-    from neo_components.data.images import smart_resize as smart_resize
-    from neo_components.data.llava import llava_to_shards as llava_to_shards
-    from neo_components.data.mixture import Source as Source
+    from neo_components.data.convert.llava import llava_to_shards as llava_to_shards
+    from neo_components.data.image.images import load_image as load_image
+    from neo_components.data.image.images import max_pixels_per_image as max_pixels_per_image
+    from neo_components.data.image.images import smart_resize as smart_resize
     from neo_components.data.module import NEODataModule as NEODataModule
-    from neo_components.data.shards import read_shards as read_shards
-    from neo_components.data.shards import write_shards as write_shards
-    from neo_components.packing import pack as pack
+    from neo_components.data.packing import pack as pack
+    from neo_components.data.plan.mixture import Source as Source
+    from neo_components.data.shards.folder import read_shards as read_shards
+    from neo_components.data.shards.format import write_shards as write_shards
+    from neo_components.data.text.conversation import encode_conversation as encode_conversation
+    from neo_components.data.text.conversation import encode_prompt as encode_prompt
+    from neo_components.data.text.conversation import image_token_ids as image_token_ids
+    from neo_components.data.text.conversation import load_tokenizer as load_tokenizer
 
 _HOMES = {
-    "encode_conversation": "neo_components.data.conversation",
-    "encode_prompt": "neo_components.data.conversation",
-    "image_token_ids": "neo_components.data.conversation",
-    "load_tokenizer": "neo_components.data.conversation",
-    "load_image": "neo_components.data.images",
-    "max_pixels_per_image": "neo_components.data.images",
-    "smart_resize": "neo_components.data.images",
-    "llava_to_shards": "neo_components.data.llava",
+    "encode_conversation": "neo_components.data.text.conversation",
+    "encode_prompt": "neo_components.data.text.conversation",
+    "image_token_ids": "neo_components.data.text.conversation",
+    "load_tokenizer": "neo_components.data.text.conversation",
+    "load_image": "neo_components.data.image.images",
+    "max_pixels_per_image": "neo_components.data.image.images",
+    "smart_resize": "neo_components.data.image.images",
+    "llava_to_shards": "neo_components.data.convert.llava",
     "NEODataModule": "neo_components.data.module",
-    "Source": "neo_components.data.mixture",
-    "read_shards": "neo_components.data.shards",
-    "write_shards": "neo_components.data.shards",
-    "pack": "neo_components.packing",
+    "Source": "neo_components.data.plan.mixture",
+    "read_shards": "neo_components.data.shards.folder",
+    "write_shards": "neo_components.data.shards.format",
+    "pack": "neo_components.data.packing",
 }
 
 __all__ = list(_HOMES)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from neo_components.data.plan.step_plan import StepPlan
 from neo_components.data.rows import RowMaker
-from neo_components.data.step_plan import StepPlan
-from neo_components.data.tally import Tally
+from neo_components.data.skip_counts import SkipCounts
 from neo_components.types import Batch
 
 Place = dict[str, Any]
@@ -44,9 +44,9 @@ class Progress:
 
     batches: int = 0
     place: Place | None = None
-    tally: Tally = field(default_factory=Tally)
-    known: Tally = field(default_factory=Tally)
-    handed: deque[tuple[Place, Tally]] = field(default_factory=deque)
+    tally: SkipCounts = field(default_factory=SkipCounts)
+    known: SkipCounts = field(default_factory=SkipCounts)
+    handed: deque[tuple[Place, SkipCounts]] = field(default_factory=deque)
 
     def take(self) -> None:
         """Notes that the trainer took the oldest batch handed out."""
@@ -54,7 +54,7 @@ class Progress:
         self.batches += 1
 
     @property
-    def latest(self) -> Tally:
+    def latest(self) -> SkipCounts:
         """Samples read and skipped up to the last batch that left the loader."""
         return self.handed[-1][1] if self.handed else self.tally
 
@@ -121,7 +121,7 @@ class RowLoader(DataLoader[Delivery]):
         workers: worker processes; 0 reads in the process itself.
         progress: where the run is; each iteration begins behind the batches taken.
         keep: if True, a batch counts as taken when it leaves the loader; otherwise when ``progress.take`` is called.
-        max_skipped: largest share of samples that may be skipped, see :meth:`Tally.check`.
+        max_skipped: largest share of samples that may be skipped, see :meth:`SkipCounts.check`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class RowLoader(DataLoader[Delivery]):
         self._rows.resume(progress.place)
         tally = progress.tally
         for batch, counts, place in super().__iter__():
-            tally = tally + Tally.from_state(counts)
+            tally = tally + SkipCounts.from_state(counts)
             tally.check(self._max_skipped)
             progress.handed.append((place, tally))
             if self._keep:

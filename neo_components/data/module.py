@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning
 import torch
 
-from neo_components.data.augment import Augment
-from neo_components.data.conversation import load_tokenizer
-from neo_components.data.lengths import Lengths, folder_lengths
+from neo_components.data.image.augment import Augment
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.loader import Progress, RowDataset, RowLoader
-from neo_components.data.mixture import Source, mixture, source_names
-from neo_components.data.row_plan import RowPlan, Supply, check_usable
+from neo_components.data.packing import REDUCTIONS
+from neo_components.data.plan.lengths import Lengths, folder_lengths
+from neo_components.data.plan.mixture import Source, mixture, source_names
+from neo_components.data.plan.row_plan import RowPlan, Supply, check_usable
+from neo_components.data.plan.step_plan import StepPlan
 from neo_components.data.rows import RowMaker
 from neo_components.data.samples import SampleMaker
-from neo_components.data.shard_folder import ShardFolder, open_folder
-from neo_components.data.step_plan import StepPlan
-from neo_components.data.tally import Tally
-from neo_components.packing import REDUCTIONS
+from neo_components.data.shards.folder import ShardFolder, open_folder
+from neo_components.data.skip_counts import SkipCounts
+from neo_components.data.text.conversation import load_tokenizer
 from neo_components.types import Batch, InputSpec
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class NEODataModule(lightning.LightningDataModule):
         validation: sources of validation, one after the other; shares do not count.
         text_validation: sources of held-out text, on which the language model is watched; a sample with an image is
             refused.
-        row_length: tokens of a row, L. A longer sample is skipped.
-        rows: rows of a step on each device, B.
+        seq_len: tokens of a row, L. A longer sample is skipped.
+        micro_batch_size: packed sequences of a step on each device, B.
         min_pixels: smallest area of an image after resizing, in pixels; a smaller image is scaled up.
         max_pixels: largest area of a sample's single image, in pixels; each of n images may have ``2 / n`` of it.
         max_length: a longer sample is cut to this many tokens, inside an answer or behind one; ``None`` cuts none.
@@ -94,8 +94,8 @@ class NEODataModule(lightning.LightningDataModule):
         train: list[Source],
         validation: list[Source] = [],  # noqa: B006 - copied, never changed; a recipe shows this default
         text_validation: list[Source] = [],  # noqa: B006 - as above
-        row_length: int = 4096,
-        rows: int = 1,
+        seq_len: int = 4096,
+        micro_batch_size: int = 1,
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
         max_length: int | None = None,
@@ -118,7 +118,7 @@ class NEODataModule(lightning.LightningDataModule):
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.train_sources, self.validation_sources = list(train), list(validation)
         self.text_sources = list(text_validation)
-        self.row_length, self.rows, self.workers = row_length, rows, workers
+        self.seq_len, self.micro_batch_size, self.workers = seq_len, micro_batch_size, workers
         self.min_pixels, self.max_pixels, self.max_length = min_pixels, max_pixels, max_length
         self.shuffle, self.seed = shuffle, seed
         self.max_skipped, self.loss_reduction = max_skipped, loss_reduction
@@ -139,8 +139,8 @@ class NEODataModule(lightning.LightningDataModule):
         wrong = [
             f"{name} must be {rule}, got {getattr(self, name)!r}"
             for name, rule, right in (
-                ("row_length", "at least 2", self.row_length >= 2),
-                ("rows", "at least 1", self.rows >= 1),
+                ("seq_len", "at least 2", self.seq_len >= 2),
+                ("micro_batch_size", "at least 1", self.micro_batch_size >= 1),
                 ("min_pixels", "from 1 to max_pixels", 1 <= self.min_pixels <= self.max_pixels),
                 ("max_length", "at least 2 or None", self.max_length is None or self.max_length >= 2),
                 ("workers", "at least 0", self.workers >= 0),
@@ -273,9 +273,9 @@ class NEODataModule(lightning.LightningDataModule):
             changed = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k])
             raise ValueError(f"the run cannot go on exactly where it stopped, because its data differs ({changed})")
         rank, ranks = self._rank()
-        tallies = [Tally.from_state(tally) for tally in state["tallies"]]
+        tallies = [SkipCounts.from_state(tally) for tally in state["tallies"]]
         if len(tallies) != ranks:  # nobody goes on with the counts of one rank, so the first one keeps them all
-            tallies = [sum(tallies, Tally()), *([Tally()] * (ranks - 1))]
+            tallies = [sum(tallies, SkipCounts()), *([SkipCounts()] * (ranks - 1))]
         self._progress["train"] = Progress(state["batches"], state["place"], tallies[rank])
         self._restored = None
 
@@ -285,7 +285,7 @@ class NEODataModule(lightning.LightningDataModule):
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "row_length": self.row_length,
+            "seq_len": self.seq_len,
             "shares": [round(share, 12) for share in self._shares(lengths)],
             "share_of": self.share_of,
             "samples": [one.table.shape[1] for one in lengths],
@@ -315,7 +315,7 @@ class NEODataModule(lightning.LightningDataModule):
 
     def _shares(self, lengths: Sequence[Lengths]) -> list[float]:
         sources = self.train_sources
-        sizes = [one.tally(self.row_length).kept for one in lengths]
+        sizes = [one.tally(self.seq_len).kept for one in lengths]
         has_images = [self._folder(source).has_images for source in sources]
         return mixture(sources, sizes, has_images, self.temperature, self.text_share)
 
@@ -324,24 +324,24 @@ class NEODataModule(lightning.LightningDataModule):
         rank, ranks = self._rank()
         lengths = [self._length_of(source) for source in sources]
         supplies = [one.supply for one in lengths]
-        known = sum((one.tally(self.row_length) for one in lengths), Tally())
+        known = sum((one.tally(self.seq_len) for one in lengths), SkipCounts())
         if endless:  # told here, before any worker is started
-            check_usable(supplies, self.row_length)
+            check_usable(supplies, self.seq_len)
         known.check(self.max_skipped, complete=True)
         options = {
-            "row_length": self.row_length,
+            "seq_len": self.seq_len,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "count": self.share_of,
             "endless": endless,
         }
         shares = self._shares(lengths) if endless else [1.0] * len(sources)
-        plan = _Plan(supplies, shares, options, ranks, self.rows)
+        plan = _Plan(supplies, shares, options, ranks, self.micro_batch_size)
         if endless:
             maker.augment = self.augment
         folders = [self._folder(source) for source in sources]
-        rows = RowMaker(folders, maker, self.row_length, self.loss_reduction, self.seed, source_names(sources))
+        rows = RowMaker(folders, maker, self.seq_len, self.loss_reduction, self.seed, source_names(sources))
         progress = self._progress[name] if endless else Progress()
-        progress.known = Tally(known.skipped.total(), known.skipped) if rank == 0 else Tally()
+        progress.known = SkipCounts(known.skipped.total(), known.skipped) if rank == 0 else SkipCounts()
         self._progress[name] = progress
         return RowLoader(RowDataset(plan, rows, rank), self.workers, progress, keep, self.max_skipped)

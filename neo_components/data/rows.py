@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from neo_components.data.row_plan import PlannedRow
+from neo_components.data.packing import FILLING, pack
+from neo_components.data.plan.row_plan import PlannedRow
 from neo_components.data.samples import Draft, SampleMaker
-from neo_components.data.shard_folder import ShardFolder
-from neo_components.data.tally import SampleError, Tally
-from neo_components.packing import FILLING, pack
+from neo_components.data.shards.folder import ShardFolder
+from neo_components.data.skip_counts import SampleError, SkipCounts
 from neo_components.types import TOLD, Batch, Sample
 
 
@@ -23,7 +23,7 @@ class RowMaker:
     Args:
         folders: the sources.
         maker: makes samples.
-        row_length: tokens of a row, L.
+        seq_len: tokens of a row, L.
         loss_reduction: see ``pack``.
         seed: of augmentation.
         names: of the sources, told with their samples; empty: none is told.
@@ -31,22 +31,22 @@ class RowMaker:
 
     folders: Sequence[ShardFolder]
     maker: SampleMaker
-    row_length: int
+    seq_len: int
     loss_reduction: str = "square"
     seed: int = 0
     names: Sequence[str] = ()
 
-    def batch(self, rows: Sequence[PlannedRow]) -> tuple[Batch, Tally]:
+    def batch(self, rows: Sequence[PlannedRow]) -> tuple[Batch, SkipCounts]:
         """The rows, and what happened to their samples.
 
         A sample that turns out to be unusable leaves its place in the row empty, so every rank goes on with the same
         number of steps. Without any row, one of padding alone is made.
         """
-        tally = Tally()
+        tally = SkipCounts()
         made = [self._row(row, tally) for row in rows]
         return Batch.stack(made or [self._padding()]), tally
 
-    def _row(self, row: PlannedRow, tally: Tally) -> Batch:
+    def _row(self, row: PlannedRow, tally: SkipCounts) -> Batch:
         samples: list[Sample] = []
         for place, (source, number, length) in enumerate(row.members):
             tally.read += 1
@@ -59,7 +59,7 @@ class RowMaker:
                 tally.skip(self.folders[source].name(number), error)
         if not samples:
             return self._padding()
-        return pack(samples, self.maker.spec, loss_reduction=self.loss_reduction, row_length=self.row_length)
+        return pack(samples, self.maker.spec, loss_reduction=self.loss_reduction, seq_len=self.seq_len)
 
     def _draft(self, source: int, number: int, length: int) -> Draft:
         draft = self.maker.draft(self.folders[source].read(number))
@@ -74,7 +74,7 @@ class RowMaker:
     def _padding(self) -> Batch:
         """A row without any sample: one token that is not learnt, for every block of the model has to take part."""
         spec = self.maker.spec
-        sizes = {name: (1, self.row_length) for name in FILLING} | {"positions": (1, self.row_length, 3)}
+        sizes = {name: (1, self.seq_len) for name in FILLING} | {"positions": (1, self.seq_len, 3)}
         columns: dict[str, Any] = {name: torch.full(sizes[name], value) for name, value in FILLING.items()}
         columns["loss_weights"] = columns["loss_weights"].float()
         columns["document_ids"][0, 0] = 0

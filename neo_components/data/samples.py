@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from neo_components.data.augment import Augment
-from neo_components.data.conversation import ConversationError, encode_conversation, image_token_ids
-from neo_components.data.decoding import decode
-from neo_components.data.images import image_size, max_pixels_per_image, open_image
-from neo_components.data.resampling import resize, resize_fast
-from neo_components.data.shards import RawSample
-from neo_components.data.tally import SampleError
+from neo_components.data.image.augment import Augment
+from neo_components.data.image.decoding import decode
+from neo_components.data.image.images import image_size, max_pixels_per_image, open_image
+from neo_components.data.image.resampling import resize, resize_fast
+from neo_components.data.shards.format import RawSample
+from neo_components.data.skip_counts import SampleError
+from neo_components.data.text.conversation import ConversationError, encode_conversation, image_token_ids
 from neo_components.types import IGNORED, InputSpec, Sample
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SampleMaker:
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image; several share it as :func:`max_pixels_per_image` tells.
         max_length: longer samples are cut to this many tokens, in an answer; ``None`` cuts none.
-        exact: resize as the released model's code does, bit by bit; see :mod:`neo_components.data.resampling`.
+        exact: resize as the released model's code does, bit by bit; see :mod:`neo_components.data.image.resampling`.
         augment: changes images at random; ``None`` leaves them.
     """
 
@@ -106,7 +106,7 @@ class SampleMaker:
             self.tokenizer,
             [self.visual_tokens(group) for group in _groups(raw, sizes)],
             strict=True,
-            image_ids=self.spec.image_ids,
+            image_ids=self.spec.image_special_token_ids,
         )
         if self.max_length is not None and len(token_ids) > self.max_length:
             kept = _cut_in_an_answer(token_ids, labels, self.max_length, self.spec.image_token_id)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.bridge import Bridge
-from neo_components.components.primitive import NativePrimitive, PrimitiveStack
+from neo_components.components.primitive import NativePrimitive
+from neo_components.components.stack import PrimitiveStack
 from neo_components.estimate.tracing import Setting, evenly_routed, fake, kept_by, traced_attention
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, Batch
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.attention import NativeAttention
-from neo_components.components.experts import SparseFeedForward
 from neo_components.components.masks import LayerRule, document_spans, span_mask
-from neo_components.components.primitive import NativePrimitive, PrimitiveStack
-from neo_components.model import NEO
+from neo_components.components.moe import SparseFeedForward
+from neo_components.components.primitive import NativePrimitive
+from neo_components.components.stack import PrimitiveStack
+from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
 
 PARTS = ("patch_embedding", "pre_buffer", "post_llm", "head", "bridge")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from neo_components.components.experts import SparseFeedForward
+from neo_components.components.moe import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.token_loss import CHUNK, LOGITS
 from neo_components.estimate.activations import Activations
 from neo_components.estimate.tracing import Setting
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.types import Batch
 
 STRATEGIES = ("single", "ddp", "fsdp2")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, NO_IMAGE, Batch
 
 
@@ -30,14 +30,14 @@ class Document:
         return self.visual + 2 * bool(self.visual) + self.text
 
 
-def assumed_rows(model: NEO, document: Document, rows: int, row_length: int) -> Batch:
+def assumed_rows(model: NEO, document: Document, rows: int, seq_len: int) -> Batch:
     """Rows full of equal documents, the last one of each row cut to text of what is left.
 
     Args:
         model: whose patches they are; on any device.
         document: what each document is.
         rows: B.
-        row_length: L.
+        seq_len: L.
 
     Returns:
         A batch whose patches lie on the meta device: shapes without values.
@@ -45,12 +45,12 @@ def assumed_rows(model: NEO, document: Document, rows: int, row_length: int) -> 
     Raises:
         ValueError: if a document is longer than a row or empty.
     """
-    if not 1 <= document.length <= row_length:
+    if not 1 <= document.length <= seq_len:
         raise ValueError(
             f"a document of {document.visual} visual and {document.text} other tokens does not fit a row of "
-            f"{row_length}; give fewer, or a longer data.row_length"
+            f"{seq_len}; give fewer, or a longer data.seq_len"
         )
-    count, left = divmod(row_length, document.length)
+    count, left = divmod(seq_len, document.length)
     frame = bool(document.visual)
     learnt = round(document.learnt * document.text)
     image = [NO_IMAGE] * frame + [0] * document.visual + [NO_IMAGE] * (frame + document.text)
@@ -72,7 +72,7 @@ def assumed_rows(model: NEO, document: Document, rows: int, row_length: int) -> 
     ids = torch.where(words & (ends != NO_IMAGE), spec.image_end_id, ids)
     return Batch(
         token_ids=ids,
-        positions=torch.zeros(rows, row_length, 3, dtype=torch.int64),
+        positions=torch.zeros(rows, seq_len, 3, dtype=torch.int64),
         document_ids=documents,
         image_ids=images,
         labels=labels,

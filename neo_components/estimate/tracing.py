@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neo_components.components.backends import Attend, EagerAttention
-from neo_components.components.experts import SparseFeedForward
+from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets
 from neo_components.components.masks import LayerRule
-from neo_components.components.spans import Bucket, SpanAttention, make_buckets
+from neo_components.components.moe import SparseFeedForward
 
 
 @dataclass(frozen=True)

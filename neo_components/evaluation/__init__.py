@@ -2,9 +2,9 @@
 
 from neo_components.evaluation.metrics import ExactMatch, exact_match
 from neo_components.evaluation.questions import Question, questions_from_shards, shuffle_images, without_images
-from neo_components.evaluation.runner import Answer, Report, evaluate, stop_token_ids
+from neo_components.evaluation.runner import Answer, Report, evaluate
 
 __all__ = [
     "Answer", "ExactMatch", "Question", "Report", "evaluate", "exact_match", "questions_from_shards", "shuffle_images",
-    "stop_token_ids", "without_images",
+    "without_images",
 ]  # fmt: skip

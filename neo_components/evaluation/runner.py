@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from neo_components.data.conversation import encode_prompt
-from neo_components.data.images import load_image
+from neo_components.data.image.images import load_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
-from neo_components.data.templates import template_of
+from neo_components.data.text.conversation import encode_prompt
+from neo_components.data.text.templates import stop_token_ids
 from neo_components.evaluation.metrics import OVERALL, ExactMatch, exact_match
 from neo_components.evaluation.questions import Question, shuffle_images
-from neo_components.progress import progress as show_progress
+from neo_components.storage.progress import progress as show_progress
 from neo_components.types import InputSpec, Sample
 
 if TYPE_CHECKING:
@@ -136,13 +136,6 @@ def evaluate(
     return _report(questions, answers, metric)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of text, and what its chat template ends an answer with
-    (``<|im_end|>`` in ChatML), as far as they are tokens of it."""
-    end: Any = tokenizer.convert_tokens_to_ids(template_of(tokenizer).end.strip())
-    return sorted({tokenizer.eos_token_id, end} - {None, tokenizer.unk_token_id})
-
-
 def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:
     questions = list(samples)
     if batch_size < 1:
@@ -176,7 +169,7 @@ class _Encoder:
         images = [] if question.image is None else [self._image(question)]
         visual_tokens = [image[0].numel() // self.spec.factor**2 for image in images]
         turns = [{"from": "human", "value": question.prompt}]
-        token_ids = encode_prompt(turns, self.tokenizer, visual_tokens, image_ids=self.spec.image_ids)
+        token_ids = encode_prompt(turns, self.tokenizer, visual_tokens, image_ids=self.spec.image_special_token_ids)
         return Sample(token_ids, images=images, key=question.key)
 
     def _image(self, question: Question) -> Tensor:

@@ -12,13 +12,13 @@ from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.inspection.shape import empty_model
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe
+from neo_components.recipe.stage import StageConfig
+from neo_components.training.activation_checkpointing import blocks_of, settle
 from neo_components.training.lora import check_targets, choose_trained
 from neo_components.training.optimizers import hidden_matrices
-from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
-from neo_components.training.recompute import blocks_of, settle
-from neo_components.training.stage import StageConfig
+from neo_components.training.placement import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.trainer import check_strategy
 
 
@@ -104,7 +104,7 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     plan = plan_of(recipe, assumed.strategy, assumed.devices)
     setting = setting_of(recipe, plan)
     document, told = document_of(recipe, model, assumed)
-    batch = assumed_rows(model, document, recipe.data["rows"], recipe.data["row_length"])
+    batch = assumed_rows(model, document, recipe.data["micro_batch_size"], recipe.data["seq_len"])
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"
@@ -121,7 +121,8 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     used = sum(part.model + part.again for part in flops.values())
     hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
     assumptions = told | {
-        "rows": f"{recipe.data['rows']} of {recipe.data['row_length']} tokens on a device, {batches} batches a step",
+        "micro-batch": f"{recipe.data['micro_batch_size']} packed sequences of {recipe.data['seq_len']} tokens on a device, "
+        f"{batches} micro-batches a step",
         "strategy": f"{plan.strategy}, {plan.devices} devices",
         "precision": str(recipe.trainer.get("precision") or "32-true"),
         "device": setting.device,
@@ -184,7 +185,7 @@ def _warnings(report: Report) -> list[str]:
     need, have = report.peak, report.device_memory
     if have is None:
         return []
-    ways = "lower data.rows or data.row_length, raise stage.recompute, or divide the weights (fsdp2) over more devices"
+    ways = "lower data.micro_batch_size or data.seq_len, raise stage.recompute, or shard the weights (fsdp2) over more devices"
     if need > have:
         return [f"will not fit: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB; {ways}"]
     if need > 0.9 * have:
@@ -207,7 +208,7 @@ def _times(one: Flops, times: int) -> Flops:
 def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document, dict[str, str]]:
     """What each document is taken to be, and that in words."""
     data, spec = recipe.data, model.input_spec
-    longest = min(data["row_length"], data["max_length"] or data["row_length"])
+    longest = min(data["seq_len"], data["max_length"] or data["seq_len"])
     visual = assumed.visual
     how = "given"
     if visual is None:

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neo_components.checkpoint import layout_of, parts_from_own, parts_from_released
 from neo_components.components.bridge import Bridge
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.deferred import unfilled
-from neo_components.hub import resolve
 from neo_components.llms.known import KNOWN
-from neo_components.model import NEO
+from neo_components.model.layouts import layout_of, parts_from_own, parts_from_released
+from neo_components.model.neo import NEO
 from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, Rope, load_recipe
 from neo_components.recipe.building import config_of, counting_of, llm_arguments, new_parts
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
-from neo_components.weights import as_dtype, read_config
+from neo_components.storage.deferred import unfilled
+from neo_components.storage.hub import resolve
+from neo_components.storage.weights import as_dtype, read_config
 
 
 def empty_model(recipe: Recipe, overrides: Sequence[str] = ()) -> tuple[NEO, list[str]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neo_components.llms.family import Family, Group, Sizes
-from neo_components.weights import TensorFiles
+from neo_components.storage.weights import TensorFiles
 
 
 class FamilyFiles:

@@ -16,7 +16,7 @@ def sizes(config: Config) -> Sizes:
     require(config, {"hidden_act": ("silu",)})
     turning = _turning(config)
     found = block_sizes(config) | biases(config)
-    found |= {"qk_norm": "none", "unturned_layers": [number for number, turns in enumerate(turning) if not turns]}
+    found |= {"qk_norm": "none", "nope_layers": [number for number, turns in enumerate(turning) if not turns]}
     return found | rope_sizes(config, found, default_base=2e6) | _window(config, turning)
 
 

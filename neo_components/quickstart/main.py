@@ -9,19 +9,19 @@ from typing import Any
 import torch
 import typer
 
-from neo_components.assets import export_pre_buffer, provenance_of
-from neo_components.chat import Chat
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data import load_tokenizer
 from neo_components.evaluation import Question, Report, evaluate, questions_from_shards, without_images
+from neo_components.model.attach import export_pre_buffer, provenance_of
+from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
 from neo_components.quickstart.report import ask_more, draw_pictures, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
+from neo_components.training.callbacks.perplexity import language_model_alone
 from neo_components.training.run import train
-from neo_components.training.text import language_model_alone
 
 STAGES = ("pretrain", "midtrain", "sft")
 VALIDATION_IMAGES = 400

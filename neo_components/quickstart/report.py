@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from neo_components.chat import Chat
 from neo_components.components.masks import dense_mask
+from neo_components.data.packing import pack
 from neo_components.evaluation import Question, Report
-from neo_components.packing import pack
+from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import KINDS
 from neo_components.quickstart.findings import Findings
 from neo_components.quickstart.versions import versions
+from neo_components.storage.weights import read_json, write_text
 from neo_components.types import NO_IMAGE, Sample
 from neo_components.viewers import draw_answers, draw_attention, draw_curves, draw_mask
-from neo_components.weights import read_json, write_text
 
 COLUMNS = ("overall", *KINDS)
 PUBLISHED = 0.938

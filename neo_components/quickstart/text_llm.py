@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neo_components.data.conversation import ROLES, TURN_END, TURN_START
-from neo_components.data.templates import CHATML
-from neo_components.progress import progress
+from neo_components.data.text.conversation import ROLES, TURN_END, TURN_START
+from neo_components.data.text.templates import CHATML
+from neo_components.storage.progress import progress
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:

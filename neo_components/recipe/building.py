@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from neo_components.assets import attach
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.deferred import new_weights
-from neo_components.hub import resolve
 from neo_components.llms import arguments_of, family_of
-from neo_components.model import NEO
+from neo_components.model.attach import attach
+from neo_components.model.neo import NEO
 from neo_components.recipe.load import complete
 from neo_components.recipe.schema import Checkpoint, Compose, ModelRecipe, PreBufferAsset, PretrainedLLM, Rope
-from neo_components.weights import as_dtype, read_config
+from neo_components.storage.deferred import new_weights
+from neo_components.storage.hub import resolve
+from neo_components.storage.weights import as_dtype, read_config
 
 BLOCKS = (
     "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",

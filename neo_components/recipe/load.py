@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from neo_components.components.post_llm import PostLLM
 from neo_components.recipe.combinations import check_combinations
 from neo_components.recipe.faults import Fault, RecipeError
+from neo_components.recipe.files import file_layers, lay, resolve
 from neo_components.recipe.hints import default_of
-from neo_components.recipe.layers import file_layers, lay, resolve
 from neo_components.recipe.reader import Reader
 from neo_components.recipe.schema import (
     Compose,
@@ -27,7 +27,7 @@ from neo_components.recipe.schema import (
 from neo_components.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
-    from neo_components.training.stage import StageConfig
+    from neo_components.recipe.stage import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)

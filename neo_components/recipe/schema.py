@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args,
 
 import lightning
 
-from neo_components.assets import BRIDGES
 from neo_components.components.backends import BACKENDS
 from neo_components.components.masks import MASK_RULES
 from neo_components.components.patch_embedding import POSITIONS, PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.rotary import ROPE_VARIANTS
-from neo_components.model import TEXT
+from neo_components.model.attach import BRIDGES
+from neo_components.model.neo import TEXT
 from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
-from neo_components.weights import DTYPES
+from neo_components.storage.weights import DTYPES
 
 FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
@@ -191,7 +191,7 @@ TRAINER_OWNED = {
 def schema() -> Any:
     """The dataclass of a whole recipe file. Built when first asked for, as sections lie in modules beside this one."""
     from neo_components.data.module import NEODataModule
-    from neo_components.training.stage import StageConfig
+    from neo_components.recipe.stage import StageConfig
 
     owned = {"seed": "the seed of the whole recipe is used"}
     data = arguments("DataRecipe", NEODataModule, omit=owned, namespace={"owned": owned})

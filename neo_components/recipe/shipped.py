@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import neo_components
-from neo_components.recipe.layers import file_layers
+from neo_components.recipe.files import file_layers
 
 PACKAGE = Path(neo_components.__file__).parent
 

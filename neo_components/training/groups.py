@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 
 
 def train_only(model: NEO, names: Sequence[str], adapters: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
+from neo_components.recipe.stage import LoRA, StageConfig
 from neo_components.training.groups import train_only
-from neo_components.training.stage import LoRA, StageConfig
 
 ADAPTER = "default"
 """peft's name of the only adapter."""

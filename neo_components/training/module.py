@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
+from neo_components.recipe.stage import StageConfig
+from neo_components.training.activation_checkpointing import blocks_of
+from neo_components.training.callbacks.loggers import log_once
+from neo_components.training.callbacks.loss_parts import LossParts
 from neo_components.training.fsdp2.tensors import gradient_norms
-from neo_components.training.loggers import log_once
 from neo_components.training.lora import choose_trained, lora_parameters
-from neo_components.training.loss_parts import LossParts
 from neo_components.training.optimizers import build_optimizer
-from neo_components.training.recompute import blocks_of
-from neo_components.training.stage import StageConfig
 from neo_components.types import IGNORED, Batch
 
 log = logging.getLogger(__name__)

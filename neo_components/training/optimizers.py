@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
+from neo_components.recipe.stage import StageConfig
 from neo_components.training.lora import lora_parameters
-from neo_components.training.stage import StageConfig
 
 
 def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:

@@ -18,19 +18,19 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import neo_components
 from neo_components.data.module import NEODataModule
-from neo_components.model import NEO
+from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe
 from neo_components.recipe.schema import PretrainedLLM
-from neo_components.training.callbacks import History
-from neo_components.training.drift import Drift
+from neo_components.storage.weights import read_json, write_text
+from neo_components.training.callbacks.drift import Drift
+from neo_components.training.callbacks.performance import Performance
+from neo_components.training.callbacks.perplexity import TextBefore
+from neo_components.training.callbacks.progress import History
+from neo_components.training.callbacks.summary import Summary
 from neo_components.training.fsdp2.strategy import NAME, save_divided
 from neo_components.training.lora import merge_lora
-from neo_components.training.performance import Performance
 from neo_components.training.start import checkpoint_of, refuse_changes, start, whiten
-from neo_components.training.summary import Summary
-from neo_components.training.text import TextBefore
 from neo_components.training.trainer import build_trainer, predictions_of, strategy_of
-from neo_components.weights import read_json, write_text
 
 PROVENANCE = "provenance.json"
 

@@ -9,19 +9,19 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from neo_components.chat import Chat
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
-from neo_components.deferred import Deferred
-from neo_components.model import NEO
+from neo_components.model.chat import Chat
+from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe, build, load_recipe
+from neo_components.recipe.stage import StageConfig
+from neo_components.storage.deferred import Deferred
+from neo_components.training.activation_checkpointing import blocks_of, settle
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
 from neo_components.training.fsdp2.checkpoints import is_sharded
 from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_undividable
 from neo_components.training.module import NEOTraining
-from neo_components.training.plan import accumulates, device_memory, plan_of, setting_of
-from neo_components.training.recompute import blocks_of, settle
-from neo_components.training.stage import StageConfig
+from neo_components.training.placement import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.trainer import strategy_of
 
 log = logging.getLogger(__name__)

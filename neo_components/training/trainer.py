@@ -11,17 +11,17 @@ import lightning
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from neo_components.chat import Chat
-from neo_components.data.shard_folder import ShardFolder
+from neo_components.data.shards.folder import ShardFolder
 from neo_components.evaluation import questions_from_shards
+from neo_components.model.chat import Chat
 from neo_components.recipe import Recipe
-from neo_components.training.callbacks import LineProgress, Predictions, averaging
+from neo_components.training.callbacks.loggers import run_loggers
+from neo_components.training.callbacks.progress import LineProgress, Predictions, averaging
+from neo_components.training.callbacks.rng_state import RandomStates
+from neo_components.training.callbacks.signals import SaveOnSignal, slurm_environment
 from neo_components.training.checkpoints import WholeFiles
 from neo_components.training.fsdp2.average import ShardedAverage
 from neo_components.training.fsdp2.strategy import NAME, Sharded, policy_of, refuse_undividable
-from neo_components.training.loggers import run_loggers
-from neo_components.training.random_states import RandomStates
-from neo_components.training.signals import SaveOnSignal, slurm_environment
 
 
 def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neo_components.data.images import IMAGE_MEAN, IMAGE_STD, ImageSource, open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageSource, open_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,14 +19,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from neo_components.chat import Chat
-from neo_components.deferred import Deferred, Source
-from neo_components.model import NEO
+from neo_components.model.chat import Chat
+from neo_components.model.neo import NEO
+from neo_components.recipe.stage import StageConfig
+from neo_components.storage.deferred import Deferred, Source
+from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
 from neo_components.training.fsdp2.tensors import local_of, rows_of, whole
 from neo_components.training.module import NEOTraining
-from neo_components.training.stage import StageConfig
-from neo_components.weight_writer import WeightWriter
 
 NAME = "fsdp2"
 """What a recipe calls it: ``trainer.strategy: fsdp2``."""

@@ -1,0 +1,149 @@
+"""What each token of a padded batch is: its document, its image and its position; it grows with a cache.
+
+transformers hands over rows [B, L] with padding and counts one position per token. Here every row is one document, and
+the positions come from the model's own index rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from neo_components.data.packing import number_visual_tokens
+from neo_components.types import NO_IMAGE, PADDING, InputSpec
+
+AHEAD = 128
+"""Positions of text that are computed ahead, so that the rule does not run for every new token."""
+
+
+@dataclass
+class Rows:
+    """The S tokens that are known so far.
+
+    Args:
+        spec: of the model.
+        document_ids: [B, S] int64, 0 or ``-1`` for padding.
+        image_ids: [B, S] int64, counted in each row.
+        grids: (rows, columns) of visual tokens of each image of each row.
+    """
+
+    spec: InputSpec
+    document_ids: Tensor
+    image_ids: Tensor
+    grids: list[list[tuple[int, int]]]
+    _known: Tensor | None = field(default=None, repr=False)
+
+    @staticmethod
+    def none(spec: InputSpec, count: int) -> Rows:
+        """``count`` rows without a token yet."""
+        empty = torch.zeros(count, 0, dtype=torch.int64)
+        return Rows(spec, empty, empty, [[] for _ in range(count)])
+
+    def cut(self, length: int) -> Rows:
+        """Only the first tokens: a cache may have been cropped."""
+        if length > self.image_ids.shape[1]:
+            raise ValueError(f"the cache holds {length} tokens, of which this model read {self.image_ids.shape[1]}")
+        if length == self.image_ids.shape[1]:
+            return self
+        images = self.image_ids[:, :length]
+        left = [grids[: int(row.max()) + 1] for grids, row in zip(self.grids, images, strict=True)] if length else []
+        return Rows(self.spec, self.document_ids[:, :length], images, left or [[] for _ in self.grids])
+
+    def extend(self, token_ids: Tensor, attention_mask: Tensor | None, sizes: Sequence[tuple[int, int]]) -> Rows:
+        """The rows with further tokens.
+
+        Args:
+            token_ids: [B, L] int64.
+            attention_mask: [B, S + L], 0 for padding, of all tokens including those known; ``None``: no new padding.
+            sizes: (rows, columns) of visual tokens of the new images, row by row.
+
+        Raises:
+            ValueError: if mask or images do not fit the tokens, or an id is out of range.
+        """
+        count, length = token_ids.shape
+        known = self.image_ids.shape[1]
+        if count != len(self.grids):
+            raise ValueError(f"the cache holds {len(self.grids)} rows, the new tokens are of {count}")
+        document_ids = self._documents(token_ids, attention_mask)
+        decoding = known > 0 and length == 1 and not sizes
+        # A single new token is text, as in NEO.generate; to look at it would wait for the device.
+        new, grids = (None, self.grids) if decoding else self._images(token_ids, document_ids[:, known:], sizes)
+        if new is None:
+            new = torch.full_like(token_ids, NO_IMAGE)
+        image_ids = torch.cat([self.image_ids.to(new.device), new], dim=1)
+        rows = Rows(self.spec, document_ids, image_ids, grids)
+        rows._known = self._known if decoding else None
+        return rows
+
+    def _documents(self, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """[B, S + L] document ids."""
+        total = (token_ids.shape[0], self.document_ids.shape[1] + token_ids.shape[1])
+        if attention_mask is None:
+            before = self.document_ids.to(token_ids.device)
+            return torch.cat([before, torch.zeros_like(token_ids)], dim=1)
+        if attention_mask.shape != total:
+            raise ValueError(
+                f"attention_mask must be {list(total)}, one value for each token in the cache and in input_ids, "
+                f"got {list(attention_mask.shape)}"
+            )
+        return torch.where(attention_mask.to(token_ids.device).bool(), 0, PADDING)
+
+    def _images(
+        self, token_ids: Tensor, document_ids: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+        """Image ids of the new tokens, and all grids with those of the new images."""
+        ids, real = token_ids.cpu(), document_ids.cpu() != PADDING
+        self._check_ids(ids[real])
+        image_ids, grids, left = torch.full_like(ids, NO_IMAGE), [], list(sizes)
+        for row, before in enumerate(self.grids):
+            wanted = int((ids[row][real[row]] == self.spec.image_token_id).sum())
+            own: list[tuple[int, int]] = []
+            while left and sum(r * c for r, c in own) < wanted:
+                own.append(left.pop(0))
+            if row + 1 == len(self.grids):
+                own += left  # too many images: the count below says so
+            counts = [r * c for r, c in own]
+            numbers = number_visual_tokens(ids[row][real[row]], self.spec.image_token_id, counts, f"row {row}")
+            image_ids[row, real[row]] = torch.where(numbers == NO_IMAGE, NO_IMAGE, numbers + len(before))
+            grids.append([*before, *own])
+        return image_ids.to(token_ids.device), grids
+
+    def _check_ids(self, ids: Tensor) -> None:
+        known = (ids >= 0) & (ids < self.spec.vocab_size) | torch.isin(
+            ids, torch.tensor(self.spec.image_special_token_ids)
+        )
+        if not known.all():
+            raise ValueError(
+                f"token id {int(ids[~known][0])} is out of range; the vocabulary has {self.spec.vocab_size} tokens and "
+                f"the image tokens are {self.spec.image_special_token_ids}"
+            )
+
+    def positions(self, count: int) -> Tensor:
+        """[B, count, 3]: T, H and W of the last ``count`` tokens; 0 for padding."""
+        total = self.image_ids.shape[1]
+        if self._known is None or self._known.shape[1] < total:
+            self._known = self._all_positions(AHEAD).to(self.image_ids.device)
+        return self._known[:, total - count : total]
+
+    def lengths(self) -> list[int]:
+        """T positions of each row, by which some language models choose their frequencies."""
+        total = self.image_ids.shape[1]
+        if not total:
+            return [0] * len(self.grids)
+        return [math.ceil(last) + 1 for last in self.positions(total)[..., 0].amax(1).tolist()]
+
+    def _all_positions(self, ahead: int) -> Tensor:
+        """[B, S + ahead, 3], as if text followed."""
+        images, real = self.image_ids.cpu(), self.document_ids.cpu() != PADDING
+        text = torch.full((ahead,), NO_IMAGE)
+        placed = []
+        for row, grids in enumerate(self.grids):
+            positions = self.spec.index_rule(torch.cat([images[row][real[row]], text]), grids)
+            whole = positions.new_zeros(images.shape[1] + ahead, 3)
+            whole[torch.cat([real[row], torch.ones(ahead, dtype=torch.bool)])] = positions
+            placed.append(whole)
+        return torch.stack(placed)

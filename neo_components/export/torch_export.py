@@ -1,0 +1,251 @@
+"""A pre-Buffer as programs of ``torch.export``, for projects that know nothing of this library and load torch alone.
+
+``images.pt2`` is the vision tower: one picture in, one vector for each visual token out. ``inputs.pt2`` makes what a
+plain causal language model takes in place of token ids: ``inputs_embeds``, with the positions and the mask that belong
+to them. Sizes of pictures and lengths of texts are dynamic; the mask rule is computed inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neo_components.components.masks import dense_mask
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.rotary import native_positions, sequential_positions
+from neo_components.data.packing import cut_patches
+from neo_components.model.neo import NEO
+from neo_components.storage.weights import write_text
+from neo_components.types import NO_IMAGE
+
+FORMAT_VERSION = 1
+IMAGES, INPUTS = "images.pt2", "inputs.pt2"
+
+
+def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None = None) -> Path:
+    """Writes ``images.pt2``, ``inputs.pt2``, program.json and a README.md.
+
+    Args:
+        model: any model whose pre-Buffer has native or plain positions and no frequencies that depend on length.
+        folder: made if absent.
+        image: normalisation and pixel limits to tell in program.json.
+
+    Raises:
+        ValueError: if a part of the model cannot be put into a program.
+    """
+    _check(model.pre_buffer)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    training = model.training
+    model.eval()
+    try:
+        torch.export.save(_image_program(model.pre_buffer), folder / IMAGES)
+        torch.export.save(_input_program(model), folder / INPUTS)
+    finally:
+        model.train(training)
+    told = _told(model, image or {})
+    write_text(folder / "program.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", _card(told))
+    return folder
+
+
+def _check(pre: PreBuffer) -> None:
+    if pre.rotary.index_rule not in (native_positions, sequential_positions):
+        raise ValueError(
+            f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
+        )
+    if any(rotary.looks_at_length for rotary in pre.rotaries):
+        raise ValueError("a pre-Buffer whose frequencies depend on a text's length cannot be put into a program")
+    if pre.hparams.num_experts is not None:
+        raise ValueError(
+            "a pre-Buffer with sparse experts routes by its input, which a program cannot; use a dense one"
+        )
+
+
+class _Dense:
+    """Attention under a mask [B, L, L], in operations that ``torch.export`` can write down."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask[:, None]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        heads = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(heads, dim=2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
+
+
+def _run(pre: PreBuffer, x: Tensor, positions: Tensor, documents: Tensor, images: Tensor) -> Tensor:
+    """The pre-Buffer under dense masks; arguments as in ``PreBuffer.forward``."""
+    masks = {rule: _Dense(dense_mask(documents, images, *rule)) for rule in set(pre.layer_rules)}
+    return pre.run(x, positions, documents, images, [masks[rule] for rule in pre.layer_rules])
+
+
+class ImageProgram(nn.Module):
+    """A picture alone, between its two boundary vectors, through patch embedding and pre-Buffer."""
+
+    def __init__(self, pre: PreBuffer) -> None:
+        super().__init__()
+        self.pre = pre
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[C, H, W] normalised pixels, H and W multiples of fold * patch_size, at least two of it -> [h, w, D], one
+        vector for each visual token; its mean is one vector for the picture."""
+        embedding = self.pre.patch_embedding
+        assert embedding is not None
+        patch, fold = embedding.hparams.patch_size, embedding.hparams.fold
+        rows, columns = image.shape[1] // (patch * fold), image.shape[2] // (patch * fold)
+        tokens = embedding(cut_patches(image, patch, fold), _places(rows, columns, fold, image.device))
+        count = rows * columns
+        x = torch.cat([self.pre.boundary[:1], tokens, self.pre.boundary[1:]])[None]
+        place = torch.arange(count + 2, device=image.device)
+        visual = (place > 0) & (place <= count)
+        inside = (place - 1).clamp(min=0, max=count - 1)
+        if self.pre.rotary.index_rule is native_positions:
+            time = torch.where(place > count, 2, (place > 0).long())
+            where = torch.stack([time, inside // columns * visual, inside % columns * visual], dim=-1)
+        else:
+            where = place[:, None].expand(-1, 3)
+        images = torch.where(visual, 0, NO_IMAGE)
+        out = _run(self.pre, x, where[None], torch.zeros_like(images)[None], images[None])
+        return out[0, 1:-1].unflatten(0, (rows, columns))
+
+
+def _places(rows: int, columns: int, fold: int, device: torch.device) -> Tensor:
+    """Row and column [P, 2] of a picture's patches, as ``packing.patch_places`` orders them."""
+    down, right = torch.arange(rows * fold, device=device), torch.arange(columns * fold, device=device)
+    grid = torch.stack([down[:, None].expand(-1, columns * fold), right[None].expand(rows * fold, -1)], dim=-1)
+    return grid.reshape(rows, fold, columns, fold, 2).permute(0, 2, 1, 3, 4).reshape(rows * fold * columns * fold, 2)
+
+
+class InputProgram(nn.Module):
+    """All of a model before its language model, for one text with pictures."""
+
+    def __init__(self, model: NEO) -> None:
+        super().__init__()
+        self.pre, self.bridge_in, self.bridge_out = model.pre_buffer, model.bridge_in, model.bridge_out
+        h = model.post_llm.hparams
+        self.ids = (h.image_token_id, h.image_start_id, h.image_end_id)
+        self.text, self.rule = model.text, h.attention
+        self.native = model.pre_buffer.rotary.index_rule is native_positions
+
+    def forward(
+        self, token_ids: Tensor, word_embeds: Tensor, patches: Tensor, patch_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the language model takes.
+
+        Args:
+            token_ids: [1, L]; a run of the image token for each picture.
+            word_embeds: [1, L, D] of the language model's own embedding; anything at the places of pictures.
+            patches: [P, C * patch_size**2] of all pictures, two visual tokens or more.
+            patch_positions: [P, 2] rows and columns.
+
+        Returns:
+            ``inputs_embeds`` [1, L, D], ``position_ids`` [1, L], ``attention_mask`` [1, 1, L, L], true where seen.
+        """
+        embedding = self.pre.patch_embedding
+        assert embedding is not None
+        visual = token_ids == self.ids[0]
+        number = (visual.long().cumsum(1) - 1).clamp(min=0)
+        corner = patch_positions[:: embedding.group] // embedding.hparams.fold
+        where = corner[number] * visual[..., None]
+        previous = torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], dim=1)
+        first = visual & (~previous | (where == 0).all(-1))
+        images = torch.where(visual, first.long().cumsum(1) - 1, NO_IMAGE)
+        time = (~visual | first).long().cumsum(1) - 1
+        if self.native:
+            positions = torch.cat([time[..., None], where], dim=-1)
+        else:
+            time = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+            positions = time[..., None].expand(-1, -1, 3)
+        tokens = embedding(patches, patch_positions)
+        x = word_embeds if self.bridge_in is None else self.bridge_in(word_embeds)
+        if self.text == "bypass":
+            x = word_embeds.new_zeros(*token_ids.shape, self.pre.hparams.hidden_size)
+        for vector, boundary in zip(self.pre.boundary, self.ids[1:], strict=True):
+            x = torch.where((token_ids == boundary)[..., None], vector, x)
+        x = torch.where(visual[..., None], tokens[number], x)
+        documents = torch.zeros_like(token_ids) if self.text == "shared" else self._own(token_ids, images)
+        out = _run(self.pre, x, positions, documents, images)
+        out = out if self.bridge_out is None else self.bridge_out(out)
+        if self.text == "bypass":
+            of_image = visual | (token_ids == self.ids[1]) | (token_ids == self.ids[2])
+            out = torch.where(of_image[..., None], out, word_embeds)
+        return out, time, dense_mask(torch.zeros_like(token_ids), images, self.rule)[:, None]
+
+    def _own(self, token_ids: Tensor, images: Tensor) -> Tensor:
+        """[1, L]: each picture with its boundary tokens is a document of its own, and so is every word."""
+        none = torch.full_like(images[:, :1], NO_IMAGE)
+        own = torch.where(token_ids == self.ids[1], torch.cat([images[:, 1:], none], dim=1), images)
+        own = torch.where(token_ids == self.ids[2], torch.cat([none, images[:, :-1]], dim=1), own)
+        length = token_ids.shape[1]
+        return torch.where(own == NO_IMAGE, length + torch.arange(length, device=own.device)[None], own)
+
+
+def _image_program(pre: PreBuffer) -> Any:
+    assert pre.patch_embedding is not None
+    h = pre.patch_embedding.hparams
+    side = h.patch_size * h.fold
+    rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
+    example = torch.zeros(h.channels, 3 * side, 5 * side, dtype=pre.boundary.dtype)
+    return _export(ImageProgram(pre), (example,), ({1: side * rows, 2: side * columns},))
+
+
+def _input_program(model: NEO) -> Any:
+    h, width = model.patch_embedding.hparams, model.post_llm.hparams.hidden_size
+    group = h.fold**2
+    length, tokens = torch.export.Dim("length", min=3, max=2**20), torch.export.Dim("tokens", min=2, max=2**20)
+    ids = torch.full((1, 11), model.post_llm.hparams.image_token_id)
+    ids[0, :2], ids[0, 9:] = 1, 2
+    dtype = model.pre_buffer.boundary.dtype
+    example = (
+        ids, torch.zeros(1, 11, width, dtype=dtype), torch.zeros(7 * group, h.channels * h.patch_size**2, dtype=dtype),
+        torch.zeros(7 * group, 2, dtype=torch.int64),
+    )  # fmt: skip
+    return _export(InputProgram(model), example, ({1: length}, {1: length}, {0: group * tokens}, {0: group * tokens}))
+
+
+def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple[Any, ...]) -> Any:
+    """The program, on the example's device; its weights are copies of the module's."""
+    run: Callable[..., Any] = torch.export.export
+    with torch.no_grad():
+        return run(module.eval(), example, dynamic_shapes=dynamic, strict=False)
+
+
+def _told(model: NEO, image: dict[str, Any]) -> dict[str, Any]:
+    """program.json."""
+    spec, llm = model.input_spec, model.post_llm.hparams
+    return {
+        "library": "neo_components",
+        "kind": "programs",
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__.split("+")[0],
+        "dtype": str(model.pre_buffer.boundary.dtype).removeprefix("torch."),
+        "image_token_id": llm.image_token_id,
+        "image_start_id": llm.image_start_id,
+        "image_end_id": llm.image_end_id,
+        "patch_size": spec.patch_size,
+        "fold": spec.fold,
+        "channels": spec.channels,
+        "image_width": model.pre_buffer.hparams.hidden_size,
+        "language_model_width": llm.hidden_size,
+        "text": model.text,
+        "image": image,
+    }
+
+
+def _card(told: dict[str, Any]) -> str:
+    side = told["patch_size"] * told["fold"]
+    return (
+        "---\nlibrary_name: pytorch\n---\n# Programs of a native vision-language model's pre-Buffer\n\n"
+        f"Load them by `torch.export.load(NAME).module()`. `{IMAGES}`: [{told['channels']}, H, W] normalised pixels, "
+        f"multiples of {side}, to [H / {side}, W / {side}, {told['image_width']}]. `{INPUTS}`: token ids, word "
+        "embeddings, patches and their places to inputs_embeds, position_ids and attention_mask of a causal language "
+        "model.\n"
+    )

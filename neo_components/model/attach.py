@@ -1,0 +1,226 @@
+"""The pre-Buffer asset: take it out of a trained model, attach it to another language model.
+
+Between two language models stand two bridges, one for word embeddings coming in and one for the output going on. Both
+are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is only the
+second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neo_components.components.bridge import Bridge
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
+from neo_components.data.packing import pack
+from neo_components.model.neo import NEO, TEXT
+from neo_components.model.vocabulary import token_strings
+from neo_components.storage.deferred import filled
+from neo_components.storage.weights import read_json
+from neo_components.types import InputSpec, Sample
+
+BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
+WHERE = re.compile(r"(?<![\w.:/-])(/[\w.@+ -]+)*/([\w.@+-]+)")
+"""A local path from the root on, in the text of a recipe; its name is the second group."""
+TELLING = 0.1
+"""Share of variance that a bridge for words loses, from which on the other way for words is pointed out."""
+MIN_SHARED = 16
+"""Fewest shared tokens that a bridge is fitted from."""
+
+log = logging.getLogger(__name__)
+
+
+def export_pre_buffer(
+    model: NEO, folder: str | Path, tokenizer: str | Path, anchors: int = 4096, info: AssetInfo | None = None
+) -> Path:
+    """Writes a model's pre-Buffer, with patch embedding, boundary vectors and anchors, as a standalone folder.
+
+    Args:
+        model: a trained model.
+        folder: made if absent.
+        tokenizer: folder or hub id of the tokenizer of its language model.
+        anchors: most tokens in the anchor table; the first ids of a BPE vocabulary are the most used.
+        info: normalisation, provenance, licence and card to keep with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.
+        ValueError: if ``anchors`` is not positive.
+    """
+    if anchors < 1:
+        raise ValueError(
+            f"anchors must be positive, got {anchors}; {MIN_SHARED} shared ones are needed to fit a bridge"
+        )
+    strings = token_strings(tokenizer)
+    rows = [(text, row) for text, row in strings.items() if row < model.post_llm.hparams.vocab_size][:anchors]
+    if model.text == "shared" or model.bridge_out is None:
+        vectors = model.post_llm.embed(model.post_llm.word_ids([row for _, row in rows])).detach()
+        if model.bridge_in is not None:
+            vectors = model.bridge_in(vectors).detach()
+        model.pre_buffer.anchors = Anchors([text for text, _ in rows], vectors.float().cpu())
+    # Else no word of this language model has a vector on the pre-Buffer's side: the asset's own anchors stay.
+    model.pre_buffer.info = info or AssetInfo()
+    return model.pre_buffer.save_pretrained(folder)
+
+
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """What a model's folder tells of its training, its recipes among it, but not where things lay.
+
+    Args:
+        folder: of a trained model; without ``provenance.json`` the result is empty.
+    """
+    path = folder / "provenance.json"
+    told = read_json(path) if path.is_file() else {}
+    for stage in told.get("stages", []):
+        stage["data"] = [Path(name).name for name in stage.get("data", [])]
+        if "recipe" in stage:
+            stage["recipe"] = WHERE.sub(r"\2", stage["recipe"])
+    return told
+
+
+def attach(
+    pre_buffer: PreBuffer | str | Path,
+    llm: PostLLM | str | Path,
+    bridge: str = "auto",
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | str = "float32",
+    text: str = "shared",
+) -> NEO:
+    """Joins a pre-Buffer to a language model.
+
+    Args:
+        pre_buffer: an asset, or its folder or hub id. The module becomes part of the returned model.
+        llm: folder or hub id of a language model, or a ``PostLLM``.
+        bridge: ``identity`` (no bridges, equal widths), ``least_squares`` or ``orthogonal`` (fitted on shared tokens),
+            ``random``, or ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained
+            with, else least squares.
+        tokenizer: folder or hub id of the language model's tokenizer; by default where the model came from.
+        dtype: of the weights that are read from a folder or hub id; a module stays as it is.
+        text: ``shared``: words pass the pre-Buffer too, as in the paper; ``bypass``: they reach the language model
+            untouched, and only images pass it.
+
+    Returns:
+        A model ready for tuning. What each fitted bridge leaves unexplained is logged, and kept as its ``unexplained``.
+
+    Raises:
+        ValueError: if the two cannot be joined that way; the message says why and what to do.
+    """
+    for name, given, allowed in (("bridge", bridge, BRIDGES), ("text", text, TEXT)):
+        if given not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer, dtype=dtype)
+    if pre.patch_embedding is None:
+        raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
+    h = pre.hparams
+    if not isinstance(llm, PostLLM):
+        llm = PostLLM.from_pretrained(
+            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend, dtype=dtype
+        )
+    if pre.rotary.index_rule is not llm.rotary.index_rule:
+        raise ValueError(
+            f"the pre-Buffer was trained with rope {h.rope!r}, and this PostLLM has {llm.hparams.rope!r}, which counts "
+            "positions by another rule; give attach the language model's folder or hub id, which is then read with "
+            f"the pre-Buffer's rope, or build it with rope={h.rope!r}"
+        )
+    same_width = h.hidden_size == llm.hparams.hidden_size
+    if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
+        return NEO(pre.patch_embedding, pre, llm, text=text)
+    bridge_in = Bridge(llm.hparams.hidden_size, h.hidden_size) if text == "shared" else None
+    bridge_out = Bridge(h.hidden_size, llm.hparams.hidden_size)
+    if bridge != "random":
+        ours, theirs = shared_embeddings(pre, llm, tokenizer)
+        _fit(bridge_in, bridge_out, ours, theirs, bridge == "orthogonal")
+    # Fitted in full precision, then of the type of what they join.
+    for part in (bridge_in, bridge_out):
+        if part is not None:
+            part.to(llm.head_weight.dtype)
+    return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
+
+
+def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Tensor, orthogonal: bool) -> None:
+    """Fits the bridges and tells how well it went."""
+    told = []
+    for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
+        if bridge is not None:
+            left = bridge.fit_orthogonal(source, target) if orthogonal else bridge.fit(source, target)
+            told.append(f"{name} {left:.3f} (of tokens left out {bridge.unexplained_left_out:.3f})")
+    log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(told))
+    if bridge_in is not None and (bridge_in.unexplained or 0) > TELLING:
+        log.info("words reach the language model changed by as much; text='bypass' leads them around the pre-Buffer")
+
+
+def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:
+    """Whether the language model's word embeddings are the anchors, up to the rounding of their float16."""
+    if pre.anchors is None:
+        log.warning("the pre-Buffer has no anchors to compare; equal widths are taken as the same language model")
+        return True
+    ours, theirs = shared_embeddings(pre, llm, tokenizer)
+    return bool(torch.allclose(ours, theirs, rtol=2e-3, atol=1e-4))
+
+
+def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Word embeddings of the tokens that both sides know: [n, D of the pre-Buffer] and [n, D of the language model].
+
+    Raises:
+        ValueError: if the pre-Buffer has no anchors, the tokenizer is unknown, or too few tokens are shared.
+    """
+    way_out = "; use bridge='random' and train the bridges"
+    if pre.anchors is None:
+        raise ValueError(
+            "this pre-Buffer has no anchors (word embeddings to fit a bridge from): export it with its "
+            f"tokenizer{way_out}"
+        )
+    source = tokenizer or llm.hparams.source
+    if not source:
+        raise ValueError(f"the language model's tokenizer is not known: give tokenizer=folder_or_hub_id{way_out}")
+    strings = token_strings(source)
+    pairs = [(place, strings[text]) for place, text in enumerate(pre.anchors.tokens) if text in strings]
+    pairs = [(place, row) for place, row in pairs if row < llm.hparams.vocab_size]
+    if len(pairs) < MIN_SHARED:
+        raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
+    ours = pre.anchors.vectors[[place for place, _ in pairs]]
+    with filled(llm.word_embedding):
+        theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
+    return ours, theirs
+
+
+@torch.no_grad()
+def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
+    """A pre-Buffer as a vision tower: what it makes of pictures, each alone between its boundary vectors.
+
+    Args:
+        pre_buffer: with its patch embedding, as an asset has it.
+        images: [C, H, W] each, normalised (``data.load_image``), sides multiples of patch_size * fold.
+        pooled: give the mean over all visual tokens.
+
+    Returns:
+        For each picture [h, w, D], one vector for each visual token; [D] if pooled.
+
+    Raises:
+        ValueError: if there is no patch embedding, or a picture's shape does not fit.
+    """
+    embedding = pre_buffer.patch_embedding
+    if embedding is None:
+        raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
+    h = embedding.hparams
+    rule = pre_buffer.rotary.index_rule
+    spec = InputSpec(0, 1, 2, vocab_size=3, patch_size=h.patch_size, fold=h.fold, channels=h.channels, index_rule=rule)
+    found = []
+    for image in images:
+        rows, columns = image.shape[-2] // spec.factor, image.shape[-1] // spec.factor
+        sample = Sample(torch.tensor([1, *[0] * (rows * columns), 2]), None, [image.cpu()])
+        batch = pack([sample], spec).to(pre_buffer.boundary.device)
+        tokens = embedding(batch.patches, batch.patch_positions)
+        x = torch.cat([pre_buffer.boundary[:1], tokens, pre_buffer.boundary[1:]])[None]
+        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids)[0, 1:-1]
+        found.append(x.mean(0) if pooled else x.unflatten(0, (rows, columns)))
+    return found

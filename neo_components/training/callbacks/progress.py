@@ -1,0 +1,138 @@
+"""Callbacks of a training run: progress without a terminal, and answers to validation questions with pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+from neo_components.evaluation import Question, Report, evaluate
+from neo_components.model.chat import Chat
+from neo_components.storage.progress import progress
+from neo_components.viewers import draw_answers
+
+PICTURES = 8
+"""Questions shown as pictures at each validation."""
+
+
+class LineProgress(Callback):
+    """A plain line now and then, for logs and pipes where a progress bar would be noise; from the first process."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Opens the progress at the step that the run starts or resumes from."""
+        self.context = progress(self.title, int(trainer.max_steps))
+        self.bar = self.context.__enter__()
+        self.bar.advance(trainer.global_step)
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts a step and shows the loss."""
+        loss = trainer.callback_metrics.get("train/loss")
+        note = f"loss {float(loss):.3f}" if loss is not None else ""
+        self.bar.advance(trainer.global_step - self.bar.done, note)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Closes the progress."""
+        self.context.__exit__(None, None, None)
+
+
+def averaging(decay: float) -> Callback:
+    """Keeps an exponential average of the weights; validation, checkpoints and the trained model use it.
+
+    Args:
+        decay: share of the average that a step keeps, for example 0.999.
+    """
+    # The rotary tables are buffers that hold numbers of axes: copied, not averaged.
+    return EMAWeightAveraging(decay=decay, use_buffers=False)
+
+
+class History(Callback):
+    """Keeps (step, seconds since the start, training loss) of every step, and (step, values) of every validation."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, float, float]] = []
+        self.validations: list[tuple[int, dict[str, float]]] = []
+        self.began = time.monotonic()
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Adds a validation."""
+        found = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.validations.append((trainer.global_step, found))
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds a step."""
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            self.losses.append((trainer.global_step, time.monotonic() - self.began, float(loss)))
+
+
+class Predictions(Callback):
+    """Answers validation questions by free generation at every validation.
+
+    Logs ``val/exact_match``, and to TensorBoard the first eight pictures with question, answer and prediction.
+
+    Args:
+        questions: what is asked.
+        chat: the model in training, its tokenizer and image limits.
+        folder: where the pictures are written.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(self, questions: Sequence[Question], chat: Chat, folder: Path, max_new_tokens: int = 16) -> None:
+        self.questions, self.chat = list(questions), chat
+        self.folder, self.max_new_tokens = folder, max_new_tokens
+        self.scores: list[tuple[int, float, float]] = []
+        self.began = time.monotonic()
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Asks, scores and logs. Every rank does the same work, so that no rank waits for another."""
+        report = evaluate(
+            self.chat.model,
+            self.chat.tokenizer,
+            self.questions,
+            min_pixels=self.chat.min_pixels,
+            max_pixels=self.chat.max_pixels,
+            max_new_tokens=self.max_new_tokens,
+            progress=None,
+        )
+        score = report.accuracy["overall"]
+        module.log("val/exact_match", score, prog_bar=True, rank_zero_only=True)
+        self.scores.append((trainer.global_step, time.monotonic() - self.began, score))
+        if trainer.is_global_zero:
+            self._show(trainer, report)
+
+    def _show(self, trainer: lightning.Trainer, report: Report) -> None:
+        """Draws the first questions that have a picture."""
+        rows = [
+            (question.image, a.question, a.answers[0], a.prediction, a.right)
+            for question, a in zip(self.questions, report.predictions, strict=True)
+            if question.image is not None
+        ][:PICTURES]
+        if not rows:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = draw_answers(rows, self.folder / f"answers-{trainer.global_step:06d}.png")
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/answers", pixels, trainer.global_step, dataformats="HWC")

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from shard_builders import gigantic_png, png, truncated_png
 
-from neo_components.data import images, load_image, max_pixels_per_image, resampling, smart_resize
+from neo_components.data import load_image, max_pixels_per_image, smart_resize
+from neo_components.data.image import images, resampling
 from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
 from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize

@@ -16,7 +16,8 @@ import fsspec
 import pytest
 from shard_builders import keys, mixed_samples, module, take, write
 
-from neo_components.data import read_shards, remote
+from neo_components.data import read_shards
+from neo_components.data.shards import remote
 from neo_components.data.shards.folder import ShardFolder, ShardGoneError, open_folder
 from neo_components.data.shards.remote import RemoteError, RemoteFolder
 from neo_components.types import Batch

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
-from neo_components.data import llava_to_shards, read_shards, shard_index, write_shards
+from neo_components.data import llava_to_shards, read_shards, write_shards
+from neo_components.data.shards import index as shard_index
 from neo_components.data.shards.folder import ShardFolder, open_folder
 from neo_components.data.skip_counts import SampleError
 

@@ -121,8 +121,8 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     used = sum(part.model + part.again for part in flops.values())
     hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
     assumptions = told | {
-        "micro-batch": f"{recipe.data['micro_batch_size']} packed sequences of {recipe.data['seq_len']} tokens on a device, "
-        f"{batches} micro-batches a step",
+        "micro-batch": f"{recipe.data['micro_batch_size']} packed sequences of {recipe.data['seq_len']} tokens on a "
+        f"device, {batches} micro-batches a step",
         "strategy": f"{plan.strategy}, {plan.devices} devices",
         "precision": str(recipe.trainer.get("precision") or "32-true"),
         "device": setting.device,
@@ -185,7 +185,10 @@ def _warnings(report: Report) -> list[str]:
     need, have = report.peak, report.device_memory
     if have is None:
         return []
-    ways = "lower data.micro_batch_size or data.seq_len, raise stage.recompute, or shard the weights (fsdp2) over more devices"
+    ways = (
+        "lower data.micro_batch_size or data.seq_len, raise stage.recompute, or shard the weights (fsdp2) over "
+        "more devices"
+    )
     if need > have:
         return [f"will not fit: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB; {ways}"]
     if need > 0.9 * have:

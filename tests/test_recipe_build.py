@@ -12,11 +12,12 @@ from builders import random_sample, tiny_model
 from recipe_texts import MODEL, faults, written
 
 from neo_components import NEO, PostLLM, build, load_recipe, pack
-from neo_components.components.rotary import ROPE_VARIANTS
+from neo_components.components.ropes.one_dimensional import OneDimensional
 from neo_components.recipe import (
     Checkpoint,
     import_user_modules,
 )
+from neo_components.registry import ROPES
 
 
 def test_a_model_from_scratch_learns(tmp_path: Path) -> None:
@@ -128,8 +129,9 @@ def test_a_checkpoint_is_continued(tmp_path: Path) -> None:
 
 
 def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "from neo_components.components.rotary import register_rope, rope_variant\n"
-    written(tmp_path, module + "register_rope('mine')(lambda: rope_variant('1d'))\n", "own_package/own_rope.py")
+    module = "from neo_components.registry import ROPES\n\n"
+    module += "@ROPES.register('mine')\nclass Mine(ROPES['1d']):\n    pass\n"
+    written(tmp_path, module, "own_package/own_rope.py")
     path = written(tmp_path, MODEL + "  rope: mine\n")
     assert faults(path)[0][1].startswith("unknown rope 'mine'; nearest: ")
     monkeypatch.chdir(tmp_path)
@@ -137,10 +139,10 @@ def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         import_user_modules(["own_package.own_rope"])
         model = build(load_recipe(path).model)
-        assert model.post_llm.rotary.index_rule is ROPE_VARIANTS["1d"].index_rule
+        assert isinstance(model.post_llm.rotary.variant, OneDimensional)
         assert model.pre_buffer.hparams["rope"] == "mine"
     finally:
-        ROPE_VARIANTS.pop("mine", None)
+        ROPES.remove("mine")
 
 
 def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

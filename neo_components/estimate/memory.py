@@ -93,7 +93,7 @@ def step_memory(
     kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
     gradients = _bytes(trained, kept)
     states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
-    again = model.pre_buffer.recomputed, model.post_llm.recomputed
+    again = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     always = {
         "weights": _bytes(parameters, kept) // plan.shards,
         "optimiser states": states // plan.shards,
@@ -125,7 +125,7 @@ def _peak_of_backward(
     most = left + made + max(passing["logits of one chunk"], passing["autocast copies"])
     for stack, blocks in reversed(stacks):
         for number in reversed(range(len(blocks))):
-            again = number < stack.recomputed
+            again = number < stack.checkpointed_blocks
             inside = blocks[number].whole if again else 0
             most = max(most, left + made + inside + passing["working space"])
             left -= blocks[number].input if again else blocks[number].whole
@@ -161,7 +161,7 @@ def _autocast_copies(model: NEO, setting: Setting) -> int:
     if setting.autocast is None:
         return 0
     stacks = (model.pre_buffer, model.post_llm)
-    blocks = [block for stack in stacks for block in list(stack.layers)[: stack.recomputed]]
+    blocks = [block for stack in stacks for block in list(stack.layers)[: stack.checkpointed_blocks]]
     weights = [p for block in blocks for p in block.parameters() if p.requires_grad and p.ndim > 1]
     return sum(p.numel() for p in weights) * setting.autocast.itemsize
 

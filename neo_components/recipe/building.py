@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.llms import arguments_of, family_of

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.block_arguments import PARAMETERS as BLOCK
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import BLOCK, NativePrimitive
+from neo_components.components.primitive import NativePrimitive
 from neo_components.components.rotary import Rotary
 from neo_components.recipe.hints import default_of, hints_of
 from neo_components.recipe.reader import Reader
@@ -62,8 +63,9 @@ def _check_whitening(reader: Reader) -> None:
 
 def _check_blocks(reader: Reader) -> None:
     """Head counts and widths of new blocks, and the RoPE on them."""
-    rope = {name: default_of(PostLLM, name) for name in ("base_t", "base_h", "base_w")} | {"kind": Rope().kind}
-    rope |= {key: value for key, value in _good(reader, "model.rope").items() if value is not None}
+    rope = {name: default_of(PostLLM, name) for name in ("base_t", "base_h", "base_w")} | {"rope": Rope().kind}
+    rope |= {key: value for key, value in _good(reader, "model.rope").items() if value is not None and key != "kind"}
+    rope |= {"rope": _good(reader, "model.rope").get("kind", Rope().kind)}
     sizes: dict[str, Any] = {}
     for key in ("model.post_llm", "model.pre_buffer"):
         values = {name: value for name, value in _good(reader, key).items() if value is not None}

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args,
 import lightning
 
 from neo_components.components.backends import BACKENDS
-from neo_components.components.masks import MASK_RULES
-from neo_components.components.patch_embedding import POSITIONS, PatchEmbedding
+from neo_components.components.patch_embeddings.neo import POSITIONS, PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.rotary import ROPE_VARIANTS
-from neo_components.model.attach import BRIDGES
-from neo_components.model.neo import TEXT
+from neo_components.components.text_route import TEXT
 from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
+from neo_components.registry import BRIDGES, MASKS, ROPES
 from neo_components.storage.weights import DTYPES
 
 FROM = "from_pretrained"
@@ -110,7 +108,7 @@ class Rope:
         base_w: base of the W frequencies.
     """
 
-    kind: Annotated[str, Names("rope", ROPE_VARIANTS)] = default_of(PostLLM, "rope")
+    kind: Annotated[str, Names("rope", ROPES)] = default_of(PostLLM, "rope")
     base_t: float | None = None
     base_h: float = default_of(PostLLM, "base_h")
     base_w: float = default_of(PostLLM, "base_w")
@@ -118,9 +116,9 @@ class Rope:
     problems = staticmethod(sizes_in_range)
 
 
-Attention = Annotated[str, Names("attention", MASK_RULES)]
+Attention = Annotated[str, Names("attention", MASKS)]
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
-Bridge = Annotated[str, Names("bridge", BRIDGES)]
+Bridge = Annotated[str, Names("bridge", ("auto", *BRIDGES))]
 Text = Annotated[str, Names("text", TEXT)]
 Dtype = Annotated[str, Names("dtype", DTYPES)]
 

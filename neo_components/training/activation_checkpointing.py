@@ -11,8 +11,8 @@ import torch
 from neo_components.components.document_attention import FUSED
 from neo_components.components.stack import PrimitiveStack
 from neo_components.estimate.activations import Activations, kept_activations
+from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.memory import Plan, step_memory
-from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
@@ -56,12 +56,12 @@ def settle(
     budget = _budget(stage, device_memory)
     kept = [(batch, kept_activations(model, batch, setting)) for batch in worst_rows(model, data, setting.device)]
     stacks: list[PrimitiveStack] = [model.pre_buffer, model.post_llm]
-    before = [stack.recomputed for stack in stacks]
+    before = [stack.checkpointed_blocks for stack in stacks]
     need = 0
     try:
         for share in shares(*(len(stack.layers) for stack in stacks)):
             for stack in stacks:
-                stack.recomputed = blocks_of(share, len(stack.layers))
+                stack.checkpointed_blocks = blocks_of(share, len(stack.layers))
             need = max(
                 _need(stage, model, batch, setting, plan, activations, accumulates) for batch, activations in kept
             )
@@ -69,7 +69,7 @@ def settle(
                 return replace(stage, recompute=share, activation_gb=0.0)
     finally:
         for stack, count in zip(stacks, before, strict=True):
-            stack.recomputed = count
+            stack.checkpointed_blocks = count
     what = "stage.activation_gb" if stage.activation_gb else f"{ROOM:.0%} of the device's memory"
     raise ValueError(
         f"stage.recompute auto: with every block computed again {need / 1e9:.3g} GB are needed, and {what} is "
@@ -91,7 +91,7 @@ def _need(
     accumulates: bool,
 ) -> int:  # fmt: skip
     """Bytes of the activations; without a budget for them, of everything."""
-    again = model.pre_buffer.recomputed, model.post_llm.recomputed
+    again = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     if stage.activation_gb:
         return activations.total(*again) + activations.largest(*again)
     single = hidden_matrices(model) if stage.optimizer == "muon" else ()
@@ -120,6 +120,6 @@ def worst_rows(model: NEO, data: Mapping[str, Any], device: str) -> list[Batch]:
     batches = []
     for length in sorted(lengths):
         document = Document(length - 2, 0) if length > 2 else Document(0, length)
-        batch = assumed_rows(model, document, data["micro_batch_size"], data["seq_len"])
+        batch = assumed_batch(model, document, data["micro_batch_size"], data["seq_len"])
         batches.append(replace(batch, labels=torch.zeros_like(batch.labels), loss_weights=batch.loss_weights + 1))
     return batches

@@ -56,7 +56,7 @@ class NEOTraining(lightning.LightningModule):
             raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
         self.choose_trained()
         for stack in (model.pre_buffer, model.post_llm):
-            stack.recomputed = blocks_of(stage.recompute, len(stack.layers))
+            stack.checkpointed_blocks = blocks_of(stage.recompute, len(stack.layers))
             if stage.compile:
                 stack.compile_blocks()
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()

@@ -23,7 +23,7 @@ from torch import Tensor
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.packing import IMAGE_MEAN as IMAGE_MEAN
 from neo_components.data.packing import IMAGE_STD as IMAGE_STD
-from neo_components.data.packing import normalise
+from neo_components.data.packing import normalize
 from neo_components.data.skip_counts import SampleError
 
 MAX_ASPECT_RATIO = 200
@@ -216,7 +216,7 @@ def to_pixels(
         ImageError: if the pixels cannot be decoded.
     """
     raw = resize(decode(image, transparency, name), size)
-    return normalise(raw.flatten(1).float()).view(3, *size)
+    return normalize(raw.flatten(1).float()).view(3, *size)
 
 
 def load_image(

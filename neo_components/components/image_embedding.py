@@ -7,11 +7,12 @@ whatever it adds (a class token, row ends, queries). It is registered in ``PATCH
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from neo_components.components.component import Component
+from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
 from neo_components.types import ImageLayout, plain_layout
 
 
@@ -76,3 +77,15 @@ class ImageEmbedding(Component):
         """
         patches = int(image_grids.prod(-1).sum())
         return [Product.of(patches, layer) for layer in self.modules() if isinstance(layer, nn.Linear)]
+
+
+def embedding_config(embedding: ImageEmbedding) -> dict[str, Any]:
+    """A patch embedding's arguments as config.json holds them; NEO's own needs no ``kind``."""
+    name = PATCH_EMBEDDINGS.name_of(type(embedding))
+    return ({} if name == "neo" else {KIND: name}) | dict(embedding.hparams)
+
+
+def embedding_from(config: dict[str, Any]) -> ImageEmbedding:
+    """The inverse of :func:`embedding_config`."""
+    name, arguments = split({KIND: "neo"} | config)
+    return PATCH_EMBEDDINGS[name](**arguments)

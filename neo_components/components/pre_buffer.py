@@ -11,9 +11,10 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from neo_components.components.asset_info import Anchors, AssetInfo
 from neo_components.components.block_arguments import BlockArguments, flat_arguments
 from neo_components.components.image_embedding import ImageEmbedding
-from neo_components.components.pre_buffer_files import Anchors, AssetInfo, PreBufferFiles
+from neo_components.components.pre_buffer_files import PreBufferFiles
 from neo_components.components.stack import PrimitiveStack
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
 
+from neo_components.components.asset_info import Anchors, AssetInfo
 from neo_components.components.component import Component
-from neo_components.components.image_embedding import ImageEmbedding
-from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
+from neo_components.components.image_embedding import ImageEmbedding, embedding_config, embedding_from
 from neo_components.storage.asset_files import (
     ANCHORS,
     check_sizes,
@@ -25,36 +23,6 @@ from neo_components.storage.hub import resolve
 from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle
 
 FORMAT_VERSION = 1
-
-
-@dataclass
-class Anchors:
-    """Word embeddings of common tokens, for fitting a bridge to another language model.
-
-    Args:
-        tokens: the A tokens as they read, spaces written as spaces (``vocabulary.token_strings``).
-        vectors: [A, D] their word embeddings on the pre-Buffer's side.
-    """
-
-    tokens: list[str]
-    vectors: Tensor
-
-
-@dataclass
-class AssetInfo:
-    """What a saved pre-Buffer reports beside its weights.
-
-    Args:
-        image: normalization and pixel limits of the images that it was trained with.
-        provenance: recipe, data, steps, scores, library version: plain values.
-        license: license of the weights.
-        card: text of the model card; a short one is written if empty.
-    """
-
-    image: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    license: str = ""
-    card: str = ""
 
 
 class PreBufferFiles(Component):
@@ -148,18 +116,6 @@ class PreBufferFiles(Component):
             self.save_pretrained(folder)
             api.create_repo(repo, exist_ok=True, **options)
             api.upload_folder(repo_id=repo, folder_path=folder)
-
-
-def embedding_config(embedding: ImageEmbedding) -> dict[str, Any]:
-    """A patch embedding's arguments as config.json holds them; NEO's own needs no ``kind``."""
-    name = PATCH_EMBEDDINGS.name_of(type(embedding))
-    return ({} if name == "neo" else {KIND: name}) | dict(embedding.hparams)
-
-
-def embedding_from(config: dict[str, Any]) -> ImageEmbedding:
-    """The inverse of :func:`embedding_config`."""
-    name, arguments = split({KIND: "neo"} | config)
-    return PATCH_EMBEDDINGS[name](**arguments)
 
 
 def check_format(config: dict[str, Any], folder: Path) -> None:

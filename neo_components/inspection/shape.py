@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.pre_buffer_files import embedding_from
 from neo_components.components.text_route import TextRoute
 from neo_components.llms.known import KNOWN
 from neo_components.model.attach import AUTO

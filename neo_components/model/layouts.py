@@ -16,11 +16,12 @@ from torch import Tensor
 
 from neo_components.components.block_arguments import PARAMETERS
 from neo_components.components.bridge import bridge_config, bridge_from
+from neo_components.components.image_embedding import embedding_config, embedding_from
 from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.post_llm_files import image_token_ids
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.pre_buffer_files import FORMAT_VERSION, check_format, embedding_config, embedding_from
+from neo_components.components.pre_buffer_files import FORMAT_VERSION, check_format
 from neo_components.llms.family import require
 from neo_components.llms.qwen3 import sizes as qwen3_sizes
 from neo_components.model.parts import NEOParts

@@ -11,9 +11,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from neo_components.components.bridge import bridge_from
+from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.pre_buffer_files import embedding_from
 from neo_components.components.rotary import Rotary
 from neo_components.data.packing import patch_grid
 from neo_components.export.hf.caching import cached_attention

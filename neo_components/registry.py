@@ -69,8 +69,8 @@ class Registry(Mapping[str, Any]):
         if name not in self._parts:
             raise ArgumentError(
                 self.kind,
-                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}{nearest(name, self._parts)}; if it "
-                "is your own, import the module that registers it (neo ... --import MODULE)",
+                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}; if it is your own, import the "
+                f"module that registers it (neo ... --import MODULE){nearest(name, self._parts)}",
             )
         return self._parts[name]
 

@@ -28,11 +28,11 @@ import neo_components
 from neo_components import PostLLM
 from neo_components.cli.main import app
 from neo_components.data import read_shards, write_shards
-from neo_components.llms import FAMILIES
 from neo_components.model.neo import NEO
 from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
 from neo_components.recipe.stage import Group
+from neo_components.registry import LLM_FAMILIES
 from neo_components.storage.weights import save_tensors
 from neo_components.training.checkpoints import read_checkpoint
 
@@ -256,7 +256,7 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     state = {name.replace("self_attn", "attention"): t for name, t in weights_of(tmp_path / "llm").items()}
     save_tensors(tmp_path / "llm" / "model.safetensors", state)
     edit_config(tmp_path / "llm", lambda c: c.update(model_type="my_llm"))
-    with pytest.raises(ValueError, match="language model type 'my_llm' is not supported"):
+    with pytest.raises(ValueError, match="model_type 'my_llm' is unknown"):
         PostLLM.from_pretrained(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -270,7 +270,7 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ValueError, match="this my_llm config is not supported: hidden_act='relu'"):
             PostLLM.from_pretrained("llm")
     finally:
-        FAMILIES.pop("my_llm", None)
+        LLM_FAMILIES.remove("my_llm")
         sys.modules.pop("my_llm", None)
 
 
@@ -284,7 +284,7 @@ def test_python_of_the_language_model_page(clone: Path) -> None:
 
 def test_the_table_of_families_is_whole() -> None:
     told = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/language_models.md"], re.MULTILINE)
-    assert sorted(told) == sorted(FAMILIES)
+    assert sorted(told) == sorted(LLM_FAMILIES)
 
 
 def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ At the start the new keys are zero, so the H/W score is exactly 0 and text reads
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ class PostLLM(PrimitiveStack):
         folder = resolve(source)
         config = read_config(folder)
         family = family_of(config)
-        sizes = arguments_of(family, config, folder)
+        sizes = arguments_of(config, folder, inspect.signature(cls).parameters)
         ids = image_token_ids(folder, sizes["vocab_size"])
         with unfilled():
             module = cls(

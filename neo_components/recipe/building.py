@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.llms import arguments_of, family_of
+from neo_components.llms import arguments_of
 from neo_components.model.attach import attach
 from neo_components.model.neo import NEO
 from neo_components.recipe.load import complete
@@ -127,7 +128,7 @@ def llm_arguments(
         return asdict(model.post_llm) | said | base_t
     source = model.post_llm.from_pretrained
     config, folder = config_of(source)
-    sizes = arguments_of(family_of(config), config, folder)
+    sizes = arguments_of(config, folder, signature(PostLLM).parameters)
     if rope.base_t not in (None, sizes["base_t"]):
         raise ValueError(
             f"model.rope.base_t is {rope.base_t}, but the language model {source} was trained with {sizes['base_t']}; "

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from neo_components.errors import ArgumentError, nearest
@@ -104,14 +105,13 @@ class Registry(Mapping[str, Any]):
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of a part: its parameters without those that the library passes, annotations as types."""
-        part = self[name]
-        hints = get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
-        parameters = inspect.signature(part).parameters.values()
-        return {
-            p.name: p.replace(annotation=hints.get(p.name, Any))
-            for p in parameters
+        options = [
+            p
+            for p in inspect.signature(self[name]).parameters.values()
             if p.name not in self.given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        }
+        ]
+        hints = _hints(self[name], [option.name for option in options])
+        return {option.name: option.replace(annotation=hints.get(option.name, Any)) for option in options}
 
     def complete(self, choice: Choice) -> Choice:
         """A choice with every option: the form that configs keep. A part without options is its name alone.
@@ -158,6 +158,13 @@ def split(choice: Choice, kind: str = "part") -> tuple[str, dict[str, Any]]:
     if not isinstance(choice, Mapping) or not isinstance(choice.get(KIND), str):
         raise ArgumentError(kind, f"must be a name or a mapping with {KIND!r}, got {choice!r}")
     return choice[KIND], {name: value for name, value in choice.items() if name != KIND}
+
+
+def _hints(part: Any, names: Collection[str]) -> dict[str, Any]:
+    """Types of those arguments alone: what the library passes may be typed by what a part's file does not import."""
+    function = part.__init__ if inspect.isclass(part) else part
+    written = {name: hint for name, hint in getattr(function, "__annotations__", {}).items() if name in names}
+    return get_type_hints(SimpleNamespace(__annotations__=written), getattr(function, "__globals__", {}), None, True)
 
 
 def _origin(part: Any) -> str:

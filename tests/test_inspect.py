@@ -159,7 +159,7 @@ def test_what_building_refuses_is_refused_alike(world: Path, tmp_path: Path) -> 
     (tmp_path / "asset.yaml").write_text(f"model: {{pre_buffer: {asset}, post_llm: {llm}, bridge: random}}")
     for path, override, told in (
         (world / "run.yaml", "model.rope.base_t=5", "model.rope.base_t is 5.0, but the language model"),
-        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope.kind is '1d', but the pre-Buffer"),
+        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope is '1d', but the pre-Buffer"),
     ):
         recipe = load_recipe(path, [override])
         with pytest.raises(ValueError, match=told) as built:

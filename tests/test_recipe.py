@@ -33,10 +33,11 @@ ROOT = Path(__file__).parent.parent
 def test_what_a_recipe_says(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, MODEL + RUN))
     assert isinstance(recipe.model, Compose)
-    assert (recipe.model.patch_embedding.width, recipe.model.patch_embedding.fold) == (16, 2)
+    assert recipe.model.patch_embedding == {
+        "kind": "neo", "width": 16, "patch_size": 4, "fold": 2, "channels": 3, "position": "rotary", "base": 1e4,
+    }  # fmt: skip
     assert (recipe.model.pre_buffer.depth, recipe.model.post_llm.hidden_size) == (1, 32)
-    assert recipe.model.rope is not None
-    assert (recipe.model.rope.kind, recipe.model.rope.base_t, recipe.model.rope.base_h) == ("native", 1e6, 1e4)
+    assert recipe.model.rope == {"kind": "native", "base_t": 1e6, "base_h": 1e4, "base_w": 1e4}
     assert (recipe.model.attention, recipe.model.backend, recipe.model.from_pretrained) == ("mixed", "auto", None)
     assert recipe.stage.train == ("patch_embedding", "pre_buffer", "post_llm.hw")
     assert (recipe.stage.steps, recipe.stage.lr, recipe.stage.betas) == (20, 1e-3, (0.9, 0.95))

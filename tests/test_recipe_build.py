@@ -102,7 +102,7 @@ def test_an_asset_is_attached_or_reset(tmp_path: Path) -> None:
     assert fresh.pre_buffer.hparams == kept.pre_buffer.hparams
     for name in ("boundary", "patch_embedding.patch_proj.weight", "layers.0.self_attn.q_proj.weight"):
         assert not torch.allclose(fresh.pre_buffer.state_dict()[name], state[name])
-    with pytest.raises(ValueError, match=r"model.rope.kind is 'native', but the pre-Buffer .* was trained with '1d'"):
+    with pytest.raises(ValueError, match=r"model.rope is 'native', but the pre-Buffer .* was trained with '1d'"):
         build(load_recipe(path, ["model.rope=native"]).model)
 
 

@@ -22,6 +22,7 @@ from neo_components.data.samples import SampleMaker
 from neo_components.data.shards.folder import ShardFolder, open_folder
 from neo_components.data.skip_counts import SkipCounts
 from neo_components.data.text.conversation import load_tokenizer
+from neo_components.errors import ArgumentError, ArgumentErrors
 from neo_components.types import Batch, InputSpec
 
 if TYPE_CHECKING:
@@ -137,11 +138,11 @@ class NEODataModule(lightning.LightningDataModule):
     def _check(self) -> None:
         text, heat = self.text_share, self.temperature
         wrong = [
-            f"{name} must be {rule}, got {getattr(self, name)!r}"
-            for name, rule, right in (
+            ArgumentError(name, f"must be {rule}, got {getattr(self, name)!r}", *others)
+            for name, rule, right, *others in (
                 ("seq_len", "at least 2", self.seq_len >= 2),
                 ("micro_batch_size", "at least 1", self.micro_batch_size >= 1),
-                ("min_pixels", "from 1 to max_pixels", 1 <= self.min_pixels <= self.max_pixels),
+                ("min_pixels", "from 1 to max_pixels", 1 <= self.min_pixels <= self.max_pixels, "max_pixels"),
                 ("max_length", "at least 2 or None", self.max_length is None or self.max_length >= 2),
                 ("workers", "at least 0", self.workers >= 0),
                 ("shuffle", "at least 0", self.shuffle >= 0),
@@ -154,9 +155,15 @@ class NEODataModule(lightning.LightningDataModule):
             )
             if not right
         ]
-        wrong += [f"share of {s.shards} must be over 0, got {s.share}" for s in self.sources if not s.share > 0]
+        listed = (("train", self.train_sources), ("validation", self.validation_sources))
+        wrong += [
+            ArgumentError(f"{name}.{number}.share", f"must be over 0, got {source.share}")
+            for name, sources in (*listed, ("text_validation", self.text_sources))
+            for number, source in enumerate(sources)
+            if not source.share > 0
+        ]
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise ArgumentErrors(wrong)
 
     @property
     def sources(self) -> list[Source]:

@@ -13,8 +13,8 @@ from neo_components.components.pre_buffer import PreBuffer
 from neo_components.llms.known import KNOWN
 from neo_components.model.layouts import layout_of, parts_from_own, parts_from_released
 from neo_components.model.neo import NEO
-from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, Rope, load_recipe
-from neo_components.recipe.building import config_of, counting_of, llm_arguments, new_parts
+from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, load_recipe
+from neo_components.recipe.building import config_of, llm_arguments, new_parts, with_choices_of
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
 from neo_components.storage.deferred import unfilled
@@ -79,8 +79,7 @@ def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | No
 
 
 def _composed(model: Compose) -> tuple[NEO, list[str]]:
-    assert model.rope and model.attention
-    sizes, notes = _llm_sizes(model, model.rope, model.attention)
+    sizes, notes = _llm_sizes(model)
     return NEO(*new_parts(model, sizes), PostLLM(**sizes), text=model.text), notes
 
 
@@ -90,7 +89,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     if config.get("kind") != "pre_buffer":
         raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
     pre_buffer = PreBuffer(**config["pre_buffer"])
-    sizes, notes = _llm_sizes(model, *counting_of(model, asset, pre_buffer))
+    sizes, notes = _llm_sizes(with_choices_of(model, pre_buffer))
     inner, outer = pre_buffer.hparams.hidden_size, sizes["hidden_size"]
     identity = model.bridge == "identity" or (model.bridge == "auto" and inner == outer)
     if model.bridge == "auto" and identity:
@@ -101,7 +100,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
 
 
-def _llm_sizes(model: Compose, rope: Rope, attention: str) -> tuple[dict[str, Any], list[str]]:
+def _llm_sizes(model: Compose) -> tuple[dict[str, Any], list[str]]:
     """Arguments of the post-LLM as a run takes them; the config of a language model of ``llms.known`` is known here."""
     notes = []
 
@@ -111,4 +110,4 @@ def _llm_sizes(model: Compose, rope: Rope, attention: str) -> tuple[dict[str, An
         notes.append(f"{source}: shape as this library knows it, nothing was asked of the hub")
         return KNOWN[source], Path(source)
 
-    return llm_arguments(model, rope, attention, known_or_there), notes
+    return llm_arguments(model, known_or_there), notes

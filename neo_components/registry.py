@@ -8,15 +8,17 @@ A part is a class or a function in one file and one registration::
     class Mine: ...
 
 ``ROPES["mine"]`` is the class, ``sorted(ROPES)`` lists the names. What a part wants beside the arguments that the
-library hands it are its *options*: they are read from its signature, are keys of recipes (``rope: {kind: mine, spacing: 2.5}``)
-and are saved with models and assets. ``docs/extend.md`` shows a complete file for each kind.
+library hands it are its *options*: they are read from its signature, are keys of recipes
+(``rope: {kind: mine, spacing: 2.5}``) and are saved with models and assets. ``docs/extend.md`` has a complete file for
+each kind.
 """
 
 from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -44,6 +46,7 @@ class Registry(Mapping[str, Any]):
         self.kind, self.given = kind, given
         self._home: str | None = home
         self._parts: dict[str, Any] = {}
+        self._options: dict[Any, dict[str, inspect.Parameter]] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Decorator that enters a class or a function.
@@ -105,13 +108,14 @@ class Registry(Mapping[str, Any]):
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of a part: its parameters without those that the library passes, annotations as types."""
-        options = [
-            p
-            for p in inspect.signature(self[name]).parameters.values()
-            if p.name not in self.given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        ]
-        hints = _hints(self[name], [option.name for option in options])
-        return {option.name: option.replace(annotation=hints.get(option.name, Any)) for option in options}
+        part = self[name]
+        if part not in self._options:
+            self._options[part] = {
+                p.name: p.replace(annotation=_resolved(p.annotation, part))
+                for p in inspect.signature(part).parameters.values()
+                if p.name not in self.given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            }
+        return self._options[part]
 
     def complete(self, choice: Choice) -> Choice:
         """A choice with every option: the form that configs keep. A part without options is its name alone.
@@ -133,6 +137,17 @@ class Registry(Mapping[str, Any]):
             raise ArgumentError(self.kind, f"{name!r} needs the option {missing[0]!r}")
         defaults = {option: parameter.default for option, parameter in options.items()}
         return {KIND: name, **defaults, **chosen} if options else name
+
+    def name_of(self, part: Any) -> str:
+        """The name under which a class or a function is registered.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        for name in self:
+            if self[name] is part:
+                return name
+        raise ValueError(f"{part} is not registered as {self.kind}; decorate it with .register(name)")
 
     def make(self, choice: Choice, *args: Any, **given: Any) -> Any:
         """Calls a part with its options and what the library passes.
@@ -160,11 +175,12 @@ def split(choice: Choice, kind: str = "part") -> tuple[str, dict[str, Any]]:
     return choice[KIND], {name: value for name, value in choice.items() if name != KIND}
 
 
-def _hints(part: Any, names: Collection[str]) -> dict[str, Any]:
-    """Types of those arguments alone: what the library passes may be typed by what a part's file does not import."""
-    function = part.__init__ if inspect.isclass(part) else part
-    written = {name: hint for name, hint in getattr(function, "__annotations__", {}).items() if name in names}
-    return get_type_hints(SimpleNamespace(__annotations__=written), getattr(function, "__globals__", {}), None, True)
+def _resolved(annotation: Any, part: Any) -> Any:
+    """The type of an annotation that was written as text; ``Any`` where there is none."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    names = vars(sys.modules[part.__module__])
+    return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), names, include_extras=True)["it"]
 
 
 def _origin(part: Any) -> str:

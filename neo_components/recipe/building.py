@@ -115,7 +115,8 @@ def _with_new_weights(trained: PreBuffer) -> PreBuffer:
         # By the run's own seed they could be the very weights that the asset's training began with.
         torch.manual_seed(torch.initial_seed() ^ RESET)
         new = PreBuffer(**trained.hparams)
-        new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
+        old = trained.patch_embedding
+        new.adopt(type(old)(**old.hparams))
     new.anchors, new.info = trained.anchors, trained.info
     return new
 

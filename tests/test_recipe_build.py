@@ -12,7 +12,6 @@ from builders import random_sample, tiny_model
 from recipe_texts import MODEL, faults, written
 
 from neo_components import NEO, PostLLM, build, load_recipe, pack
-from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.recipe import (
     Checkpoint,
     import_user_modules,
@@ -128,6 +127,8 @@ def test_a_checkpoint_is_continued(tmp_path: Path) -> None:
 
 
 def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neo_components.components.rotary import ROPE_VARIANTS
+
     module = "from neo_components.components.rotary import register_rope, rope_variant\n"
     written(tmp_path, module + "register_rope('mine')(lambda: rope_variant('1d'))\n", "own_package/own_rope.py")
     path = written(tmp_path, MODEL + "  rope: mine\n")

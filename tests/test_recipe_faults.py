@@ -9,11 +9,13 @@ import pytest
 from recipe_texts import ASSET, MODEL, PRETRAINED, RUN, faults, written
 
 from neo_components import load_recipe
-from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.recipe import (
     RecipeError,
     validate_recipe,
 )
+from neo_components.recipe.schema import CHOICES
+
+ROPE_NAMES = CHOICES["rope"].names()
 
 SINGLE = [
     # unknown keys
@@ -197,7 +199,7 @@ stage:
         "  base/low.yaml:7: model.post_llm.hidden_size: cannot stand beside model.post_llm.from_pretrained, which "
         "brings its own; take one of them away\n"
         "  my.yaml:4: model.rope.kind: unknown rope 'nativ'; nearest: native "
-        f"(registered: {', '.join(sorted(ROPE_VARIANTS))})\n"
+        f"(registered: {', '.join(ROPE_NAMES)})\n"
         "  base/low.yaml:9: stage.train.1: got 'post_llm.hv' (str), wanted one of patch_embedding, pre_buffer, "
         "post_llm, post_llm.hw, post_llm.word_embedding, post_llm.head, bridge, all; nearest: post_llm.hw\n"
         "  base/low.yaml:10: stage.lr: got 'fast' (str), wanted float (a finite number)\n"

@@ -92,7 +92,8 @@ def hints_of_arguments(function: Callable[..., Any]) -> dict[str, Any]:
 
 def required_arguments(function: Callable[..., Any]) -> list[str]:
     """Names of the arguments that have no default."""
-    return [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def column(default: Any) -> Any:

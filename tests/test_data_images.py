@@ -19,7 +19,8 @@ from neo_components.data import load_image, max_pixels_per_image, smart_resize
 from neo_components.data.image import images, resampling
 from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
+from neo_components.data.image.files import ImageError, open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize
 from neo_components.data.packing import normalise, patchify
 from neo_components.types import InputSpec
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
-from neo_components.data.image.images import image_size, max_pixels_per_image, open_image
+from neo_components.data.image.files import open_image
+from neo_components.data.image.images import image_size, max_pixels_per_image
 from neo_components.data.image.resampling import resize, resize_fast
 from neo_components.data.shards.format import RawSample
 from neo_components.data.skip_counts import SampleError
-from neo_components.data.text.conversation import ConversationError, encode_conversation, image_token_ids
+from neo_components.data.text.conversation import encode_conversation, image_token_ids
+from neo_components.data.text.turns import ConversationError
 from neo_components.types import IGNORED, InputSpec, Sample
 
 if TYPE_CHECKING:

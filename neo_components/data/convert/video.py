@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from neo_components.data.image.images import open_image
+from neo_components.data.image.files import open_image
 from neo_components.data.skip_counts import SampleError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")

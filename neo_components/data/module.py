@@ -315,7 +315,7 @@ class NEODataModule(lightning.LightningDataModule):
 
     def _shares(self, lengths: Sequence[Lengths]) -> list[float]:
         sources = self.train_sources
-        sizes = [one.tally(self.seq_len).kept for one in lengths]
+        sizes = [one.counts(self.seq_len).kept for one in lengths]
         has_images = [self._folder(source).has_images for source in sources]
         return mixture(sources, sizes, has_images, self.temperature, self.text_share)
 
@@ -324,7 +324,7 @@ class NEODataModule(lightning.LightningDataModule):
         rank, ranks = self._rank()
         lengths = [self._length_of(source) for source in sources]
         supplies = [one.supply for one in lengths]
-        known = sum((one.tally(self.seq_len) for one in lengths), SkipCounts())
+        known = sum((one.counts(self.seq_len) for one in lengths), SkipCounts())
         if endless:  # told here, before any worker is started
             check_usable(supplies, self.seq_len)
         known.check(self.max_skipped, complete=True)

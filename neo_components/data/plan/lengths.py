@@ -64,7 +64,7 @@ class Lengths:
         """What rows are planned from."""
         return Supply(self.name, self.table[0], self.table[1], self.shard_sizes)
 
-    def tally(self, seq_len: int) -> SkipCounts:
+    def counts(self, seq_len: int) -> SkipCounts:
         """All samples and why some of them cannot be used, those longer than a row included."""
         counts = np.bincount(self.table[2], minlength=len(_REASONS) + 1)
         skipped = Counter({_REASONS[code - 1]: int(counts[code]) for code in np.flatnonzero(counts[1:]) + 1})

@@ -36,8 +36,7 @@ from neo_components.data import rows as rows_module
 from neo_components.data import samples as samples_module
 from neo_components.data.image.decoding import decode
 from neo_components.data.image.files import open_image
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD
-from neo_components.data.image.resampling import resize, resize_fast
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
 from neo_components.data.packing import patchify
 from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.text.conversation import image_token_ids

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from neo_components.data.image.files import MAX_DECODED_PIXELS, ImageError, ImageSource, first_line, open_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
@@ -128,6 +129,22 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resizes by torch's bicubic filter for bytes: least time, and some values differ from Pillow's by 1 or 2 of 255.
+
+    Args:
+        pixels: [H, W, 3] uint8.
+        size: height and width in pixels.
+
+    Returns:
+        [3, H, W] uint8.
+    """
+    if pixels.shape[:2] == size:
+        return resize(pixels, size)
+    planes = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)
+    return interpolate(planes[None], size, mode="bicubic", antialias=True)[0]
 
 
 def to_pixels(

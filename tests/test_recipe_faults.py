@@ -22,7 +22,7 @@ SINGLE = [
     ("model.patch_embedding.widht=1", "model.patch_embedding.widht", "nearest: model.patch_embedding.width"),
     ("model.post_llm.base_t=1e6", "model.post_llm.base_t", "unknown key; nearest: model.rope.base_t"),
     ("stage.warmup=1", "stage.warmup", "unknown key; nearest: stage.warmup_steps"),
-    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, share)"),
+    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, weight)"),
     ("trainer.acelerator=cpu", "trainer.acelerator", "unknown key; nearest: trainer.accelerator"),
     # what the components refuse
     (
@@ -91,7 +91,7 @@ SINGLE = [
     ("steps", "", "must be written dotted.key=value"),
     ("=3", "", "must be written dotted.key=value"),
     ("stage.steps=[1", "stage.steps", "cannot be set: "),
-    ("data.train.7.share=1", "data.train.7.share", "cannot be set: list index out of range"),
+    ("data.train.7.weight=1", "data.train.7.weight", "cannot be set: list index out of range"),
 ]  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_one_fault(tmp_path: Path, override: str, key: str, text: str) -> None:
 
 def test_a_fault_of_a_list_item_is_told_at_its_section(tmp_path: Path) -> None:
     path = written(tmp_path, MODEL + RUN)
-    assert faults(path, "data.train.1.share=0") == [("data", "share of folder/text must be over 0, got 0.0")]
+    assert faults(path, "data.train.1.weight=0") == [("data", "weight of folder/text must be over 0, got 0.0")]
 
 
 def test_sizes_beside_a_pretrained_language_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from shard_builders import IMAGE_IDS, TOKENIZER, turns
 
 from neo_components.data import encode_conversation, encode_prompt, image_token_ids, load_tokenizer
-from neo_components.data.text.conversation import IMAGE_TOKENS, ConversationError, check_conversation
+from neo_components.data.text.turns import IMAGE_TOKENS, ConversationError, check_conversation
 from neo_components.types import IGNORED
 
 CASES: list[dict[str, Any]] = json.loads(

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from shard_builders import content, gigantic_png, mixed_samples, png, sample, tar, turns, write
 
-from neo_components.data import llava_to_shards, read_shards, write_shards
+from neo_components.data import convert_to_shards, read_shards, write_shards
+from neo_components.data.convert.llava import Llava
 from neo_components.data.shards import index as shard_index
 from neo_components.data.shards.folder import ShardFolder, open_folder
 from neo_components.data.skip_counts import SampleError
@@ -235,11 +236,11 @@ def test_llava_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [*bad[:3], *good, *bad[3:]]
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n\n{broken\n")
-    tally = llava_to_shards(tmp_path / "data.json", images, tmp_path / "from_json")
-    assert (tally.read, tally.kept, dict(tally.skipped)) == (12, 4, reasons)
+    skips = convert_to_shards(Llava(tmp_path / "data.json", images), tmp_path / "from_json")
+    assert (skips.read, skips.kept, dict(skips.skipped)) == (12, 4, reasons)
     assert "data.json, record 0 (missing_image): no image 'missing.png'" in caplog.text
-    tally = llava_to_shards(tmp_path / "data.jsonl", images, tmp_path / "from_lines")
-    assert (tally.read, tally.kept, dict(tally.skipped)) == (13, 4, {**reasons, "json": 2})
+    skips = convert_to_shards(Llava(tmp_path / "data.jsonl", images), tmp_path / "from_lines")
+    assert (skips.read, skips.kept, dict(skips.skipped)) == (13, 4, {**reasons, "json": 2})
     found = list(read_shards(tmp_path / "from_json"))
     assert found == list(read_shards(tmp_path / "from_lines"))
     assert [one["key"] for one in found] == ["00000003", "00000004", "00000005", "00000006"]
@@ -255,15 +256,15 @@ def test_llava_faults(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
     out = tmp_path / "shards"
     with pytest.raises(FileNotFoundError, match="no such file"):
-        llava_to_shards(tmp_path / "missing.json", tmp_path, out)
-    with pytest.raises(FileNotFoundError, match="no such image folder"):
-        llava_to_shards(tmp_path / "data.json", tmp_path / "missing", out)
+        convert_to_shards(Llava(tmp_path / "missing.json", tmp_path), out)
+    with pytest.raises(FileNotFoundError, match="images: no such file or folder"):
+        convert_to_shards(Llava(tmp_path / "data.json", tmp_path / "missing"), out)
     with pytest.raises(ValueError, match="list of records, got dict"):
-        llava_to_shards(tmp_path / "data.json", None, out)
+        convert_to_shards(Llava(tmp_path / "data.json"), out)
     with pytest.raises(ValueError, match=r"name it \.jsonl"):
-        llava_to_shards(tmp_path / "lines.json", None, out)
+        convert_to_shards(Llava(tmp_path / "lines.json"), out)
     with pytest.raises(ValueError, match="no usable record"):
-        llava_to_shards(tmp_path / "bad.jsonl", None, out)
+        convert_to_shards(Llava(tmp_path / "bad.jsonl"), out)
     assert not out.exists()
 
 

@@ -41,7 +41,7 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
     assert (recipe.model.attention, recipe.model.backend, recipe.model.from_pretrained) == ("mixed", "auto", None)
     assert recipe.stage.train == ("patch_embedding", "pre_buffer", "post_llm.hw")
     assert (recipe.stage.steps, recipe.stage.lr, recipe.stage.betas) == (20, 1e-3, (0.9, 0.95))
-    assert [(s.shards, s.share) for s in recipe.data["train"]] == [("folder/images", 0.7), ("folder/text", 0.3)]
+    assert [(s.shards, s.weight) for s in recipe.data["train"]] == [("folder/images", 0.7), ("folder/text", 0.3)]
     assert (recipe.data["seq_len"], recipe.data["validation"], recipe.data["seed"]) == (4096, [], 0)
     assert recipe.trainer == {"accelerator": "cpu", "gradient_clip_val": 1}
     assert (recipe.seed, recipe.output) == (0, "outputs/my")
@@ -90,11 +90,11 @@ def test_extends_overrides_and_interpolation(tmp_path: Path) -> None:
     written(tmp_path, middle, "folder/middle.yaml")
     top = "extends: folder/middle.yaml\nstage: {name: top}\ndata: {train: [{shards: '${data.tokenizer}/x'}]}\n"
     path = written(tmp_path, top)
-    recipe = load_recipe(path, ["variables.root=high", "model.pre_buffer.depth=3", "data.train.0.share=0.5"])
+    recipe = load_recipe(path, ["variables.root=high", "model.pre_buffer.depth=3", "data.train.0.weight=0.5"])
     assert (recipe.seed, recipe.output) == (2, "high/top")
     assert (recipe.stage.name, recipe.stage.steps, recipe.stage.lr) == ("top", 40, 1e-3)
     assert isinstance(recipe.model, Compose) and recipe.model.pre_buffer.depth == 3
-    assert [(s.shards, s.share) for s in recipe.data["train"]] == [("folder/llm/x", 0.5)]
+    assert [(s.shards, s.weight) for s in recipe.data["train"]] == [("folder/llm/x", 0.5)]
     assert load_recipe(path, ["seed=5"]).data["seed"] == 5
 
 

@@ -26,7 +26,7 @@ SINGLE = [
     ("model.rope.base_x=1", "model.rope.base_x", "is no option of rope 'native'; nearest: model.rope.base_"),
     ("model.post_llm.base_t=1e6", "model.post_llm.base_t", "unknown key; nearest: model.rope.base_t"),
     ("stage.warmup=1", "stage.warmup", "unknown key; nearest: stage.warmup_steps"),
-    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, share)"),
+    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, weight)"),
     ("trainer.acelerator=cpu", "trainer.acelerator", "unknown key; nearest: trainer.accelerator"),
     # what the components refuse
     (
@@ -97,7 +97,7 @@ SINGLE = [
     ("steps", "", "must be written dotted.key=value"),
     ("=3", "", "must be written dotted.key=value"),
     ("stage.steps=[1", "stage.steps", "cannot be set: "),
-    ("data.train.7.share=1", "data.train.7.share", "cannot be set: list index out of range"),
+    ("data.train.7.weight=1", "data.train.7.weight", "cannot be set: list index out of range"),
 ]  # fmt: skip
 
 
@@ -115,9 +115,9 @@ def test_one_fault(tmp_path: Path, override: str, key: str, text: str) -> None:
 
 def test_a_fault_of_a_list_item_is_reported_at_its_key(tmp_path: Path) -> None:
     path = written(tmp_path, MODEL + RUN)
-    assert faults(path, "data.train.1.share=0") == [("data.train.1.share", "must be over 0, got 0.0")]
-    both = faults(path, "data.train.1.share=0", "data.workers=-1")
-    assert [key for key, _ in both] == ["data.workers", "data.train.1.share"]
+    assert faults(path, "data.train.1.weight=0") == [("data.train.1.weight", "must be over 0, got 0.0")]
+    both = faults(path, "data.train.1.weight=0", "data.workers=-1")
+    assert [key for key, _ in both] == ["data.workers", "data.train.1.weight"]
 
 
 def test_sizes_beside_a_pretrained_language_model(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from chat_templates import STYLES, Style, tokenizer_of
 from shard_builders import TOKENIZER, turns
 
 from neo_components.data import encode_conversation, encode_prompt, load_tokenizer
-from neo_components.data.text.conversation import IMAGE_TOKEN, IMAGE_TOKENS, ConversationError
 from neo_components.data.text.templates import CHATML, stop_token_ids, template_of
+from neo_components.data.text.turns import IMAGE_TOKEN, IMAGE_TOKENS, ConversationError
 from neo_components.types import IGNORED
 
 ANSWERS = ["Red.", "two words, and 1 + 1 = 2", "Ünïcödé 🙂 答え", "line\nbreak\n\ninside", "red"]

@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neo_components.data.image.images import ImageError, open_image
+from neo_components.data.image.files import ImageError, open_image
 from neo_components.data.skip_counts import SampleError
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_components.data.image.images import open_image
+from neo_components.data.image.files import open_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.plan.lengths import Lengths, folder_lengths
 from neo_components.data.samples import SampleMaker

@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from neo_components.data.skip_counts import SampleError
+from neo_components.data.text.turns import ROLES, CheckedTurn, ConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-"""Who speaks, in LLaVA's words and in those of chat templates."""
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -45,22 +42,6 @@ KEPT_PIECES, KEPT_LENGTH = 4096, 256
 _HEADER = {role: f"{TURN_START}{name}\n" for role, name in ROLES.items()}
 _FOOTER = f"{TURN_END}\n"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Said = tuple[str, str, bool]
-"""One turn: who (``system``, ``human``, ``gpt``), the text, whether it is learnt."""
-
-
-class ConversationError(SampleError):
-    """A conversation that cannot be used.
-
-    Args:
-        message: what is wrong and what to do.
-        reason: one word for counting: ``turns``, ``role``, ``image_tags``, ``reserved``, ``no_answer``, ``template`` or
-            ``too_long``.
-    """
-
-    def __init__(self, message: str, reason: str = "turns") -> None:
-        super().__init__(message, reason)
 
 
 @dataclass
@@ -105,7 +86,7 @@ class Template:
         self.plain = self.text == CHATML or self._writes_chatml()
         self.end = _FOOTER if self.plain else self._find_end()
 
-    def pieces(self, turns: Sequence[Said]) -> list[Piece]:
+    def pieces(self, turns: Sequence[CheckedTurn]) -> list[Piece]:
         """The text of a conversation: what is read and each answer in turn, what is read last.
 
         Raises:
@@ -124,7 +105,7 @@ class Template:
             place = end
         return [*pieces, Piece(text[place:])]
 
-    def prompt(self, turns: Sequence[Said]) -> list[Piece]:
+    def prompt(self, turns: Sequence[CheckedTurn]) -> list[Piece]:
         """The same, up to where the next answer begins: what training shows before that answer.
 
         Raises:
@@ -164,7 +145,7 @@ class Template:
             ) from error
         return text, blocks[0] if blocks else []
 
-    def _spans(self, turns: Sequence[Said]) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, turns: Sequence[CheckedTurn]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where each answer is to be learnt."""
         text, answers, blocks = self._answers(turns)
         if blocks and len(blocks) != len(answers):
@@ -180,7 +161,7 @@ class Template:
             spans.append((len(text[:start].rstrip(" ")), end))
         return text, spans
 
-    def _answers(self, turns: Sequence[Said]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+    def _answers(self, turns: Sequence[CheckedTurn]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
         """The text, where the bare answers stand in it, and the template's own blocks."""
         between = self._between(turns)
         text, blocks = self._render([turn[:2] for turn in turns])
@@ -196,7 +177,7 @@ class Template:
             place += length + len(after)
         return text, answers, blocks
 
-    def _between(self, turns: Sequence[Said]) -> list[str]:
+    def _between(self, turns: Sequence[CheckedTurn]) -> list[str]:
         """The texts before, between and behind the answers, found by marks in place of the answers."""
         marked: list[tuple[str, str]] = []
         marks: list[str] = []
@@ -218,7 +199,7 @@ class Template:
         """That the template writes each turn of such a conversation, once and in order."""
         if roles in self.checked:
             return
-        turns: list[Said] = [(role, f"turn{number}zq", False) for number, role in enumerate(roles)]
+        turns: list[CheckedTurn] = [(role, f"turn{number}zq", False) for number, role in enumerate(roles)]
         text, _ = self._render([(role, said) for role, said, _ in turns])
         places = [text.find(said) for _, said, _ in turns]
         for (role, said, _), place in zip(turns, places, strict=True):
@@ -231,7 +212,7 @@ class Template:
     def _writes_chatml(self) -> bool:
         """Whether three conversations, with blanks around their texts, come out as plain ChatML."""
         for roles in (("human", "gpt"), ("system", "human", "gpt"), ("human", "gpt") * 2):
-            turns: list[Said] = [(role, f" {number}\n", False) for number, role in enumerate(roles)]
+            turns: list[CheckedTurn] = [(role, f" {number}\n", False) for number, role in enumerate(roles)]
             try:
                 text, blocks = self._render([(role, said) for role, said, _ in turns])
             except ConversationError:
@@ -242,7 +223,7 @@ class Template:
 
     def _find_end(self) -> str:
         """What stands behind an answer in the middle as well as behind the last one, up to the first added token."""
-        turns: list[Said] = [("human", "one", False), ("gpt", "two", False)]
+        turns: list[CheckedTurn] = [("human", "one", False), ("gpt", "two", False)]
         try:
             text, [(_, end)], _ = self._answers(turns)
         except ConversationError as error:
@@ -277,7 +258,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     return known[1]
 
 
-def _chatml(turns: Sequence[Said]) -> list[Piece]:
+def _chatml(turns: Sequence[CheckedTurn]) -> list[Piece]:
     """Plain ChatML; an answer's piece ends with ``<|im_end|>`` and a line break."""
     pieces = [Piece("")]
     for role, text, learnt in turns:
@@ -289,7 +270,7 @@ def _chatml(turns: Sequence[Said]) -> list[Piece]:
     return pieces
 
 
-def _mark(turns: Sequence[Said], number: int) -> str:
+def _mark(turns: Sequence[CheckedTurn], number: int) -> str:
     """A word that none of the turns holds."""
     mark, tail = f"answer{number}", "zq"
     while any(mark + tail in said for _, said, _ in turns):

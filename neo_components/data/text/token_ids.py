@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from neo_components.data.text.templates import ConversationError, Piece, template_of
+from neo_components.data.text.templates import Piece, template_of
+from neo_components.data.text.turns import IMAGE_TOKENS, ConversationError
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IMAGE_TOKEN, IMAGE_START, IMAGE_END = IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
@@ -28,7 +27,7 @@ def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     return context, start, end
 
 
-def tokenise(
+def tokenize(
     pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerBase,
     image_tokens: Sequence[int],

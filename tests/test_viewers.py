@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neo_components.data import load_image
 from neo_components.viewers import draw_answers, draw_attention, draw_curves, draw_mask
-from neo_components.viewers.figure import BLUE, FAINT, GREEN, ORANGE, RED, to_picture
+from neo_components.viewers.figure import BLUE, FAINT, GREEN, ORANGE, RED, to_pixels
 from neo_components.viewers.masks import _apart, _runs
 
 
@@ -85,14 +85,14 @@ def test_mask_refuses(tmp_path: Path, mask: Tensor, labels: list[str] | None, me
 
 def test_normalised_image_is_shown_in_its_own_colours() -> None:
     original = Image.new("RGB", (64, 32), (200, 30, 120))
-    shown = to_picture(load_image(original, 32, 32 * 64, 32 * 64))
+    shown = to_pixels(load_image(original, 32, 32 * 64, 32 * 64))
     assert shown.shape == (32, 64, 3)
     assert np.array_equal(shown, np.asarray(original))
-    assert np.array_equal(to_picture(original), np.asarray(original))
+    assert np.array_equal(to_pixels(original), np.asarray(original))
     raw = torch.from_numpy(np.array(original)).permute(2, 0, 1)
-    assert np.array_equal(to_picture(raw), np.asarray(original))  # as shards give it to training
+    assert np.array_equal(to_pixels(raw), np.asarray(original))  # as shards give it to training
     with pytest.raises(ValueError, match=r"\[3, H, W\], got shape \(1, 4, 4\)"):
-        to_picture(torch.zeros(1, 4, 4))
+        to_pixels(torch.zeros(1, 4, 4))
 
 
 @pytest.mark.parametrize(("size", "grid"), [((64, 64), (2, 2)), ((256, 64), (2, 8)), ((32, 256), (8, 1))])

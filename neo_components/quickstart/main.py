@@ -17,7 +17,7 @@ from neo_components.model.attach import export_pre_buffer, provenance_of
 from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
-from neo_components.quickstart.report import ask_more, draw_pictures, write_report
+from neo_components.quickstart.report import ask_more, draw_figures, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.callbacks.perplexity import language_model_alone
@@ -63,7 +63,7 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
     with found.step("reuse", "the pre-Buffer is exported and attached to the second language model"):
         _reuse(root, found)
     with found.step("report", "the report is written"):
-        draw_pictures(root / "pictures", found, Chat.from_pretrained(root / "neo"))
+        draw_figures(root / "pictures", found, Chat.from_pretrained(root / "neo"))
     write_report(root, found)
     typer.echo(f"report: {root / 'report.md'}\nask: {ask_more(root)}")
     return found

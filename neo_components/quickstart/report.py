@@ -29,7 +29,7 @@ LOOKS = 25
 
 
 def write_report(root: Path, found: Findings) -> Path:
-    """Writes ``report.json`` and ``report.md``, which shows the pictures of :func:`draw_pictures`.
+    """Writes ``report.json`` and ``report.md``, which shows the pictures of :func:`draw_figures`.
 
     Args:
         root: folder of the quickstart.
@@ -84,7 +84,7 @@ def validation_curve(found: Findings) -> list[tuple[str, int, float, float]]:
     return curve
 
 
-def draw_pictures(folder: Path, found: Findings, chat: Chat) -> None:
+def draw_figures(folder: Path, found: Findings, chat: Chat) -> None:
     """Draws losses, accuracy, eight answers, an attention map and the mask.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from neo_components.viewers.figure import Picture, new_figure, save, to_picture
+from neo_components.viewers.figure import Picture, new_figure, save, to_pixels
 
 _HEAT = "viridis"
 
@@ -30,7 +30,7 @@ def draw_attention(image: Picture, weights: Tensor, path: str | PathLike[str], t
     """
     if weights.ndim != 2 or not weights.numel() or not weights.isfinite().all():
         raise ValueError(f"weights must be [rows, columns] of finite numbers, got shape {tuple(weights.shape)}")
-    picture = to_picture(image)
+    picture = to_pixels(image)
     height, width = picture.shape[:2]
     # Each picture is about 4 inches wide; very wide or tall ones stay within a page.
     tall = min(max(4.0 * height / width, 1.5), 8.0)

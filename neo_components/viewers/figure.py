@@ -61,7 +61,7 @@ def save(figure: Figure, path: str | PathLike[str]) -> Path:
     return file
 
 
-def to_picture(image: Picture) -> np.ndarray:
+def to_pixels(image: Picture) -> np.ndarray:
     """The pixels to show: [H, W, 3] uint8.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_components.viewers.figure import COLOURS, GREEN, RED, YELLOW, Picture, new_figure, save, to_picture
+from neo_components.viewers.figure import COLOURS, GREEN, RED, YELLOW, Picture, new_figure, save, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ def draw_answers(
 
 def _show(axes: Axes, image: Picture, colour: str) -> None:
     """The image in a frame."""
-    axes.imshow(to_picture(image))
+    axes.imshow(to_pixels(image))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(color=colour, linewidth=3)

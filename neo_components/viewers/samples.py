@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neo_components.types import IGNORED, InputSpec, Sample
-from neo_components.viewers.figure import BLUE, GREEN, ORANGE, new_figure, save, to_picture
+from neo_components.viewers.figure import BLUE, GREEN, ORANGE, new_figure, save, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +138,7 @@ def _show_images(axes: Axes, sample: Sample) -> None:
     if not sample.images:
         axes.annotate("text alone", (0.5, 0.5), xycoords="axes fraction", ha="center", color="#888888")
         return
-    shown = [to_picture(image) for image in sample.images[:MAX_IMAGES]]
+    shown = [to_pixels(image) for image in sample.images[:MAX_IMAGES]]
     height = max(picture.shape[0] for picture in shown)
     padded = [np.pad(p, ((0, height - p.shape[0]), (0, 8), (0, 0)), constant_values=255) for p in shown]
     axes.imshow(np.concatenate(padded, axis=1)[:, :-8])

@@ -62,11 +62,11 @@ def process_gb() -> float:
 class Performance(Callback):
     """Logs, over all steps since the last entry and over all processes:
 
-    ``perf/tokens_per_s`` (no padding counted), ``perf/images_per_s``, ``perf/fill`` (share of the rows that is no
-    padding), ``perf/data_wait`` (share of the time in which the step waited for data), ``perf/tflops`` (of the model's
-    own FLOPs, 1e12 per second and device; see ``estimate.flops``), ``perf/mfu`` (those over the device's peak, where
-    that is known), ``memory/process_gb`` and ``memory/device_gb`` (the most so far, of the fullest process or device),
-    ``data/skipped`` and ``data/skipped_REASON`` (samples so far).
+    ``perf/tokens_per_s`` (no padding counted), ``perf/images_per_s``, ``perf/packing_efficiency`` (share of the rows
+    that is no padding), ``perf/data_wait`` (share of the time in which the step waited for data), ``perf/tflops`` (of
+    the model's own FLOPs, 1e12 per second and device; see ``estimate.flops``), ``perf/mfu`` (those over the device's
+    peak, where that is known), ``memory/process_gb`` and ``memory/device_gb`` (the most so far, of the fullest process
+    or device), ``data/skipped`` and ``data/skipped_REASON`` (samples so far).
 
     Time is that of the steps and of waiting for data; validation and checkpoints are left out.
     """
@@ -123,7 +123,7 @@ class Performance(Callback):
         rate = new["flops"] / seconds
         module.log("perf/tokens_per_s", new["tokens"] * trainer.world_size / seconds)
         module.log("perf/images_per_s", new["images"] * trainer.world_size / seconds)
-        module.log("perf/fill", new["tokens"] / new["places"])
+        module.log("perf/packing_efficiency", new["tokens"] / new["places"])
         module.log("perf/data_wait", new["waited"] / seconds)
         module.log("perf/tflops", rate / 1e12)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""

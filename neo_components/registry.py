@@ -8,8 +8,8 @@ A part is a class or a function in one file and one registration::
     class Mine: ...
 
 ``ROPES["mine"]`` is the class, ``sorted(ROPES)`` lists the names. What a part wants beside the arguments that the
-library hands it are its *options*: they are read from its signature, are keys of recipes (``rope: {kind: mine, spacing: 2.5}``)
-and are saved with models and assets. ``docs/extend.md`` shows a complete file for each kind.
+library hands it are its *options*: they are read from its signature, are keys of recipes
+(``rope: {kind: mine, spacing: 2.5}``) and are saved with models and assets. ``docs/extend.md`` shows a complete file for each kind.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_assumed_rows_look_like_packed_ones() -> None:
         assumed_rows(model, Document(40, 4), 1, 32)
 
 
-# --- the share of blocks that is recomputed
+# --- the fraction of checkpointed blocks
 
 
 def test_shares_step_block_by_block() -> None:
@@ -261,9 +261,7 @@ def test_a_budget_is_held_and_the_result_is_the_same() -> None:
 
 def test_what_never_fits_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(
-        ValueError, match=r"with every block computed again .* GB are needed, and stage.activation_gb is"
-    ):
+    with pytest.raises(ValueError, match=r"with every block checkpointed .* GB are needed, and stage.activation_gb is"):
         resolve_auto(stage(activation_gb=1e-6), model, DATA, CPU, None, Plan())
     with pytest.raises(ValueError, match="the device's memory is not known; give"):
         resolve_auto(stage(), model, DATA, Setting("cuda"), None, Plan())
@@ -290,7 +288,7 @@ def test_less_memory_recomputes_more() -> None:
 
 
 def test_wrong_keys_are_told(world: Path) -> None:
-    with pytest.raises(ValueError, match="activation_gb: says nothing without"):
+    with pytest.raises(ValueError, match="activation_gb: has no effect without"):
         stage(activation_checkpointing=0.0, activation_gb=2.0)
     for value in ("all", "1.5", "-0.1"):
         with pytest.raises(ValueError, match=r"stage\.activation_checkpointing"):

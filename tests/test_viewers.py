@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is checked by counting the pixels of its colours."""
+"""Figures: what is drawn is checked by counting the pixels of its colors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_mask_refuses(tmp_path: Path, mask: Tensor, labels: list[str] | None, me
         draw_mask(mask, tmp_path / "mask.png", labels)
 
 
-def test_normalised_image_is_shown_in_its_own_colours() -> None:
+def test_normalized_image_is_shown_in_its_own_colors() -> None:
     original = Image.new("RGB", (64, 32), (200, 30, 120))
     shown = to_pixels(load_image(original, 32, 32 * 64, 32 * 64))
     assert shown.shape == (32, 64, 3)
@@ -115,7 +115,7 @@ def test_attention_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
             draw_attention(Image.new("RGB", (8, 8)), weights, tmp_path / "a.png")
 
 
-def test_curves_have_their_own_colours(tmp_path: Path) -> None:
+def test_curves_have_their_own_colors(tmp_path: Path) -> None:
     curves = {"a": (range(5), [5, 4, 3, 2, 1]), "b": (range(200), [float(n % 7) for n in range(200)])}
     picture = pixels(draw_curves(curves, tmp_path / "c.png", "step", "loss"))
     assert count(picture, BLUE) > 500

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_MEMORY = 2**29
-"""Bytes of decoded images after which questions are asked before more images are decoded."""
+"""Bytes of decoded images that are kept before their questions are asked."""
 
 
 class Generator(Protocol):
-    """What can be evaluated: ``NEO``, or whatever generates like it."""
+    """A model that can be evaluated: ``NEO``, or anything with the same methods."""
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the model's input looks like."""
+        """Description of the model's input."""
 
     def generate(
         self,
@@ -110,14 +110,14 @@ def evaluate(
         tokenizer: from :func:`neo_components.data.load_tokenizer`.
         samples: the questions.
         metric: name of a registered metric, or a mapping of ``kind`` (the name) and its options.
-        batch_size: questions answered at a time.
-        max_new_tokens: most tokens of an answer.
+        batch_size: number of questions per call of ``generate``.
+        max_new_tokens: maximum length of an answer in tokens.
         min_pixels: smallest area of an image after resizing, as in training.
         max_pixels: largest area of an image after resizing.
         shuffle_images_seed: gives each question the image of another one (:func:`shuffle_images`): an answer that is
             still right did not depend on the image.
         device: where to move the model first; ``None`` leaves it where it is.
-        progress: title of the progress shown; ``None`` shows nothing.
+        progress: title of the progress; ``None`` shows nothing.
 
     Raises:
         ValueError: if there is no question, one has no reference answer, ``batch_size`` is not positive, or the metric
@@ -157,7 +157,7 @@ def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:
 
 
 class _Encoder:
-    """Makes prompts of questions; remembers the images decoded since :meth:`forget`."""
+    """Encodes questions as prompts; caches decoded images until :meth:`forget`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InputSpec, min_pixels: int, max_pixels: int) -> None:
         self.tokenizer, self.spec = tokenizer, spec
@@ -166,11 +166,11 @@ class _Encoder:
 
     @property
     def memory(self) -> int:
-        """Bytes of the images remembered."""
+        """Bytes of the cached images."""
         return sum(image.nbytes for image in self.images.values())
 
     def forget(self) -> None:
-        """Frees the images; those of samples still in use live on in them."""
+        """Clears the cache; samples keep their images."""
         self.images.clear()
 
     def __call__(self, question: Question) -> Sample:
@@ -191,7 +191,7 @@ class _Encoder:
 
 
 def _batches(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """Numbered prompts, about equally long ones together."""
+    """Numbered prompts, in batches of similar length."""
     for window in _windows(questions, encode, batch_size):
         window.sort(key=lambda numbered: len(numbered[1].token_ids))
         for start in range(0, len(window), batch_size):
@@ -199,7 +199,7 @@ def _batches(questions: Sequence[Question], encode: _Encoder, batch_size: int) -
 
 
 def _windows(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """Numbered prompts in their order, as many at a time as their images fit into memory, but whole batches."""
+    """Numbered prompts in order, a multiple of the batch size at a time, limited by the memory of their images."""
     window: list[tuple[int, Sample]] = []
     for number, question in enumerate(questions):
         window.append((number, encode(question)))

@@ -176,8 +176,11 @@ def _resolved(
     """The stage as it would run; if it would not run, a stage to estimate instead, and the reason."""
     stage = recipe.stage
     if stage.activation_checkpointing == "auto" and not stage.activation_gb and device_memory is None:
-        note = "stage.activation_checkpointing auto: estimated without it, as the device's memory is unknown; give
-        --device-memory" return replace(stage, activation_checkpointing=0.0), _Doubts(notes=(note,))
+        note = (
+            "stage.activation_checkpointing auto: estimated without it, as the device's memory is unknown; give "
+            "--device-memory"
+        )
+        return replace(stage, activation_checkpointing=0.0), _Doubts(notes=(note,))
     try:
         return resolve_auto(stage, model, recipe.data, setting, device_memory, plan, accumulates(recipe)), _Doubts()
     except ValueError as error:

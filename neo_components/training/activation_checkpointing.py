@@ -74,8 +74,9 @@ def resolve_auto(
     limit = "stage.activation_gb" if stage.activation_gb else f"{ROOM:.0%} of the device's memory"
     raise ValueError(
         f"stage.activation_checkpointing auto: with every block checkpointed {need / 1e9:.3g} GB are needed, and "
-        f"{limit} is {budget / 1e9:.3g} GB; lower data.micro_batch_size or data.seq_len (now {data['micro_batch_size']} of "
-        f"{data['seq_len']}), raise stage.activation_gb, or shard the model over more devices"
+        f"{limit} is {budget / 1e9:.3g} GB; lower data.micro_batch_size or data.seq_len (now "
+        f"{data['micro_batch_size']} of {data['seq_len']}), raise stage.activation_gb, or shard the model over "
+        "more devices"
     )
 
 

@@ -77,7 +77,7 @@ def build(case: Case) -> tuple[NEO, Batch]:
         )
     train_only(model, STAGES[case.stage])
     for stack in (model.pre_buffer, model.post_llm):
-        stack.recomputed = round(case.share * len(stack.layers))
+        stack.checkpointed_blocks = round(case.share * len(stack.layers))
     samples = [document(case.length, model.input_spec, n) for n in range(case.documents)]
     return model, pack(samples, model.input_spec).to(case.device)
 
@@ -131,7 +131,9 @@ def estimates(model: NEO, batch: Batch, case: Case) -> tuple[int, int]:
     activations = kept_activations(model, ids, setting)
     memory = step_memory(model, ids, setting, Plan(), activations)
     always = sum(memory.kinds.get(kind, 0) for kind in ("weights", "optimiser states", "batch"))
-    by_autograd = activations.total(model.pre_buffer.recomputed, model.post_llm.recomputed) - activations.loss
+    by_autograd = (
+        activations.total(model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks) - activations.loss
+    )
     return by_autograd, memory.peak - always
 
 

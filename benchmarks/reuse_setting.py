@@ -37,7 +37,7 @@ LLMS: dict[str, dict[str, Any]] = {
     "b": {"hidden_size": 128, "heads": 4, "kv_heads": 2, "feed_forward": 384, "vocab_size": 420},
     "c": {
         "hidden_size": 144, "heads": 3, "kv_heads": 3, "head_width": 48, "feed_forward": 400, "vocab_size": 500,
-        "family": "llama", "pieces": "blanks",
+        "family": "llama", "pieces": "spaces",
     },
 }  # fmt: skip
 STAGES = ("pretrain", "midtrain", "sft")

@@ -209,5 +209,5 @@ LLM_FAMILIES = Registry("model_type", "neo_components.llms")
 CONVERTERS = Registry("converter", "neo_components.data.convert")
 """Converters: readers of other data formats; their options are options of ``neo data NAME``."""
 
-METRICS = Registry("metric", "neo_components.evaluation.metrics")
-"""Metrics: ``torchmetrics.Metric`` classes that score answers; ``neo evaluate --metric NAME``."""
+METRICS = Registry("metric", "neo_components.evaluation.metrics", given=("kinds",))
+"""Metrics: subclasses of :class:`~neo_components.evaluation.AnswerMetric`; ``neo evaluate --metric NAME``."""

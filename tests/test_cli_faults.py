@@ -44,7 +44,8 @@ FAULTS = [
     ("data llava {t}/talk.json -o {t}/a --images {t}/none", r"no such image folder: {t}/none"),
     # train
     ("train {w}/run.yaml output={t}/a --resume last", r"no checkpoint {t}/a/checkpoints/last\.ckpt to resume from; .*"),
-    ("train {w}/run.yaml output={t}/a --resume {w}/red.png", r"{w}/red\.png is no checkpoint of a training run; .*"),
+    ("train {w}/run.yaml output={t}/a --resume {w}/red.png",
+     r"{w}/red\.png is no checkpoint of a training run, or it is damaged"),
     ("train {w}/run.yaml output={t}/a trainer.devices=0", r"trainer: .*devices=0.*; change that key of the recipe .*"),
     ("train {w}/run.yaml output={t}/a data.seq_len=4", r"no sample of {w}/shards is usable; .*"),
     ("train {w}/run.yaml output={t}/a data.seq_len=4 data.workers=1", r"no sample of {w}/shards is usable; .*"),

@@ -141,7 +141,7 @@ def test_what_recomputation_adds() -> None:
     train_only(model, ["all"])
     batch = whole_rows(model)
     plain = step_flops(model, batch)
-    model.pre_buffer.recomputed, model.post_llm.recomputed = 1, 2
+    model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks = 1, 2
     again = step_flops(model, batch)
     assert {name: part.model for name, part in plain.items()} == {name: part.model for name, part in again.items()}
     assert again["post_llm"].again == again["post_llm"].forward

@@ -269,7 +269,7 @@ def test_recomputed_blocks_give_the_same_gradients_from_less() -> None:
     for share in (0, 1, 2):
         model = tiny_model()
         for stack in (model.pre_buffer, model.post_llm):
-            stack.recomputed = share
+            stack.checkpointed_blocks = share
         sizes: list[int] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x)
         with hooks:

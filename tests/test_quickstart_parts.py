@@ -147,7 +147,7 @@ def test_shards_hold_each_question_once_with_its_own_image(shards: dict[str, Eas
     assert sorted((question.question, question.answers[0]) for question in text) == [row[:2] for row in expected]
 
 
-def test_training_pictures_are_there_plain_and_mirrored(tmp_path: Path) -> None:
+def test_training_images_are_there_plain_and_mirrored(tmp_path: Path) -> None:
     parts = write_easy_vqa(tmp_path, validation_images=3990)
     samples = {sample["key"]: sample for sample in read_shards(parts["train_open"].folder)}
     assert parts["train_open"].samples == len(samples) > 0
@@ -160,7 +160,7 @@ def test_training_pictures_are_there_plain_and_mirrored(tmp_path: Path) -> None:
     assert sum(key.endswith("m") for key in samples) * 2 == len(samples)
 
 
-def test_samples_can_be_learnt_from(shards: dict[str, EasyVQAPart]) -> None:
+def test_samples_can_be_trained_on(shards: dict[str, EasyVQAPart]) -> None:
     sizes = []
     for part in (shards["train_all"], shards["validation"]):
         for sample in read_shards(part.folder):

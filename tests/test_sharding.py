@@ -72,7 +72,7 @@ def two(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tup
     cases: list[dict[str, Any]] = [
         {"folder": models["plain"], "strategy": "ddp"},
         {"folder": models["plain"], "strategy": "fsdp2", "save": str(folder / "two.ckpt")},
-        {"folder": models["tied"], "strategy": "fsdp2", "recompute": 1.0},
+        {"folder": models["tied"], "strategy": "fsdp2", "activation_checkpointing": 1.0},
         {"folder": models["bypass"], "strategy": "fsdp2", "ema": 0.5, "weights": str(folder / "two.safetensors")},
         {"folder": models["plain"], "strategy": "fsdp2", "train": STAGE_1, "poisoned": 1},
         {"folder": models["plain"], "strategy": "fsdp2", "precision": "bf16-mixed"},
@@ -215,7 +215,7 @@ def test_what_is_exported_is_the_same_from_any_number_of_processes(world: Path, 
     [
         ("trainer.strategy=fsdp", "trainer.strategy=fsdp2 divides them too"),
         ("trainer.strategy=deepspeed_stage_3", "cannot put together"),
-        ("stage.optimizer=muon", "muon turns whole matrices"),
+        ("stage.optimizer=muon", "muon orthogonalizes full matrices"),
         ("trainer.precision=16-mixed", "use one of 32-true, bf16-mixed"),
     ],
 )

@@ -44,7 +44,7 @@ def bridged(text: str) -> NEO:
 MODELS: dict[str, tuple[Callable[[], NEO], dict[str, Any]]] = {
     "plain": (tiny_model, {}),
     "tied": (lambda: tiny_model(post={"tie_embeddings": True}), {}),
-    "recomputed": (tiny_model, {"recompute": 1.0}),
+    "recomputed": (tiny_model, {"activation_checkpointing": 1.0}),
     "experts": (lambda: tiny_model(num_experts=4, experts_per_token=2), {}),
     "bridged": (lambda: bridged("shared"), {}),
     "bypass": (lambda: bridged("bypass"), {}),

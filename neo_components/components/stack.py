@@ -27,7 +27,7 @@ class PrimitiveStack(Component):
     """
 
     layers: nn.ModuleList
-    recomputed: int = 0
+    checkpointed_blocks: int = 0
     """How many blocks, from the first on, keep only their input for the backward pass and compute the rest again."""
 
     def build(self) -> None:
@@ -110,7 +110,7 @@ class PrimitiveStack(Component):
         for number, layer in enumerate(self.layers):
             see = attend[number] if isinstance(attend, Sequence) else attend
             turn = turns[self._tables[number]]
-            if number < self.recomputed and torch.is_grad_enabled():
+            if number < self.checkpointed_blocks and torch.is_grad_enabled():
                 x = recompute(layer, x, turn, see, use_reentrant=False)
             else:
                 x = layer(x, turn, see)

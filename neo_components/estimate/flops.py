@@ -52,9 +52,9 @@ class Flops:
 def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     """FLOPs of a training step on a batch.
 
-    What trains is read off ``requires_grad``, what is recomputed off ``recomputed`` of both stacks. Only the ids and
-    labels of the batch are looked at, and one number per document is read from its device; hand it a batch on the CPU
-    where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
+    What trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks`` of both stacks. Only the
+    ids and labels of the batch are looked at, and one number per document is read from its device; hand it a batch on
+    the CPU where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
     accumulated batches, add up.
 
     Args:
@@ -118,7 +118,7 @@ def stack_flops(
         assert isinstance(block, NativePrimitive)
         one = block_flops(block, tokens, pairs[block.layer_rule], flow)
         flow = flow or _trains(block)
-        again = one.forward if number < stack.recomputed and flow else 0
+        again = one.forward if number < stack.checkpointed_blocks and flow else 0
         total += Flops(one.forward, one.backward, again)
     return total, flow
 

@@ -77,7 +77,7 @@ def step_memory(
     gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
 
     Args:
-        model: what trains is read off ``requires_grad``, what is recomputed off ``recomputed``.
+        model: what trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks``.
         batch: rows of one device.
         setting: device and precision.
         plan: how the model is laid over devices.
@@ -93,7 +93,7 @@ def step_memory(
     kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
     gradients = _bytes(trained, kept)
     states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
-    again = model.pre_buffer.recomputed, model.post_llm.recomputed
+    again = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     always = {
         "weights": _bytes(parameters, kept) // plan.shards,
         "optimiser states": states // plan.shards,
@@ -125,7 +125,7 @@ def _peak_of_backward(
     most = left + made + max(passing["logits of one chunk"], passing["autocast copies"])
     for stack, blocks in reversed(stacks):
         for number in reversed(range(len(blocks))):
-            again = number < stack.recomputed
+            again = number < stack.checkpointed_blocks
             inside = blocks[number].whole if again else 0
             most = max(most, left + made + inside + passing["working space"])
             left -= blocks[number].input if again else blocks[number].whole
@@ -143,7 +143,7 @@ def _gathered(model: NEO, setting: Setting) -> int:
     """Two blocks put together, the present and the next one (or a larger embedding), and what is in no part of its own;
     and of the largest of them the gradient before it is divided, once as computed and once in float32 for the sum.
 
-    The parts are those of ``training.fsdp2.strategy.divide``."""
+    The parts are those of ``training.fsdp2.strategy.shard``."""
     blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
     alone = [model.patch_embedding, *([model.post_llm.word_embedding] if model.post_llm.lm_head is not None else [])]
     single = [list(part.parameters()) for part in alone]
@@ -161,7 +161,7 @@ def _autocast_copies(model: NEO, setting: Setting) -> int:
     if setting.autocast is None:
         return 0
     stacks = (model.pre_buffer, model.post_llm)
-    blocks = [block for stack in stacks for block in list(stack.layers)[: stack.recomputed]]
+    blocks = [block for stack in stacks for block in list(stack.layers)[: stack.checkpointed_blocks]]
     weights = [p for block in blocks for p in block.parameters() if p.requires_grad and p.ndim > 1]
     return sum(p.numel() for p in weights) * setting.autocast.itemsize
 

@@ -23,7 +23,8 @@ from neo_components.recipe import (
     list_recipes,
     validate_recipe,
 )
-from neo_components.recipe.hints import hints_of, sections_of
+from neo_components.recipe.hints import hints_of, members, sections_of
+from neo_components.recipe.parts import part_of
 from neo_components.recipe.schema import TRAINER_OWNED, keys, schema
 from neo_components.recipe.stage import Group, StageConfig
 
@@ -207,6 +208,11 @@ def defaults(section: Any, prefix: str = "") -> dict[str, set[str]]:
             else str(list(text) if isinstance(text, tuple) else text)
         )
         found.setdefault(key, set()).add(shown)
+        for part in filter(None, map(part_of, members(hint))):
+            for form in map(part.form, part.names()):
+                for name, values in defaults(form, f"{key}.").items():
+                    found.setdefault(name, set()).update(values)
+            found[f"{key}.kind"] = {part.default}
         items = [inner for item in get_args(hint) for inner in sections_of(item)] if "list" in str(hint) else []
         for inner, part in [(i, f"{key}.") for i in sections_of(hint)] + [(i, f"{key}[].") for i in items]:
             for name, values in defaults(inner, part).items():
@@ -215,7 +221,7 @@ def defaults(section: Any, prefix: str = "") -> dict[str, set[str]]:
 
 
 def test_the_page_tells_every_key_with_its_default() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
     told: dict[str, set[str]] = {}
     for key, quoted, word in ROW.findall(page):
         told.setdefault(key, set()).add(quoted or word)

@@ -32,7 +32,11 @@ from neo_components.model.neo import NEO
 from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
 from neo_components.recipe.stage import Group
+<<<<<<< HEAD
 from neo_components.registry import LLM_FAMILIES
+=======
+from neo_components.registry import METRICS
+>>>>>>> wt-train
 from neo_components.storage.weights import save_tensors
 from neo_components.training.checkpoints import read_checkpoint
 
@@ -301,6 +305,19 @@ def test_python_of_the_evaluation_page(clone: Path, capsys: pytest.CaptureFixtur
     assert names["shuffled"].counts == names["blind"].counts == names["report"].counts
     [promised] = re.findall(r"print\(metric.compute\(\)\)  # (.*)", PAGES["docs/evaluation.md"])
     assert capsys.readouterr().out.splitlines()[-1] == promised
+    METRICS.remove("contains")
+
+
+def test_the_commands_of_the_evaluation_page(clone: Path) -> None:
+    """The second one with the metric of the page, as a module in the working folder."""
+    page = "docs/evaluation.md"
+    [metric] = [example for example in blocks(page, "python") if "METRICS.register" in example]
+    Path("my_metric.py").write_text(metric)
+    scored, own = (installed_neo(*shlex.split(line)[1:], folder=clone) for line in bash_lines(page))
+    assert scored.status == own.status == 0, scored.err + own.err
+    report = json.loads(Path("scores.json").read_text())
+    assert scored.out.split()[:2] == ["overall", f"{report['accuracy']['overall']:.4f}"]
+    assert float(own.out.split()[1]) >= report["accuracy"]["overall"]  # whoever is equal also contains
 
 
 def test_the_page_on_transformers_in_its_order(clone: Path) -> None:

@@ -263,7 +263,7 @@ def test_what_never_fits_is_refused() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"with every block checkpointed .* GB are needed, and stage.activation_gb is"):
         resolve_auto(stage(activation_gb=1e-6), model, DATA, CPU, None, Plan())
-    with pytest.raises(ValueError, match="the device's memory is not known; give"):
+    with pytest.raises(ValueError, match="the device's memory is not known; set"):
         resolve_auto(stage(), model, DATA, Setting("cuda"), None, Plan())
     with pytest.raises(ValueError, match="90% of the device's memory is"):
         resolve_auto(stage(), model, DATA, CPU, 1000, Plan())

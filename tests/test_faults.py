@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written .* ones before are untouched: make room"):
+        with pytest.raises(OSError, match=r"could not be written .* earlier checkpoints are unchanged: free space"):
             AtomicCheckpointIO().save_checkpoint({"global_step": 2, "state_dict": {"a": torch.ones(2**16)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -166,17 +166,17 @@ def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
     for name in wanted:
         assert [step for step, _ in board[name]] == [step for step, _ in table[name]], name
         assert [v for _, v in board[name]] == pytest.approx([v for _, v in table[name]], rel=1e-6), name
-    assert_the_training_page_names(wanted)
+    assert_the_reference_names(wanted)
     assert len(board["train/loss"]) == 6 and len(board["val/text_perplexity"]) == 3
     assert [value for _, value in board["data/skipped"]] == [0.0] * 6
     assert all(0 < value <= 1 for _, value in board["perf/packing_efficiency"])
     assert result.summary.metrics["val/text_perplexity"] == pytest.approx(board["val/text_perplexity"][-1][1], rel=1e-5)
 
 
-def assert_the_training_page_names(logged: set[str]) -> None:
+def assert_the_reference_names(logged: set[str]) -> None:
     """Every value that is logged, and no other but those of a GPU, of several images and of skipped samples."""
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-    named = {"val/text_perplexity_of_llm"} if "`val/text_perplexity_of_llm`" in page else set()
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "logged_values.md").read_text(encoding="utf-8")
+    named: set[str] = set()
     for line in page.splitlines():
         if re.match(r"\| `\w+/", line):
             words = re.findall("`([^`]+)`", line.split("|")[1])

@@ -116,7 +116,7 @@ def test_text_llm_refuses_bad_input(tmp_path: Path) -> None:
         train_text_llm([], tmp_path, **TINY)
     with pytest.raises(ValueError, match=r"vocab_size is 258, .* at least 259"):
         train_tokenizer(["a"], 258)
-    with pytest.raises(ValueError, match="unknown speaker 'user'"):
+    with pytest.raises(ValueError, match="unknown role 'user'"):
         to_chatml([{"from": "user", "value": "hi"}])
 
 

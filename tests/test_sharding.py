@@ -1,4 +1,4 @@
-"""Weights divided among processes, and whole ones on several: both train what one process trains."""
+"""Sharded weights, and full weights on several processes: both train what one process trains."""
 
 from __future__ import annotations
 
@@ -229,4 +229,4 @@ def test_a_checkpoint_of_the_other_kind_is_refused(world: Path, tmp_path: Path) 
     recipe = [world / "run.yaml", f"output={tmp_path}"]
     good("train", *recipe)
     done = neo("train", *recipe, "stage.steps=3", "trainer.strategy=fsdp2", "--resume", "last")
-    assert done.status == 1 and "is not divided among processes; resume with the strategy of its run" in done.err
+    assert done.status == 1 and "is a full checkpoint; resume with the strategy of its run" in done.err

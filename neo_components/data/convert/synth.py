@@ -107,7 +107,7 @@ def draw_image(things: Sequence[Thing], background: tuple[int, ...] = (245, 245,
 
 
 def caption(things: Sequence[Thing]) -> str:
-    """All things of a scene with size and place, row by row."""
+    """All things of a scene with size and cell, from top left to bottom right."""
     ordered = sorted(things, key=lambda thing: (int(thing.y), int(thing.x)))
     return ", ".join(f"a {thing.size} {thing.name} at the {thing.place}" for thing in ordered)
 

@@ -54,7 +54,7 @@ class WebTars(Converter):
         return {**super().identity(), "tars": [file_facts(file) for file in self.records()]}
 
     def samples(self, number: int, record: Path) -> Samples:
-        """The samples of a tar; what follows a damaged place counts as one that cannot be used.
+        """The samples of a tar; what follows damaged bytes counts as one that cannot be used.
 
         Raises:
             ValueError: if the tar holds a pickle or a path that leads out of it.

@@ -1,8 +1,8 @@
-"""From an image file to the normalised pixels that a patch embedding reads.
+"""From an image file to the normalized pixels that a patch embedding reads.
 
 Sizes follow the smart resize of the Qwen2-VL family, which NEO uses: sides are multiples of one visual token's side,
 the area stays within limits, and the aspect ratio is kept as well as that allows. Pixels are resized by Pillow's
-bicubic filter and normalised with the ImageNet mean and standard deviation.
+bicubic filter and normalized with the ImageNet mean and standard deviation.
 
 EXIF orientation is not applied, as in the released model's code: pixels are taken as they are stored.
 """
@@ -106,7 +106,7 @@ def decode(image: Image.Image, transparency: Transparency = "drop", name: str = 
     """
     try:
         image.load()
-    except Exception as error:  # see _open_header
+    except Exception as error:  # see open_image
         reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise ImageError(f"{name}: the image cannot be decoded ({first_line(error)})", reason) from None
     if transparency == "contrast":
@@ -150,7 +150,7 @@ def resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
 def to_pixels(
     image: Image.Image, size: tuple[int, int], transparency: Transparency = "drop", name: str = "image"
 ) -> Tensor:
-    """Decodes, resizes and normalises an opened image.
+    """Decodes, resizes and normalizes an opened image.
 
     Args:
         image: from :func:`open_image`.
@@ -191,12 +191,12 @@ def load_image(
         max_decoded_pixels: refuse an image that announces more pixels than this.
 
     Returns:
-        [3, H, W] float32, ImageNet-normalised; sides are multiples of ``factor``.
+        [3, H, W] float32, ImageNet-normalized; sides are multiples of ``factor``.
 
     Raises:
         FileNotFoundError: if the path does not exist.
         ImageError: (a ``ValueError``) if the image is unreadable, truncated, empty, too large, or its aspect ratio is
-            over 200; ``error.reason`` tells which.
+            over 200; ``error.reason`` names it.
     """
     if transparency not in get_args(Transparency):
         raise ValueError(f"transparency must be one of {', '.join(get_args(Transparency))}, got {transparency!r}")

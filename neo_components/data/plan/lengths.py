@@ -168,7 +168,7 @@ def _as_it_is(chunk: Any) -> Any:
 
 
 class _Chunks(Dataset[tuple[np.ndarray, list[_Fault]]]):
-    """Some neighbouring samples at a time."""
+    """Some neighboring samples at a time."""
 
     def __init__(self, folder: ShardFolder, maker: SampleMaker) -> None:
         self._folder, self._maker = folder, maker

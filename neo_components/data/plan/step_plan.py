@@ -141,7 +141,7 @@ class StepPlan:
     def _segments(self, sequences: Sequence[PlannedSequence]) -> Iterator[np.ndarray]:
         """[steps, ranks * B] numbers of sequences, of about the same visual tokens in each step.
 
-        A segment ends where an epoch does: no sequence moves beyond. The step with the end is a segment of its own.
+        A segment ends where an epoch does: no sequence moves beyond. The step with the end is one segment.
         """
         size, first = self._ranks * self._micro_batch_size, 0
         while first < len(sequences):

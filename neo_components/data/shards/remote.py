@@ -1,7 +1,7 @@
 """Folders of shards that lie elsewhere: read through fsspec, kept in a local cache, fetched again when that fails.
 
 A shard is fetched when its first sample is read. One process fetches it, others of the same machine wait for it. Where
-no copies are to be kept, each sample is fetched by itself instead. The index is fetched first; lengths that lie beside
+no copies are to be kept, each sample is fetched alone instead. The index is fetched first; lengths that lie beside
 it are used, so that nothing has to be read to plan a run.
 """
 
@@ -29,7 +29,7 @@ FIRST_WAIT = 0.5
 PIPE = "pipe:"
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-"""What has to be installed for addresses of a kind; fsspec says it of others."""
+"""What has to be installed for addresses of a kind; fsspec names it for others."""
 
 
 class RemoteError(OSError):
@@ -57,7 +57,7 @@ class RemoteFolder:
         self._filesystem()
 
     def _filesystem(self) -> tuple[Any, str]:
-        """The filesystem and the folder's path in it; asked for anew in each process."""
+        """The filesystem and the folder's path in it; asked for again in each process."""
         import fsspec
 
         try:

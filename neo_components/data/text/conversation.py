@@ -10,10 +10,11 @@ has none, in ChatML, as NEO is trained::
     <|im_start|>assistant
     An apple.<|im_end|>
 
-What is learnt of a conversation is each answer with the token that ends it (in plain ChatML ``<|im_end|>`` and the line
-break after it); an answer marked ``"is_input": true`` is read, not learnt. The text is tokenised in pieces that are cut
-where an answer begins and after its end, in training and at inference alike, so a model is asked exactly what it was
-taught. The beginning-of-text token stands where the template writes it, and nowhere else.
+The targets of a conversation are its answers, each with the token that ends it (in plain ChatML ``<|im_end|>`` and the
+line break after it); an answer marked ``"is_input": true`` is input, no target. The text is tokenized in pieces that
+are cut where an answer begins and after its end, in training and at inference alike, so the prompt of a model is
+exactly the beginning of what it was trained on. The beginning-of-text token stands where the template writes it, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def encode_conversation(
             (``InputSpec.image_special_token_ids``) if they differ from the tokenizer's.
 
     Returns:
-        token_ids [L] and labels [L], int64, unshifted; labels are -100 where nothing is learnt.
+        token_ids [L] and labels [L], int64, unshifted; labels are -100 where there is no target.
 
     Raises:
         ConversationError: (a ``ValueError``) if a turn is malformed, there are fewer tags than images, the length limit
-            cuts an image, or, with ``strict``, for the cases above; ``error.reason`` tells which.
+            cuts an image, or, with ``strict``, for the cases above; ``error.reason`` names it.
     """
     checked = checked_turns(turns, len(image_tokens), strict)
     ids, labels = tokenize(template_of(tokenizer).pieces(checked), tokenizer, image_tokens, image_ids)
@@ -83,7 +84,7 @@ def encode_conversation(
         ids, labels = cut(ids, labels, max_length, sum(image_tokens), (image_ids or image_token_ids(tokenizer))[0])
         if strict and not (labels != IGNORED).any():
             raise ConversationError(
-                f"the limit of {max_length} tokens cuts the answer away, nothing is left to learn", "too_long"
+                f"the limit of {max_length} tokens cuts the answer away, no target is left", "too_long"
             )
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
@@ -123,8 +124,8 @@ def load_tokenizer(folder_or_hub_id: str, chat_template: str = "auto") -> PreTra
     Args:
         folder_or_hub_id: where it lies.
         chat_template: ``auto``: its own; ChatML if it has none, or if it lies beside a released NEO model, as those are
-            trained in ChatML whatever their tokenizer says. ``chatml``: plain ChatML. A path that ends with ``.jinja``:
-            the template in that file. The choice goes with the tokenizer when it is saved.
+            trained in ChatML, whatever template their tokenizer has. ``chatml``: plain ChatML. A path that ends with
+            ``.jinja``: the template in that file. The choice goes with the tokenizer when it is saved.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or no such template.
@@ -179,5 +180,5 @@ def _is_released(folder: Path) -> bool:
     try:
         found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except ValueError:
-        return False  # whoever reads the model says that its config is damaged
+        return False  # reading the model reports that its config is damaged
     return isinstance(found, dict) and found.get("model_type") == "neo_chat"

@@ -32,11 +32,7 @@ from neo_components.model.neo import NEO
 from neo_components.recipe import import_user_modules, list_recipes
 from neo_components.recipe.schema import keys
 from neo_components.recipe.stage import Group
-<<<<<<< HEAD
-from neo_components.registry import LLM_FAMILIES
-=======
-from neo_components.registry import METRICS
->>>>>>> wt-train
+from neo_components.registry import LLM_FAMILIES, METRICS
 from neo_components.storage.weights import save_tensors
 from neo_components.training.checkpoints import read_checkpoint
 

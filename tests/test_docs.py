@@ -289,7 +289,7 @@ def test_python_of_the_language_model_page(clone: Path) -> None:
 
 
 def test_the_table_of_families_is_whole() -> None:
-    told = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/language_models.md"], re.MULTILINE)
+    told = re.findall(r"^\| `(\w+)` \| ", PAGES["docs/reference/weights.md"], re.MULTILINE)
     assert sorted(told) == sorted(LLM_FAMILIES)
 
 

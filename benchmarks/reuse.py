@@ -1,7 +1,7 @@
 """What a trained pre-Buffer saves when it is attached to another language model.
 
     python benchmarks/reuse.py run --root outputs/reuse
-    python benchmarks/reuse.py report --root outputs/reuse --pictures docs/pictures
+    python benchmarks/reuse.py report --root outputs/reuse --figures docs/figures
     python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/reuse.md
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
@@ -198,14 +198,14 @@ def main() -> None:
     parser.add_argument("--random-steps", type=int, default=320, help="steps of the random arms that set the goal")
     parser.add_argument("--every", type=int, default=5, help="steps between validations")
     parser.add_argument("--questions", type=int, default=200, help="validation questions that are answered")
-    parser.add_argument("--pictures", type=Path, help="folder for the curves of report")
+    parser.add_argument("--figures", type=Path, help="folder for the curves of report")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
     file = options.root / "arms.jsonl"
     if options.what == "report":
-        print(report(read(file), options.pictures))
+        print(report(read(file), options.figures))
         return
     sources = itertools.product([options.source] if options.source else options.tasks, options.seeds)
     make(options.root, sources)

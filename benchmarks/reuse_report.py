@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from neo_components.viewers.figure import COLOURS, new_figure, save
+from neo_components.viewers.figure import COLORS, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +17,8 @@ GOALS = ("random", "random bypass")
 PARTS = (0.5, 0.75, 1.0)
 """After these parts of its steps a random arm has the losses that others are to reach."""
 DRAWN = {
-    "random bypass": COLOURS[0], "random": COLOURS[5], "own": COLOURS[4], "none": COLOURS[7],
-    "tuned bypass": COLOURS[3], "frozen bypass": COLOURS[2], "tuned": COLOURS[1],
+    "random bypass": COLORS[0], "random": COLORS[5], "own": COLORS[4], "none": COLORS[7],
+    "tuned bypass": COLORS[3], "frozen bypass": COLORS[2], "tuned": COLORS[1],
 }  # fmt: skip
 """Arms whose curves are drawn, and in which colour."""
 Curve = Sequence[tuple[int, float]]
@@ -42,13 +42,13 @@ Setting = tuple[str, str]
 """Task of the source, task that is learnt."""
 
 
-def report(arms: Sequence[Done], pictures: Path | None = None) -> str:
+def report(arms: Sequence[Done], figures: Path | None = None) -> str:
     """A table for each setting, as Markdown; the curves too if there is a folder for them."""
     settings = settings_of(arms)
     parts = [table(setting, some) for setting, some in settings.items()]
     parts += ["Device: " + "; ".join(sorted({arm.device for arm in arms}))]
-    if pictures is not None:
-        draw(settings, pictures / "reuse.png")
+    if figures is not None:
+        draw(settings, figures / "reuse.png")
     return "\n\n".join(parts)
 
 

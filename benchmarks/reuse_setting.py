@@ -37,7 +37,7 @@ LLMS: dict[str, dict[str, Any]] = {
     "b": {"hidden_size": 128, "heads": 4, "kv_heads": 2, "feed_forward": 384, "vocab_size": 420},
     "c": {
         "hidden_size": 144, "heads": 3, "kv_heads": 3, "head_width": 48, "feed_forward": 400, "vocab_size": 500,
-        "family": "llama", "pieces": "blanks",
+        "family": "llama", "pieces": "spaces",
     },
 }  # fmt: skip
 STAGES = ("pretrain", "midtrain", "sft")
@@ -123,7 +123,8 @@ def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> 
         }
         shares = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
         data = [
-            f"{{shards: {root / task / name}, share: {share}}}" for name, share in zip(seen[stage], shares, strict=True)
+            f"{{shards: {root / task / name}, weight: {share}}}"
+            for name, share in zip(seen[stage], shares, strict=True)
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),

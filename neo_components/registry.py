@@ -73,8 +73,8 @@ class Registry(Mapping[str, Any]):
         if name not in self._parts:
             raise ArgumentError(
                 self.kind,
-                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}{nearest(name, self._parts)}; if it "
-                "is your own, import the module that registers it (neo ... --import MODULE)",
+                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}; if it is your own, import the "
+                f"module that registers it (neo ... --import MODULE){nearest(name, self._parts)}",
             )
         return self._parts[name]
 
@@ -209,5 +209,5 @@ LLM_FAMILIES = Registry("model_type", "neo_components.llms")
 CONVERTERS = Registry("converter", "neo_components.data.convert")
 """Converters: readers of other data formats; their options are options of ``neo data NAME``."""
 
-METRICS = Registry("metric", "neo_components.evaluation.metrics")
-"""Metrics: ``torchmetrics.Metric`` classes that score answers; ``neo evaluate --metric NAME``."""
+METRICS = Registry("metric", "neo_components.evaluation.metrics", given=("kinds",))
+"""Metrics: subclasses of :class:`~neo_components.evaluation.AnswerMetric`; ``neo evaluate --metric NAME``."""

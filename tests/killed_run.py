@@ -19,7 +19,7 @@ from neo_components.data import NEODataModule, Source
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.callbacks.rng_state import RandomStates, random_states
 from neo_components.training.callbacks.signals import SaveOnSignal
-from neo_components.training.checkpoints import WholeFiles, newest_checkpoint
+from neo_components.training.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from neo_components.training.module import NEOTraining
 from neo_components.types import Batch
 
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
         strategy=options.strategy if options.ranks > 1 else "auto",
         max_steps=options.steps,
         callbacks=[RandomStates(), saving, Record(options.folder, options.delay), SaveOnSignal(checkpoints)],
-        plugins=[WholeFiles()],
+        plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -21,8 +21,8 @@ from neo_components.storage.deferred import Deferred
 from neo_components.storage.weights import save_tensors
 from neo_components.training.callbacks.progress import averaging
 from neo_components.training.fsdp2.average import ShardedAverage
-from neo_components.training.fsdp2.strategy import Sharded, ShardedTraining, gathered_again, policy_of
-from neo_components.training.fsdp2.tensors import gradient_norms, whole
+from neo_components.training.fsdp2.strategy import FSDP2Strategy, ShardedTraining, policy_of, reshard
+from neo_components.training.fsdp2.tensors import full_tensor, gradient_norms
 from neo_components.training.module import NEOTraining
 
 ROWS = 4
@@ -100,7 +100,7 @@ def make_run(
     many = torch.distributed.is_torchelastic_launched()
     trainer = lightning.Trainer(
         accelerator="cpu", devices=torch.distributed.get_world_size() if _started() else _ranks(many),
-        strategy=Sharded() if strategy == "fsdp2" else strategy, max_steps=steps[1], gradient_clip_val=0.5,
+        strategy=FSDP2Strategy() if strategy == "fsdp2" else strategy, max_steps=steps[1], gradient_clip_val=0.5,
         callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
         val_check_interval=steps[1] - steps[0], check_val_every_n_epoch=None,
@@ -113,8 +113,8 @@ def make_run(
     if save:
         trainer.save_checkpoint(save)
     if strategy == "fsdp2":
-        gathered_again(model)
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        reshard(model)
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     if weights and rank == 0:
         save_tensors(Path(weights), state)
     val_loss = float(trainer.callback_metrics["val/loss"])

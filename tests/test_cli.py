@@ -103,7 +103,7 @@ def test_evaluate_writes_scores_and_answers(world: Path, tmp_path: Path) -> None
     file = tmp_path / "new folder" / "scores.json"
     out = good("evaluate", world / "neo", world / "shards", "--max-new-tokens", "3", "--limit", "5", "-o", file)
     report = json.loads(file.read_text())
-    assert set(report) == {"accuracy", "counts", "predictions"}
+    assert set(report) == {"accuracy", "counts", "predictions", "metric"} and report["metric"] == "exact_match"
     assert report["counts"] == {"overall": 5, "color": 5}
     assert [answer["key"] for answer in report["predictions"]] == ["s0", "s1", "s2", "s3", "s4"]
     right = sum(answer["right"] for answer in report["predictions"])
@@ -165,8 +165,8 @@ def test_inspect_shows_the_whole_recipe_and_the_groups(world: Path, tmp_path: Pa
     assert counts["post_llm"] == sum(p.numel() for p in model.post_llm.parameters())
     assert counts["patch_embedding"] == sum(p.numel() for p in model.patch_embedding.parameters())
     assert counts["pre_buffer"] == 2 * sum(p.numel() for p in model.pre_buffer.layers.parameters()) + 64
-    assert trained["whole model"] == counts["patch_embedding"] + counts["pre_buffer"]
-    assert counts["whole model"] == trained["whole model"] + counts["post_llm"]
+    assert trained["full model"] == counts["patch_embedding"] + counts["pre_buffer"]
+    assert counts["full model"] == trained["full model"] + counts["post_llm"]
 
 
 def test_llava_becomes_shards(world: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.memory import Plan, step_memory
 from neo_components.estimate.tracing import SavedBytes, Setting, evenly_routed
 from neo_components.recipe.stage import StageConfig
-from neo_components.training.activation_checkpointing import blocks_of, settle, shares, worst_rows
+from neo_components.training.activation_checkpointing import blocks_of, fractions, resolve_auto, worst_batches
 from neo_components.training.groups import train_only
 from neo_components.training.module import NEOTraining
 from neo_components.types import NO_IMAGE
@@ -205,11 +205,11 @@ def test_assumed_rows_look_like_packed_ones() -> None:
         assumed_batch(model, Document(40, 4), 1, 32)
 
 
-# --- the share of blocks that is recomputed
+# --- the fraction of checkpointed blocks
 
 
 def test_shares_step_block_by_block() -> None:
-    found = shares(2, 4)
+    found = fractions(2, 4)
     assert found[0] == 0.0
     assert [(blocks_of(s, 2), blocks_of(s, 4)) for s in found] == [
         (0, 0),
@@ -226,13 +226,13 @@ DATA = {"micro_batch_size": 1, "seq_len": 96, "max_length": None}
 
 
 def stage(**changes: Any) -> StageConfig:
-    return StageConfig(train=("all",), **{"recompute": "auto", "warmup_steps": 0} | changes)
+    return StageConfig(train=("all",), **{"activation_checkpointing": "auto", "warmup_steps": 0} | changes)
 
 
 def needed(model: NEO, share: float) -> int:
     """Bytes that the worst rows keep with that share, and one block more while it is recomputed."""
     counts = [blocks_of(share, len(stack.layers)) for stack in (model.pre_buffer, model.post_llm)]
-    kept = [kept_activations(model, batch, CPU) for batch in worst_rows(model, DATA, "cpu")]
+    kept = [kept_activations(model, batch, CPU) for batch in worst_batches(model, DATA, "cpu")]
     return max(one.total(*counts) + one.largest(*counts) for one in kept)
 
 
@@ -242,14 +242,14 @@ def test_a_budget_is_held_and_the_result_is_the_same() -> None:
     assert batch.token_ids.shape[1] <= DATA["seq_len"]
     plain = tiny_model(pre={"depth": 3}, post={"depth": 5})
     plain.loss(batch).backward()
-    steps = shares(3, 5)
+    steps = fractions(3, 5)
     chosen = set()
     for share in steps[::2]:
         model = tiny_model(pre={"depth": 3}, post={"depth": 5})
         budget = needed(model, share)
-        found = settle(stage(activation_gb=budget / 1e9), model, DATA, CPU, None, Plan())
-        assert found.recompute <= share
-        earlier = [s for s in steps if s < found.recompute]
+        found = resolve_auto(stage(activation_gb=budget / 1e9), model, DATA, CPU, None, Plan())
+        assert found.activation_checkpointing <= share
+        earlier = [s for s in steps if s < found.activation_checkpointing]
         assert all(needed(model, s) > budget for s in earlier)
         assert (model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks) == (0, 0)
         module = NEOTraining(model, found)
@@ -257,49 +257,52 @@ def test_a_budget_is_held_and_the_result_is_the_same() -> None:
         module.model.loss(batch).backward()
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours.grad, theirs.grad), name  # type: ignore[arg-type]
-        chosen.add(found.recompute)
+        chosen.add(found.activation_checkpointing)
     assert len(chosen) > 2
 
 
 def test_what_never_fits_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(
-        ValueError, match=r"with every block computed again .* GB are needed, and stage.activation_gb is"
-    ):
-        settle(stage(activation_gb=1e-6), model, DATA, CPU, None, Plan())
-    with pytest.raises(ValueError, match="the device's memory is not known; give"):
-        settle(stage(), model, DATA, Setting("cuda"), None, Plan())
+    with pytest.raises(ValueError, match=r"with every block checkpointed .* GB are needed, and stage.activation_gb is"):
+        resolve_auto(stage(activation_gb=1e-6), model, DATA, CPU, None, Plan())
+    with pytest.raises(ValueError, match="the device's memory is not known; set"):
+        resolve_auto(stage(), model, DATA, Setting("cuda"), None, Plan())
     with pytest.raises(ValueError, match="90% of the device's memory is"):
-        settle(stage(), model, DATA, CPU, 1000, Plan())
-    assert settle(stage(), model, DATA, CPU, 10**12, Plan()).recompute == 0.0
-    fixed = stage(recompute=0.5)
-    assert settle(fixed, model, DATA, CPU, None, Plan()) is fixed
+        resolve_auto(stage(), model, DATA, CPU, 1000, Plan())
+    assert resolve_auto(stage(), model, DATA, CPU, 10**12, Plan()).activation_checkpointing == 0.0
+    fixed = stage(activation_checkpointing=0.5)
+    assert resolve_auto(fixed, model, DATA, CPU, None, Plan()) is fixed
 
 
 def test_less_memory_recomputes_more() -> None:
     """Without a budget of its own, by what the whole step takes."""
     model = tiny_model(pre={"depth": 3}, post={"depth": 5})
-    rows = worst_rows(model, DATA, "cpu")
+    rows = worst_batches(model, DATA, "cpu")
     peaks = []
     for counts in ((0, 0), (3, 5)):
         model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks = counts
         peaks.append(max(step_memory(model, b, CPU, Plan(), kept_activations(model, b, CPU)).peak for b in rows))
     found = [
-        settle(stage(), model, DATA, CPU, int(memory / 0.9) + 1, Plan()).recompute
+        resolve_auto(stage(), model, DATA, CPU, int(memory / 0.9) + 1, Plan()).activation_checkpointing
         for memory in (peaks[0], sum(peaks) / 2, peaks[1])
     ]
     assert found[0] == 0.0 < found[1] < found[2]  # type: ignore[operator]
 
 
 def test_wrong_keys_are_told(world: Path) -> None:
-    with pytest.raises(ValueError, match="activation_gb: says nothing without"):
-        stage(recompute=0.0, activation_gb=2.0)
+    with pytest.raises(ValueError, match="activation_gb: has no effect without"):
+        stage(activation_checkpointing=0.0, activation_gb=2.0)
     for value in ("all", "1.5", "-0.1"):
-        with pytest.raises(ValueError, match=r"stage\.recompute"):
-            load_recipe(world / "run.yaml", [f"stage.recompute={value}"])
-    with pytest.raises(ValueError, match="recompute is auto: settle it first"):
+        with pytest.raises(ValueError, match=r"stage\.activation_checkpointing"):
+            load_recipe(world / "run.yaml", [f"stage.activation_checkpointing={value}"])
+    with pytest.raises(ValueError, match="activation_checkpointing is auto: resolve it first"):
         NEOTraining(tiny_model(), stage())
-    assert load_recipe(world / "run.yaml", ["stage.recompute=auto", "stage.activation_gb=1"]).stage.recompute == "auto"
+    assert (
+        load_recipe(
+            world / "run.yaml", ["stage.activation_checkpointing=auto", "stage.activation_gb=1"]
+        ).stage.activation_checkpointing
+        == "auto"
+    )
 
 
 def test_totals() -> None:

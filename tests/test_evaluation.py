@@ -136,7 +136,7 @@ def test_metric_refuses_what_it_cannot_count() -> None:
     metric = ExactMatch(["color"])
     with pytest.raises(ValueError, match=r"unknown kinds \['shape'\]"):
         metric.update(["a"], ["a"], ["shape"])
-    with pytest.raises(ValueError, match="give the kind of each sample"):
+    with pytest.raises(ValueError, match="give the kind of each question"):
         metric.update(["a"], ["a"])
     with pytest.raises(ValueError, match="equally long, got 1, 2 and 1"):
         metric.update(["a"], ["a", "b"], ["color"])
@@ -271,7 +271,7 @@ def test_bad_questions_are_named(model: NEO, tokenizer: Any) -> None:
 
     with pytest.raises(ValueError, match="no questions"):
         ask()
-    with pytest.raises(ValueError, match="question 'k' has no accepted answer"):
+    with pytest.raises(ValueError, match="question 'k' has no reference answer"):
         ask(Question("k", "why?", []))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ask(*facts(), batch_size=0)
@@ -334,7 +334,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
 
 def test_evaluation_shows_its_progress(model: NEO, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(model, tokenizer, facts(), max_new_tokens=8, progress="asking")
-    assert re.search(r"asking: 4/4 \(100 %\), \d+ s, accuracy 1.000\n$", capsys.readouterr().err)
+    assert re.search(r"asking: 4/4 \(100 %\), \d+ s, score 1.000\n$", capsys.readouterr().err)
 
 
 def test_model_is_moved_and_left_as_it_was(model: NEO, tokenizer: Any) -> None:

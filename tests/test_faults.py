@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from neo_components import NEO, Batch, InputSpec, pack
 from neo_components.recipe.stage import StageConfig
-from neo_components.training.checkpoints import WholeFiles, read_checkpoint
+from neo_components.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from neo_components.training.module import NEOTraining
 
 
@@ -98,12 +98,12 @@ def test_accumulated_batches_equal_one_whole() -> None:
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     """The limit of this process's files stands for the disk's."""
     path = tmp_path / "last.ckpt"
-    WholeFiles().save_checkpoint({"global_step": 1, "state_dict": {"a": torch.ones(3)}}, path)
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1, "state_dict": {"a": torch.ones(3)}}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written .* ones before are untouched: make room"):
-            WholeFiles().save_checkpoint({"global_step": 2, "state_dict": {"a": torch.ones(2**16)}}, path)
+        with pytest.raises(OSError, match=r"could not be written .* earlier checkpoints are unchanged: free space"):
+            AtomicCheckpointIO().save_checkpoint({"global_step": 2, "state_dict": {"a": torch.ones(2**16)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -22,7 +22,7 @@ from neo_components.estimate.tracing import Setting
 from neo_components.inspection import Assumed, inspect_recipe
 from neo_components.inspection.shape import empty_model
 from neo_components.model.attach import export_pre_buffer
-from neo_components.training.activation_checkpointing import worst_rows
+from neo_components.training.activation_checkpointing import worst_batches
 from neo_components.training.groups import train_only
 
 
@@ -60,7 +60,7 @@ def test_figures_are_those_of_the_built_model(world: Path) -> None:
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-    assert found.assumptions["document"] == "28 tokens: 16 visual (given), 10 text, half of it learnt"
+    assert found.assumptions["document"] == "28 tokens: 16 visual (given), 10 text, half of them target tokens"
     assert found.tokens == 256
     twice = inspect_recipe(load_recipe(world / "run.yaml", ["trainer.accumulate_grad_batches=2", "trainer.devices=3"]),
                            Assumed(visual=16, text=10))  # fmt: skip
@@ -74,14 +74,14 @@ def test_it_warns_when_it_will_not_fit(world: Path) -> None:
     peak = report(world / "run.yaml", "--device-memory", "1")["peak"] / 1e9
     assert "WARNING: will be tight" in good("inspect", world / "run.yaml", "--device-memory", f"{1.05 * peak:.9f}")
     assert "WARNING" not in good("inspect", world / "run.yaml", "--device-memory", f"{2 * peak:.9f}")
-    never = good("inspect", world / "run.yaml", "stage.recompute=auto", "--device-memory", "0.0001")
-    assert "WARNING: stage.recompute auto: with every block computed again" in never
+    never = good("inspect", world / "run.yaml", "stage.activation_checkpointing=auto", "--device-memory", "0.0001")
+    assert "WARNING: stage.activation_checkpointing auto: with every block checkpointed" in never
     assert never.count("WARNING") == 1
 
 
 def test_what_a_run_refuses_is_told(world: Path) -> None:
-    for line, reason in (("trainer.strategy=fsdp", "divides the weights in a way"),
-                         ("trainer.strategy=fsdp2 stage.optimizer=muon", "muon turns whole matrices")):  # fmt: skip
+    for line, reason in (("trainer.strategy=fsdp", "shards the weights in a way"),
+                         ("trainer.strategy=fsdp2 stage.optimizer=muon", "muon orthogonalizes full")):  # fmt: skip
         assert f"WARNING: neo train refuses this: {line.split()[-1].split('=')[0]}" in good(
             "inspect", world / "run.yaml", *line.split()
         )
@@ -94,7 +94,7 @@ def test_other_devices_make_another_step() -> None:
         line for line in good("inspect", "neo_2b/pretrain", "--devices", "8").splitlines() if "recipe's own" in line
     )
     assert "a step has 65,536 tokens here and 1,048,576 on the recipe's own 128 devices" in line
-    assert "accumulate_grad_batches times 16" in line
+    assert "16 times trainer.accumulate_grad_batches" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is found")
@@ -102,10 +102,10 @@ def test_without_a_gpu_the_shipped_recipes_are_told_all_the_same() -> None:
     found = report("neo_2b/pretrain")
     assert found["device_memory"] is None and found["warnings"] == [] and found["peak"] > 0
     assert (
-        found["notes"][-1].startswith("stage.recompute auto: told without any")
+        found["notes"][-1].startswith("stage.activation_checkpointing auto: estimated without")
         and "--device-memory" in found["notes"][-1]
     )
-    assert found["assumptions"]["recomputed"] == "0 + 0 blocks"
+    assert found["assumptions"]["activation checkpointing"] == "0 + 0 blocks"
 
 
 def test_strategies_divide(world: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_commands_of_the_page() -> None:
     outputs = [good(*shlex.split(line)) for line in lines]
     assert "all steps take" in outputs[0] and "WARNING" not in outputs[0]
     assert "gradient buckets" in outputs[1]
-    assert json.loads(outputs[2])["assumptions"]["recomputed"] == "3 + 18 blocks"
+    assert json.loads(outputs[2])["assumptions"]["activation checkpointing"] == "3 + 18 blocks"
     assert outputs[3].startswith("# complete recipe")
     assert "322 tokens: 256 visual (given), 64 text" in outputs[3]
 
@@ -159,7 +159,7 @@ def test_what_building_refuses_is_refused_alike(world: Path, tmp_path: Path) -> 
     (tmp_path / "asset.yaml").write_text(f"model: {{pre_buffer: {asset}, post_llm: {llm}, bridge: random}}")
     for path, override, told in (
         (world / "run.yaml", "model.rope.base_t=5", "model.rope.base_t is 5.0, but the language model"),
-        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope.kind is '1d', but the pre-Buffer"),
+        (tmp_path / "asset.yaml", "model.rope.kind=1d", "model.rope is '1d', but the pre-Buffer"),
     ):
         recipe = load_recipe(path, [override])
         with pytest.raises(ValueError, match=told) as built:
@@ -182,7 +182,7 @@ def test_targets_of_adapters_are_looked_at_without_weights(world: Path, tmp_path
     assert (right.status, right.out, right.err) == (0, "valid\n", "")
     unknown = neo("recipes", "validate", world / "run.yaml", wrong, "model.post_llm.from_pretrained=no/such-model")
     assert (unknown.status, unknown.out) == (0, "valid\n")
-    assert "stage.lora.targets are not looked at: 'no/such-model' is no folder here" in unknown.err
+    assert "stage.lora.targets are not checked: 'no/such-model' is no folder here" in unknown.err
 
 
 def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:
     assert done.status == 1
     assert "'not/there/neo' is no folder" in done.err and "no recipe beside" in done.err
     done = neo("inspect", world / "run.yaml", "trainer.precision=transformer-engine")
-    assert done.status == 1 and "trainer.precision 'transformer-engine' is not known here; known: 32-true" in done.err
+    assert done.status == 1 and "trainer.precision 'transformer-engine' is unknown; known: 32-true" in done.err
     done = neo("inspect", world / "run.yaml", "--image-tokens", "4000")
     assert done.status == 1 and "does not fit a row of 256" in done.err
 
@@ -206,15 +206,19 @@ def test_recompute_auto_in_a_run_and_in_inspect_agree(world: Path, tmp_path: Pat
     recipe = load_recipe(world / "run.yaml", ["model.pre_buffer.depth=2"])
     model, _ = empty_model(recipe)
     train_only(model, recipe.stage.train)
-    kept = [kept_activations(model, batch, Setting()) for batch in worst_rows(model, recipe.data, "cpu")]
+    kept = [kept_activations(model, batch, Setting()) for batch in worst_batches(model, recipe.data, "cpu")]
     none, every = (max(k.total(*c) + k.largest(*c) for k in kept) for c in ((0, 0), (2, 2)))
     assert every < none
-    auto = ["model.pre_buffer.depth=2", "stage.recompute=auto", f"stage.activation_gb={(none + every) / 2e9:.9f}"]
-    told = report(world / "run.yaml", *auto)["assumptions"]["recomputed"]
+    auto = [
+        "model.pre_buffer.depth=2",
+        "stage.activation_checkpointing=auto",
+        f"stage.activation_gb={(none + every) / 2e9:.9f}",
+    ]
+    told = report(world / "run.yaml", *auto)["assumptions"]["activation checkpointing"]
     assert told != "0 + 0 blocks"
     good("train", world / "run.yaml", f"output={tmp_path / 'auto'}", *auto)
-    [line] = [r.getMessage() for r in caplog.records if "stage.recompute auto" in r.getMessage()]
+    [line] = [r.getMessage() for r in caplog.records if "stage.activation_checkpointing auto" in r.getMessage()]
     pre, post = (int(word) for word in told.split() if word.isdigit())
-    assert f"{pre} of 2 + {post} of 2 blocks are computed again" in line
+    assert f"{pre} of 2 + {post} of 2 blocks" in line
     one, other = (NEO.from_pretrained(folder / "neo").state_dict() for folder in (plain, tmp_path / "auto"))
     assert all(torch.equal(one[name], other[name]) for name in one)

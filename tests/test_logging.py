@@ -157,7 +157,7 @@ def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
     wanted = {
         "train/loss", "train/grad_norm", "train/skipped_steps", "lr/adamw", "lr/muon",
         "loss_by_source/train", "loss_by_source/text", "loss_by_modality/text", "loss_by_modality/image",
-        "perf/tokens_per_s", "perf/images_per_s", "perf/fill", "perf/data_wait", "perf/tflops",
+        "perf/tokens_per_s", "perf/images_per_s", "perf/packing_efficiency", "perf/data_wait", "perf/tflops",
         "memory/process_gb", "data/skipped",
         "val/loss", "val/exact_match", "val/text_perplexity", "val/text_perplexity_of_llm",
         *(f"grad_norm/{group}" for group in groups), *(f"drift/{group}" for group in groups),
@@ -166,17 +166,17 @@ def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
     for name in wanted:
         assert [step for step, _ in board[name]] == [step for step, _ in table[name]], name
         assert [v for _, v in board[name]] == pytest.approx([v for _, v in table[name]], rel=1e-6), name
-    assert_the_training_page_names(wanted)
+    assert_the_reference_names(wanted)
     assert len(board["train/loss"]) == 6 and len(board["val/text_perplexity"]) == 3
     assert [value for _, value in board["data/skipped"]] == [0.0] * 6
-    assert all(0 < value <= 1 for _, value in board["perf/fill"])
+    assert all(0 < value <= 1 for _, value in board["perf/packing_efficiency"])
     assert result.summary.metrics["val/text_perplexity"] == pytest.approx(board["val/text_perplexity"][-1][1], rel=1e-5)
 
 
-def assert_the_training_page_names(logged: set[str]) -> None:
+def assert_the_reference_names(logged: set[str]) -> None:
     """Every value that is logged, and no other but those of a GPU, of several images and of skipped samples."""
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-    named = {"val/text_perplexity_of_llm"} if "`val/text_perplexity_of_llm`" in page else set()
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "logged_values.md").read_text(encoding="utf-8")
+    named: set[str] = set()
     for line in page.splitlines():
         if re.match(r"\| `\w+/", line):
             words = re.findall("`([^`]+)`", line.split("|")[1])
@@ -274,7 +274,7 @@ def test_speed_counts_tokens_images_and_flops_over_the_time_of_steps(monkeypatch
     assert metrics["perf/tokens_per_s"] == pytest.approx(tokens / 7)
     assert metrics["perf/images_per_s"] == pytest.approx(4 / 7)
     assert metrics["perf/data_wait"] == pytest.approx(3 / 7)
-    assert metrics["perf/fill"] == pytest.approx(tokens / (4 * 160))
+    assert metrics["perf/packing_efficiency"] == pytest.approx(tokens / (4 * 160))
     assert metrics["perf/tflops"] == pytest.approx(flops / 7 / 1e12)
     assert "perf/mfu" not in metrics
 
@@ -335,14 +335,14 @@ def test_neo_train_ends_with_a_table(root: Path) -> None:
     values = [value for _, value in told["val/loss"]]
     assert lines["validation loss"] == f"{values[0]:.4f} at step 3, {values[-1]:.4f} at step 6"
     before, _, after = (value for _, value in told["val/text_perplexity"])
-    assert lines["text perplexity"].startswith(f"{before:.4g} before, {after:.4g} after (language model alone")
+    assert lines["text perplexity"].startswith(f"{before:.4g} before, {after:.4g} after (original language model")
     assert lines["steps"] == "6" and int(lines["tokens"].replace(",", "")) > 6 * 100
     assert lines["skipped samples"] == lines["skipped steps"] == "0"
-    assert "post_llm.hw" in lines["weights moved by"]
-    for name in ("time", "speed at last", "peak memory", "exact match", "images"):
+    assert "post_llm.hw" in lines["weight drift"]
+    for name in ("time", "final speed", "peak memory", "exact match", "images"):
         assert lines[name]
-    places = {"model": "neo", "checkpoints": "checkpoints", "curves": "logs", "figures": "logs/metrics.csv",
-              "pictures": "pictures", "recipe": "recipe.yaml"}  # fmt: skip
+    places = {"model": "neo", "checkpoints": "checkpoints", "curves": "logs", "metrics": "logs/metrics.csv",
+              "figures": "figures", "recipe": "recipe.yaml"}  # fmt: skip
     for name, place in places.items():
         assert lines[name].split("   ")[0] == str(folder / place) and (folder / place).exists()
     stages = json.loads((folder / "neo" / "provenance.json").read_text())["stages"]

@@ -156,7 +156,7 @@ def test_a_recipe_that_trains_what_lora_keeps_is_refused_with_all_other_faults(r
     told = str(error.value)
     for key in ("rank: got 0", "alpha: got -1", "dropout: got 1", "targets: is empty"):
         assert f"stage.lora.{key}" in told
-    with pytest.raises(RecipeError, match=r"stage\.train: names all, but stage\.lora keeps the language model"):
+    with pytest.raises(RecipeError, match=r"stage\.train: names all, but stage\.lora freezes the language model"):
         load_recipe(pretraining(root, "faulty", "[all]", ", lora: {}"))
     with pytest.raises(RecipeError, match=r"stage\.train: is empty"):
         load_recipe(pretraining(root, "faulty", "[]", ""))

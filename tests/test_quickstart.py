@@ -65,7 +65,7 @@ def test_every_shipped_recipe_was_built_and_stepped(quickstart: Path, name: str)
     last = read_json(output / "neo" / "provenance.json")["stages"][-1]
     assert (last["stage"], last["trained"]) == (recipe.stage.name, list(recipe.stage.train))
     assert last["metrics"]["val/loss"] > 0
-    assert list((output / "logs").glob("events.*")) and list((output / "pictures").glob("answers-*.png"))
+    assert list((output / "logs").glob("events.*")) and list((output / "figures").glob("answers-*.png"))
 
 
 def test_the_three_stages_follow_each_other(quickstart: Path) -> None:
@@ -162,13 +162,13 @@ def test_report_shows_the_figures_and_links_what_is_there(quickstart: Path, figu
         [figures["accuracy"][kind] for kind in ("overall", "shape", "color", "yes_no")], abs=6e-4
     )
     fall = 100 * (figures["accuracy"]["overall"] - figures["accuracy_shuffled"]["overall"])
-    assert ("points: the model looks." in text) == (fall >= 25)
+    assert ("points: the model uses the image." in text) == (fall >= 25)
     assert 'neo chat out/neo --image X.png "what color is the shape?"' in text
 
 
 @pytest.mark.parametrize("name", ["answers", "accuracy", "loss", "attention", "mask"])
-def test_pictures_show_something(quickstart: Path, name: str) -> None:
-    with Image.open(quickstart / "pictures" / f"{name}.png") as picture:
+def test_figures_show_something(quickstart: Path, name: str) -> None:
+    with Image.open(quickstart / "figures" / f"{name}.png") as picture:
         picture.load()
         pixels = np.asarray(picture.convert("RGB"))
     assert min(pixels.shape[:2]) >= 400

@@ -13,7 +13,7 @@ from PIL import Image
 
 from neo_components import PostLLM
 from neo_components.data import encode_conversation, encode_prompt, load_tokenizer, read_shards
-from neo_components.data.text.conversation import check_conversation
+from neo_components.data.text.turns import check_conversation
 from neo_components.evaluation import questions_from_shards
 from neo_components.quickstart.easy_vqa import (
     EasyVQAPart,
@@ -116,7 +116,7 @@ def test_text_llm_refuses_bad_input(tmp_path: Path) -> None:
         train_text_llm([], tmp_path, **TINY)
     with pytest.raises(ValueError, match=r"vocab_size is 258, .* at least 259"):
         train_tokenizer(["a"], 258)
-    with pytest.raises(ValueError, match="unknown speaker 'user'"):
+    with pytest.raises(ValueError, match="unknown role 'user'"):
         to_chatml([{"from": "user", "value": "hi"}])
 
 
@@ -147,7 +147,7 @@ def test_shards_hold_each_question_once_with_its_own_image(shards: dict[str, Eas
     assert sorted((question.question, question.answers[0]) for question in text) == [row[:2] for row in expected]
 
 
-def test_training_pictures_are_there_plain_and_mirrored(tmp_path: Path) -> None:
+def test_training_images_are_there_plain_and_mirrored(tmp_path: Path) -> None:
     parts = write_easy_vqa(tmp_path, validation_images=3990)
     samples = {sample["key"]: sample for sample in read_shards(parts["train_open"].folder)}
     assert parts["train_open"].samples == len(samples) > 0
@@ -160,7 +160,7 @@ def test_training_pictures_are_there_plain_and_mirrored(tmp_path: Path) -> None:
     assert sum(key.endswith("m") for key in samples) * 2 == len(samples)
 
 
-def test_samples_can_be_learnt_from(shards: dict[str, EasyVQAPart]) -> None:
+def test_samples_can_be_trained_on(shards: dict[str, EasyVQAPart]) -> None:
     sizes = []
     for part in (shards["train_all"], shards["validation"]):
         for sample in read_shards(part.folder):

@@ -28,7 +28,9 @@ def losses_of(module: lightning.LightningModule) -> float:
 def told(module: lightning.LightningModule) -> dict[str, float]:
     """What must not depend on how rows are divided among processes."""
     assert isinstance(module, NEOTraining)
-    return module.losses_by_part | {"perf/fill": float(module.trainer.callback_metrics["perf/fill"])}
+    return module.losses_by_part | {
+        "perf/packing_efficiency": float(module.trainer.callback_metrics["perf/packing_efficiency"])
+    }
 
 
 CONSTANT: dict[str, Any] = {"min_lr_ratio": 1.0, "eps": 1e-3}
@@ -71,7 +73,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         counted = Performance()
         options: dict[str, Any] = {"log_every_n_steps": 1, "callbacks": [counted]}
         module = fit(one, [Batch.stack(made[n : n + size]) for n in range(0, 4, size)], stage=CONSTANT, **options)
-        assert set(told(module)) == {"loss_by_modality/text", "loss_by_modality/image", "perf/fill"}
+        assert set(told(module)) == {"loss_by_modality/text", "loss_by_modality/image", "perf/packing_efficiency"}
         for rank in range(2):
             state, (loss, parts, tokens, images) = torch.load(tmp_path / f"{accumulate}-{rank}.pt", weights_only=True)
             assert loss == pytest.approx(losses_of(module), abs=1e-5)

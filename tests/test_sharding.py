@@ -1,4 +1,4 @@
-"""Weights divided among processes, and whole ones on several: both train what one process trains."""
+"""Sharded weights, and full weights on several processes: both train what one process trains."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def two(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tup
     cases: list[dict[str, Any]] = [
         {"folder": models["plain"], "strategy": "ddp"},
         {"folder": models["plain"], "strategy": "fsdp2", "save": str(folder / "two.ckpt")},
-        {"folder": models["tied"], "strategy": "fsdp2", "recompute": 1.0},
+        {"folder": models["tied"], "strategy": "fsdp2", "activation_checkpointing": 1.0},
         {"folder": models["bypass"], "strategy": "fsdp2", "ema": 0.5, "weights": str(folder / "two.safetensors")},
         {"folder": models["plain"], "strategy": "fsdp2", "train": STAGE_1, "poisoned": 1},
         {"folder": models["plain"], "strategy": "fsdp2", "precision": "bf16-mixed"},
@@ -215,7 +215,7 @@ def test_what_is_exported_is_the_same_from_any_number_of_processes(world: Path, 
     [
         ("trainer.strategy=fsdp", "trainer.strategy=fsdp2 divides them too"),
         ("trainer.strategy=deepspeed_stage_3", "cannot put together"),
-        ("stage.optimizer=muon", "muon turns whole matrices"),
+        ("stage.optimizer=muon", "muon orthogonalizes full matrices"),
         ("trainer.precision=16-mixed", "use one of 32-true, bf16-mixed"),
     ],
 )
@@ -229,4 +229,4 @@ def test_a_checkpoint_of_the_other_kind_is_refused(world: Path, tmp_path: Path) 
     recipe = [world / "run.yaml", f"output={tmp_path}"]
     good("train", *recipe)
     done = neo("train", *recipe, "stage.steps=3", "trainer.strategy=fsdp2", "--resume", "last")
-    assert done.status == 1 and "is not divided among processes; resume with the strategy of its run" in done.err
+    assert done.status == 1 and "is a full checkpoint; resume with the strategy of its run" in done.err

@@ -88,7 +88,14 @@ def test_what_a_run_leaves(root: Path) -> None:
     assert load_recipe(folder / "recipe.yaml").stage == load_recipe(root / "left.yaml").stage
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
     events.Reload()
-    wanted = {"train/loss", "lr/adamw", "train/grad_norm", "perf/tokens_per_s", "perf/images_per_s", "perf/fill"}
+    wanted = {
+        "train/loss",
+        "lr/adamw",
+        "train/grad_norm",
+        "perf/tokens_per_s",
+        "perf/images_per_s",
+        "perf/packing_efficiency",
+    }
     assert wanted | {"val/loss", "val/exact_match"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Images("val/answers")] == [3, 6]
     assert [step for step, _, _ in result.scores] == [3, 6]

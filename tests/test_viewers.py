@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is checked by counting the pixels of its colours."""
+"""Figures: what is drawn is checked by counting the pixels of its colors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neo_components.data import load_image
 from neo_components.viewers import draw_answers, draw_attention, draw_curves, draw_mask
-from neo_components.viewers.figure import BLUE, FAINT, GREEN, ORANGE, RED, to_picture
+from neo_components.viewers.figure import BLUE, FAINT, GREEN, ORANGE, RED, to_pixels
 from neo_components.viewers.masks import _apart, _runs
 
 
@@ -83,16 +83,16 @@ def test_mask_refuses(tmp_path: Path, mask: Tensor, labels: list[str] | None, me
         draw_mask(mask, tmp_path / "mask.png", labels)
 
 
-def test_normalised_image_is_shown_in_its_own_colours() -> None:
+def test_normalized_image_is_shown_in_its_own_colors() -> None:
     original = Image.new("RGB", (64, 32), (200, 30, 120))
-    shown = to_picture(load_image(original, 32, 32 * 64, 32 * 64))
+    shown = to_pixels(load_image(original, 32, 32 * 64, 32 * 64))
     assert shown.shape == (32, 64, 3)
     assert np.array_equal(shown, np.asarray(original))
-    assert np.array_equal(to_picture(original), np.asarray(original))
+    assert np.array_equal(to_pixels(original), np.asarray(original))
     raw = torch.from_numpy(np.array(original)).permute(2, 0, 1)
-    assert np.array_equal(to_picture(raw), np.asarray(original))  # as shards give it to training
+    assert np.array_equal(to_pixels(raw), np.asarray(original))  # as shards give it to training
     with pytest.raises(ValueError, match=r"\[3, H, W\], got shape \(1, 4, 4\)"):
-        to_picture(torch.zeros(1, 4, 4))
+        to_pixels(torch.zeros(1, 4, 4))
 
 
 @pytest.mark.parametrize(("size", "grid"), [((64, 64), (2, 2)), ((256, 64), (2, 8)), ((32, 256), (8, 1))])
@@ -115,7 +115,7 @@ def test_attention_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
             draw_attention(Image.new("RGB", (8, 8)), weights, tmp_path / "a.png")
 
 
-def test_curves_have_their_own_colours(tmp_path: Path) -> None:
+def test_curves_have_their_own_colors(tmp_path: Path) -> None:
     curves = {"a": (range(5), [5, 4, 3, 2, 1]), "b": (range(200), [float(n % 7) for n in range(200)])}
     picture = pixels(draw_curves(curves, tmp_path / "c.png", "step", "loss"))
     assert count(picture, BLUE) > 500

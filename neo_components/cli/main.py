@@ -1,4 +1,4 @@
-"""The command line, ``neo ...``. Heavy modules load inside the commands, so that ``--help`` is quick."""
+"""The command line, ``neo ...``. Commands import heavy modules when they run, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,20 +23,21 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Compose, train, evaluate and reuse native vision-language models.",
+    help="Compose, train, evaluate and reuse native vision-language models (NEO).",
+    epilog="Start with: neo quickstart. Every command has --help. NEO_TRACEBACK=1 shows the traceback of an error.",
 )
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub id.")]
+Model = Annotated[str, typer.Argument(help="Model folder, Hub id, or output folder of a run.")]
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "provenance.json",
 )  # fmt: skip
-"""Files beside the weights that are the same in every layout."""
+"""Files beside the weights that are the same in all layouts."""
 
-Out = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights in memory: float32, bfloat16 or float16.")]
+Out = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
 
 
 class Export(StrEnum):
@@ -49,7 +50,7 @@ class Export(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How devices share a model."""
+    """How a model is placed on devices."""
 
     single = "single"
     ddp = "ddp"
@@ -59,10 +60,12 @@ class Strategy(StrEnum):
 @app.command()
 def quickstart(
     output: Out = Path("outputs/quickstart"),
-    scale: Annotated[float, typer.Option(help="Share of the steps and questions; below 1 only to try it out.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    scale: Annotated[
+        float, typer.Option(help="Fraction of the training steps and test questions, for a trial run.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Train, evaluate, export and reuse a small model on real data, on a CPU, and write a report."""
+    """Train a small model on real data, evaluate, export and reuse it, and write a report. Runs on a CPU."""
     from neo_components.quickstart.main import run
 
     _quiet()
@@ -71,23 +74,25 @@ def quickstart(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe (see neo recipes).")],
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="A checkpoint, 'last', or 'auto': the last if any.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Checkpoint to resume from, 'last', or 'auto' (last, if any).")
+    ] = None,
     imports: Imports = None,
 ) -> None:
-    """Train a recipe."""
+    """Train a model as a recipe describes."""
     import torch.distributed
 
     from neo_components.recipe import load_recipe
-    from neo_components.training.callbacks.summary import places, table
+    from neo_components.training.callbacks.summary import locations, table
     from neo_components.training.run import train as run
 
     register(imports)
     _quiet()
     result = run(load_recipe(recipe, overrides or []), resume)
     if result.first:
-        typer.echo(table([*result.summary.rows(), *places(result.folder.parent)]))
+        typer.echo(table([*result.summary.rows(), *locations(result.folder.parent)]))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo's threads can abort a process that ends with them
 
@@ -96,20 +101,26 @@ def train(
 def evaluate(
     model: Model,
     shards: Annotated[Path, typer.Argument(help="Folder of shards with questions and answers.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
+    metric: Annotated[str, typer.Option(help="Registered name of the metric.")] = "exact_match",
+    metric_option: Annotated[
+        list[str] | None, typer.Option(help="Option of the metric, key=value; repeat for several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions, at most this many.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer in tokens.")] = 16,
     dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
-    """Answer every question of a folder and score by exact match."""
+    """Ask a model every question of a folder by greedy generation and score the answers."""
     from itertools import islice
 
     from neo_components.evaluation import evaluate as run
     from neo_components.evaluation import questions_from_shards
     from neo_components.model.chat import Chat
+    from neo_components.registry import METRICS
 
     register(imports)
+    chosen = METRICS.complete({"kind": metric, **_options(metric_option or [])})
     if output and output.is_dir():
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
@@ -119,6 +130,7 @@ def evaluate(
         chat.model,
         chat.tokenizer,
         islice(questions_from_shards(shards), limit),
+        metric=chosen,
         min_pixels=chat.min_pixels,
         max_pixels=chat.max_pixels,
         max_new_tokens=max_new_tokens,
@@ -129,16 +141,33 @@ def evaluate(
         output.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs as a mapping; values are read as YAML, like those of a recipe.
+
+    Raises:
+        ValueError: if a pair has no ``=``.
+    """
+    from omegaconf import OmegaConf
+
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--metric-option {pair!r}: must be key=value")
+        found[key] = OmegaConf.from_dotlist([f"value={value}"]).value
+    return found
+
+
 @app.command()
 def chat(
     model: Model,
-    question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    question: Annotated[str, typer.Argument(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer in tokens.")] = 256,
     dtype: Dtype = "float32",
     imports: Imports = None,
 ) -> None:
-    """Ask a model a question about pictures."""
+    """Ask a model a question about images or about text."""
     from neo_components.model.chat import Chat
 
     register(imports)
@@ -147,24 +176,28 @@ def chat(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id, or the output folder of a run.")],
+    model: Model,
     output: Out,
-    to: Annotated[Export, typer.Option(help="What to write, see above.")] = Export.pre_buffer,
-    license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "",
-    anchors: Annotated[int, typer.Option(help="pre-buffer: most word embeddings to keep for bridges.")] = 4096,
-    max_new_tokens: Annotated[int, typer.Option(help="hf: longest answer where its user does not say.")] = 256,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = None,
+    to: Annotated[Export, typer.Option(help="What to write; see above.")] = Export.pre_buffer,
+    license: Annotated[str, typer.Option(help="License of the weights, for the model card.")] = "",
+    anchors: Annotated[
+        int, typer.Option(help="pre-buffer: maximum number of word embeddings to keep for fitting bridges.")
+    ] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(help="hf: default of max_new_tokens in its generation config.")] = 256,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: as stored.")
+    ] = None,
     imports: Imports = None,
 ) -> None:
-    """Take a trained model, or a part of it, elsewhere.
+    """Export a trained model, or a part of it, for use elsewhere.
 
     --to pre-buffer: the pre-Buffer with its patch embedding, to attach to another language model.
 
-    --to hf: the whole model as a folder that transformers loads by itself, with trust_remote_code=True.
+    --to hf: the whole model as a folder for transformers (trust_remote_code=True); this library is not needed.
 
-    --to hf-llm: its language model alone, as an ordinary causal language model of transformers, for text.
+    --to hf-llm: the language model alone, as an ordinary causal language model of transformers.
 
-    --to program: what lies before its language model, as programs that torch loads alone.
+    --to program: the part before the language model, as torch.export programs.
     """
     from neo_components.model.chat import Chat
     from neo_components.storage.weights import TensorFiles
@@ -196,7 +229,7 @@ def export(
 
 
 def _model_folder(model: str) -> Path:
-    """The folder of a model; of a run's output folder the model in it."""
+    """The folder of a model; for the output folder of a run, the model in it."""
     from neo_components.storage.hub import resolve
     from neo_components.storage.weights import CONFIG
 
@@ -206,14 +239,18 @@ def _model_folder(model: str) -> Path:
 
 @app.command()
 def attach(
-    pre_buffer: Annotated[str, typer.Argument(help="Asset folder or hub id.")],
-    llm: Annotated[str, typer.Argument(help="Language model folder or hub id.")],
+    pre_buffer: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-Buffer asset.")],
+    llm: Annotated[str, typer.Argument(help="Folder or Hub id of a language model.")],
     output: Out,
-    bridge: Annotated[str, typer.Option(help="auto, identity, least_squares, orthogonal or random.")] = "auto",
-    text: Annotated[str, typer.Option(help="Words: shared, through the pre-Buffer, or bypass, around it.")] = "shared",
+    bridge: Annotated[
+        str, typer.Option(help="Bridge between the widths: auto, identity, least_squares, orthogonal or random.")
+    ] = "auto",
+    text: Annotated[
+        str, typer.Option(help="Path of text tokens: shared (through the pre-Buffer) or bypass (around it).")
+    ] = "shared",
     imports: Imports = None,
 ) -> None:
-    """Attach a pre-Buffer to another language model; the result is tuned with a recipe."""
+    """Attach a pre-Buffer to another language model. Train the result with a recipe."""
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.data import load_tokenizer
     from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
@@ -231,10 +268,10 @@ def attach(
 def convert(
     model: Model,
     output: Out,
-    layout: Annotated[str, typer.Option(help="neo_components or released.")] = "neo_components",
+    layout: Annotated[str, typer.Option(help="Layout to write: neo_components or released.")] = "neo_components",
     imports: Imports = None,
 ) -> None:
-    """Rewrite a model in another layout; its tokenizer and image limits go along."""
+    """Convert a model to another layout, with its tokenizer and image limits."""
     from neo_components.model.neo import NEO
 
     register(imports)
@@ -248,22 +285,34 @@ def convert(
 
 @app.command()
 def inspect(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe (see neo recipes).")],
     overrides: Overrides = None,
-    settings: Annotated[bool, typer.Option("--settings", help="Print the complete recipe first.")] = False,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Print the complete recipe first, with all defaults.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    strategy: Annotated[Strategy | None, typer.Option(help="How devices share the model; else the recipe's.")] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="All devices; else the recipe's.")] = None,
-    device_memory: Annotated[float | None, typer.Option(min=0, help="GB of a device; else what is found.")] = None,
-    image_tokens: Annotated[int | None, typer.Option(min=0, help="Visual tokens of a document.")] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Other tokens of a document, half of them learnt.")] = 128,
-    tflops: Annotated[float, typer.Option(min=1e-9, help="Peak of a device, 10^12 FLOPs a second; an A100's.")] = 312,
-    mfu: Annotated[float, typer.Option(min=1e-9, max=1, help="Share of the peak that a run reaches.")] = 0.4,
+    strategy: Annotated[
+        Strategy | None, typer.Option(help="How the model is placed on devices. Default: the recipe's.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Total number of devices. Default: the recipe's.")] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0, help="Memory of one device in GB (10^9 bytes). Default: this machine's.")
+    ] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Visual tokens per document. Default: from the recipe's pixel limits.")
+    ] = None,
+    text_tokens: Annotated[
+        int, typer.Option(min=1, help="Text tokens per document, half of them target tokens.")
+    ] = 128,
+    tflops: Annotated[
+        float, typer.Option(min=1e-9, help="Peak TFLOP/s of a device; the default is an A100 in bfloat16.")
+    ] = 312,
+    mfu: Annotated[float, typer.Option(min=1e-9, max=1, help="Assumed model FLOPs utilization.")] = 0.4,
     imports: Imports = None,
 ) -> None:
-    """Tell what a recipe's run needs, without loading a weight.
+    """Estimate what a run of a recipe costs, without loading weights.
 
-    Parameters by group, FLOPs by part, memory of a device by kind, hours; a warning if it will not fit.
+    Prints parameters by group, FLOPs by part, memory per device and hours, and warns if the run does not fit.
     """
     from neo_components import inspection
     from neo_components.recipe import load_recipe
@@ -280,14 +329,14 @@ def inspect(
 
 
 def _quiet() -> None:
-    """Silences Lightning's notes on devices that are not there and its advertisements; call after importing it."""
+    """Silences Lightning's messages about absent devices and other products; call after importing it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")  # Lightning's own, no user can mend it
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")  # Lightning's own, no user can fix it
 
 
 def _message(error: Exception) -> str:
-    """An error's text; of one from a data worker only its own words, without the worker's traceback."""
+    """The text of an error; for an error in a data worker, without the worker's traceback."""
     text = str(error)
     if "in DataLoader worker process" not in text:
         return text
@@ -295,9 +344,9 @@ def _message(error: Exception) -> str:
 
 
 def main() -> None:
-    """Entry point: a user's error is one message, not a traceback; ``NEO_TRACEBACK=1`` shows where it came from."""
-    # Threads that spin for long while they wait take the cores that data workers need; threads that fall asleep at once
-    # wake too late for the many short operations of a small model. libgomp reads this when torch is loaded.
+    """Entry point. A user's error is one message without a traceback; ``NEO_TRACEBACK=1`` shows the traceback."""
+    # Waiting threads that spin for long take the cores that data workers need; threads that sleep at once wake too late
+    # for the many short operations of a small model. libgomp reads this when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""The commands ``neo recipes ...``: list, copy and check recipes. Heavy modules load inside the commands."""
+"""The commands ``neo recipes ...``: list, copy and validate recipes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import typer
 if TYPE_CHECKING:
     from neo_components.recipe import Recipe
 
-recipes_app = typer.Typer(help="List, copy and check recipes.", invoke_without_command=True)
+recipes_app = typer.Typer(help="List, copy and validate recipes.", invoke_without_command=True)
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe: dotted.key=value ...")]
-Imports = Annotated[list[str] | None, typer.Option("--import", help="Module that registers your own parts.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of recipe keys: dotted.key=value ...")]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", help="Python module that registers your own parts; repeat for several.")
+]
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes; copy or validate one."""
     if context.invoked_subcommand is None:
         from neo_components.recipe import list_recipes
 
@@ -33,9 +35,9 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
-    destination: Annotated[Path, typer.Argument(help="File or folder to write.")],
+    destination: Annotated[Path, typer.Argument(help="Output file or folder.")],
 ) -> None:
-    """Copy a shipped recipe, to change it."""
+    """Copy a shipped recipe to a file of your own."""
     from neo_components.recipe import copy_recipe
 
     typer.echo(copy_recipe(name, destination))
@@ -43,11 +45,11 @@ def copy(
 
 @recipes_app.command()
 def validate(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe (see neo recipes).")],
     overrides: Overrides = None,
     imports: Imports = None,
 ) -> None:
-    """Check a recipe without loading a weight; list every fault."""
+    """Validate a recipe without loading weights, and report every fault."""
     from neo_components.recipe import load_recipe
 
     register(imports)
@@ -61,7 +63,7 @@ def validate(
 
 
 def _check_lora(recipe: Recipe, overrides: list[str]) -> None:
-    """Refuses targets of ``stage.lora`` that its language model has not; says so where that is not known yet."""
+    """Checks the targets of ``stage.lora`` against the language model; prints a note if its shape is unknown."""
     lora = recipe.stage.lora
     if lora is None:
         return
@@ -71,7 +73,7 @@ def _check_lora(recipe: Recipe, overrides: list[str]) -> None:
     try:
         model, _ = empty_model(recipe, overrides)
     except FileNotFoundError as error:
-        typer.echo(f"note: stage.lora.targets are not looked at: {error}", err=True)
+        typer.echo(f"note: stage.lora.targets are not checked: {error}", err=True)
     else:
         check_targets(model, lora)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -65,7 +66,7 @@ class PostLLMFiles(Component):
         folder = resolve(source)
         config = read_config(folder)
         family = family_of(config)
-        sizes = arguments_of(family, config, folder)
+        sizes = arguments_of(config, folder, inspect.signature(cls).parameters)
         ids = image_token_ids(folder, sizes["vocab_size"])
         with unfilled():
             module = cls(

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
-from neo_components.data.image.images import image_size, max_pixels_per_image, open_image
-from neo_components.data.image.resampling import resize, resize_fast
+from neo_components.data.image.files import open_image
+from neo_components.data.image.images import image_size, max_pixels_per_image, resize, resize_fast
 from neo_components.data.shards.format import RawSample
 from neo_components.data.skip_counts import SampleError
-from neo_components.data.text.conversation import ConversationError, encode_conversation, image_token_ids
+from neo_components.data.text.conversation import encode_conversation, image_token_ids
+from neo_components.data.text.turns import ConversationError
 from neo_components.types import IGNORED, DocumentTokens, Frame, InputSpec, Sample
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class SampleMaker:
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image; several share it as :func:`max_pixels_per_image` tells.
         max_length: longer samples are cut to this many tokens, in an answer; ``None`` cuts none.
-        exact: resize as the released model's code does, bit by bit; see :mod:`neo_components.data.image.resampling`.
+        exact: resize as the released model's code does, bit by bit; see :func:`resize`.
         augment: changes images at random; ``None`` leaves them.
     """
 

@@ -77,7 +77,7 @@ def step_memory(
     gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
 
     Args:
-        model: what trains is read off ``requires_grad``, what is recomputed off ``recomputed``.
+        model: what trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks``.
         batch: rows of one device.
         setting: device and precision.
         plan: how the model is laid over devices.
@@ -143,7 +143,7 @@ def _gathered(model: NEO, setting: Setting) -> int:
     """Two blocks put together, the present and the next one (or a larger embedding), and what is in no part of its own;
     and of the largest of them the gradient before it is divided, once as computed and once in float32 for the sum.
 
-    The parts are those of ``training.fsdp2.strategy.divide``."""
+    The parts are those of ``training.fsdp2.strategy.shard``."""
     blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
     alone = [model.patch_embedding, *([model.post_llm.word_embedding] if model.post_llm.lm_head is not None else [])]
     single = [list(part.parameters()) for part in alone]

@@ -1,4 +1,4 @@
-"""Questions to ask a model: read from shards, asked without their image, or with another question's image."""
+"""Questions for a model: from shards, without their images, or with the images of other questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from neo_components.data.shards.folder import read_shards
-from neo_components.data.text.conversation import IMAGE_TAG
+from neo_components.data.text.turns import IMAGE_TAG
 
 NO_KIND = "other"
 """Kind of a question whose source names none."""
@@ -17,13 +17,13 @@ NO_KIND = "other"
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its accepted answers.
+    """One question with its reference answers.
 
     Args:
-        key: its name, used in messages and reports.
-        question: the text. If there is an image and no ``<image>`` in the text, the image is put before it.
-        answers: the accepted answers.
-        kind: group that it is reported in.
+        key: identifies the question in messages and reports.
+        question: the text. If there is an image but no ``<image>`` in the text, the image precedes the text.
+        answers: the reference answers.
+        kind: group for the report.
         image: the bytes or the path of an image file; ``None`` for a question about text alone.
     """
 
@@ -35,16 +35,16 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text with the image's tag in it, if there is an image."""
+        """The text, with the image tag if there is an image."""
         if self.image is None or IMAGE_TAG in self.question:
             return self.question
         return f"{IMAGE_TAG}\n{self.question}"
 
 
 def questions_from_shards(folder: str | PathLike[str]) -> Iterator[Question]:
-    """The questions of a folder of shards, each on its own: earlier turns of its conversation are not shown.
+    """The questions of a folder of shards, each without the earlier turns of its conversation.
 
-    The kind is the sample's extra value ``kind``: a text for all of its questions, or a list with one for each.
+    The kind is the sample's extra value ``kind``: a string for all of its questions, or a list with one for each.
 
     Raises:
         FileNotFoundError: if there are no shards.
@@ -56,18 +56,17 @@ def questions_from_shards(folder: str | PathLike[str]) -> Iterator[Question]:
 
 
 def without_images(questions: Iterable[Question]) -> list[Question]:
-    """The same questions asked blind, for a model that reads text alone."""
+    """The same questions without images, for a text-only baseline."""
     return [replace(question, image=None, question=_untagged(question.question)) for question in questions]
 
 
 def shuffle_images(questions: Iterable[Question], seed: int) -> list[Question]:
-    """The same questions, each about another one's image.
+    """The same questions with permuted images.
 
-    Images are permuted among themselves and none stays in its place, so each is asked about as often as another was.
-    Questions without an image stay as they are.
+    The different images are permuted so that no question keeps its image. Questions without an image are unchanged.
 
     Args:
-        questions: at least two different images among them.
+        questions: with at least two different images.
         seed: of the permutation.
 
     Raises:
@@ -94,7 +93,7 @@ def _questions(sample: Mapping[str, Any]) -> Iterator[Question]:
     kinds = [kinds] * len(pairs) if isinstance(kinds, str) else kinds
     if len(kinds) != len(pairs):
         raise ValueError(
-            f"sample {key}: 'kind' must be a text or one for each of {len(pairs)} questions, got {kinds!r}"
+            f"sample {key}: 'kind' must be a string or a list of one for each of {len(pairs)} questions, got {kinds!r}"
         )
     for number, ((human, gpt), kind) in enumerate(zip(pairs, kinds, strict=True)):
         yield Question(

@@ -1,4 +1,4 @@
-"""Asks a model every question, by greedy free generation, and scores the answers by exact match."""
+"""Asks a model every question, by greedy free generation, and scores the answers by a metric."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from neo_components.data.image.images import load_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.text.conversation import encode_prompt
 from neo_components.data.text.templates import stop_token_ids
-from neo_components.evaluation.metrics import OVERALL, ExactMatch, exact_match
+from neo_components.evaluation.metrics.base import OVERALL, AnswerMetric, make_metric
 from neo_components.evaluation.questions import Question, shuffle_images
+from neo_components.registry import METRICS, Choice
 from neo_components.storage.progress import progress as show_progress
 from neo_components.types import InputSpec, Sample
 
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_MEMORY = 2**29
-"""Bytes of decoded images after which questions are asked before more images are decoded."""
+"""Bytes of decoded images that are kept before their questions are asked."""
 
 
 class Generator(Protocol):
-    """What can be evaluated: ``NEO``, or whatever generates like it."""
+    """A model that can be evaluated: ``NEO``, or anything with the same methods."""
 
     @property
     def input_spec(self) -> InputSpec:
-        """What the model's input looks like."""
+        """Description of the model's input."""
 
     def generate(
         self,
@@ -47,15 +48,16 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one question.
+    """A model's answer to one question.
 
     Args:
         key: of the question.
         question: its text.
-        answers: the accepted answers.
+        answers: the reference answers.
         kind: of the question.
         prediction: the model's answer.
-        right: whether it is one of the accepted ones.
+        score: by the metric, from 0 (wrong) to 1 (right).
+        right: whether the score is at least one half.
     """
 
     key: str
@@ -63,6 +65,7 @@ class Answer:
     answers: Sequence[str]
     kind: str
     prediction: str
+    score: float
     right: bool
 
 
@@ -71,14 +74,16 @@ class Report:
     """The outcome of :func:`evaluate`.
 
     Args:
-        accuracy: fraction right, ``"overall"`` and of each kind.
+        accuracy: mean score, ``"overall"`` and of each kind.
         counts: number of questions, ``"overall"`` and of each kind.
         predictions: one for each question, in the order of the questions.
+        metric: the metric: its name, or a mapping of ``kind`` and every option.
     """
 
     accuracy: dict[str, float]
     counts: dict[str, int]
     predictions: list[Answer]
+    metric: Choice
 
 
 def evaluate(
@@ -86,6 +91,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     samples: Iterable[Question],
     *,
+    metric: Choice = "exact_match",
     batch_size: int = 256,
     max_new_tokens: int = 16,
     min_pixels: int = MIN_PIXELS,
@@ -94,33 +100,35 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: str | None = "evaluating",
 ) -> Report:
-    """Asks every question and compares the answers with the accepted ones.
+    """Asks every question and scores the answers.
 
-    Answers are generated freely and greedily; special tokens and outer blanks are removed from them. An image that
-    several questions share is decoded once, as long as its questions stand near each other.
+    Answers are generated freely and greedily; special tokens and outer whitespace are removed from them. An image that
+    several questions share is decoded once, as long as its questions are near each other.
 
     Args:
         model: has ``generate`` and ``input_spec``.
         tokenizer: from :func:`neo_components.data.load_tokenizer`.
         samples: the questions.
-        batch_size: questions answered at a time.
-        max_new_tokens: most tokens of an answer.
+        metric: name of a registered metric, or a mapping of ``kind`` (the name) and its options.
+        batch_size: number of questions per call of ``generate``.
+        max_new_tokens: maximum length of an answer in tokens.
         min_pixels: smallest area of an image after resizing, as in training.
         max_pixels: largest area of an image after resizing.
-        shuffle_images_seed: gives each question the image of another one (:func:`shuffle_images`): what is still right
-            then was answered without looking.
+        shuffle_images_seed: gives each question the image of another one (:func:`shuffle_images`): an answer that is
+            still right did not depend on the image.
         device: where to move the model first; ``None`` leaves it where it is.
-        progress: title of the progress shown; ``None`` shows nothing.
+        progress: title of the progress; ``None`` shows nothing.
 
     Raises:
-        ValueError: if there is no question, one has no accepted answer, or ``batch_size`` is not positive.
+        ValueError: if there is no question, one has no reference answer, ``batch_size`` is not positive, or the metric
+            or one of its options is unknown.
         ImageError: (a ``ValueError``) if an image is unusable; the question is named.
     """
     questions = _checked(samples, batch_size)
     asked = questions if shuffle_images_seed is None else shuffle_images(questions, shuffle_images_seed)
     if device is not None and isinstance(model, torch.nn.Module):
         model.to(device)
-    metric = ExactMatch(sorted({question.kind for question in questions}))
+    scorer = make_metric(metric, sorted({question.kind for question in questions}))
     encoder = _Encoder(tokenizer, model.input_spec, min_pixels, max_pixels)
     stops = stop_token_ids(tokenizer)
     answers = [""] * len(questions)
@@ -131,9 +139,9 @@ def evaluate(
             for number, tokens in zip(numbers, new, strict=True):
                 answers[number] = str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
             some = [questions[number] for number in numbers]
-            metric.update([answers[n] for n in numbers], [q.answers for q in some], [q.kind for q in some])
-            bar.advance(len(batch), note=f"accuracy {metric.right.sum() / metric.count.sum():.3f}")
-    return _report(questions, answers, metric)
+            scorer.update([answers[n] for n in numbers], [q.answers for q in some], [q.kind for q in some])
+            bar.advance(len(batch), note=f"score {scorer.total.sum() / scorer.count.sum():.3f}")
+    return _report(questions, answers, scorer, METRICS.complete(metric))
 
 
 def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:
@@ -144,12 +152,12 @@ def _checked(samples: Iterable[Question], batch_size: int) -> list[Question]:
         raise ValueError("no questions to ask; give at least one")
     for question in questions:
         if not question.answers:
-            raise ValueError(f"question {question.key!r} has no accepted answer; give one or more")
+            raise ValueError(f"question {question.key!r} has no reference answer; give at least one")
     return questions
 
 
 class _Encoder:
-    """Makes prompts of questions; remembers the images decoded since :meth:`forget`."""
+    """Encodes questions as prompts; caches decoded images until :meth:`forget`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InputSpec, min_pixels: int, max_pixels: int) -> None:
         self.tokenizer, self.spec = tokenizer, spec
@@ -158,11 +166,11 @@ class _Encoder:
 
     @property
     def memory(self) -> int:
-        """Bytes of the images remembered."""
+        """Bytes of the cached images."""
         return sum(image.nbytes for image in self.images.values())
 
     def forget(self) -> None:
-        """Frees the images; those of samples still in use live on in them."""
+        """Clears the cache; samples keep their images."""
         self.images.clear()
 
     def __call__(self, question: Question) -> Sample:
@@ -183,7 +191,7 @@ class _Encoder:
 
 
 def _batches(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """Numbered prompts, about equally long ones together."""
+    """Numbered prompts, in batches of similar length."""
     for window in _windows(questions, encode, batch_size):
         window.sort(key=lambda numbered: len(numbered[1].token_ids))
         for start in range(0, len(window), batch_size):
@@ -191,7 +199,7 @@ def _batches(questions: Sequence[Question], encode: _Encoder, batch_size: int) -
 
 
 def _windows(questions: Sequence[Question], encode: _Encoder, batch_size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """Numbered prompts in their order, as many at a time as their images fit into memory, but whole batches."""
+    """Numbered prompts in order, a multiple of the batch size at a time, limited by the memory of their images."""
     window: list[tuple[int, Sample]] = []
     for number, question in enumerate(questions):
         window.append((number, encode(question)))
@@ -203,16 +211,18 @@ def _windows(questions: Sequence[Question], encode: _Encoder, batch_size: int) -
         yield window
 
 
-def _report(questions: Sequence[Question], answers: Sequence[str], metric: ExactMatch) -> Report:
-    scores = metric.compute()
-    assert isinstance(scores, dict)
+def _report(questions: Sequence[Question], answers: Sequence[str], scorer: AnswerMetric, metric: Choice) -> Report:
+    means = scorer.compute()
+    assert isinstance(means, dict)  # as it was made with kinds
     kinds = Counter(question.kind for question in questions)
+    scores = [scorer.checked_score(answer, q.answers) for q, answer in zip(questions, answers, strict=True)]
     predictions = [
-        Answer(q.key, q.question, q.answers, q.kind, answer, bool(exact_match(answer, q.answers)))
-        for q, answer in zip(questions, answers, strict=True)
+        Answer(q.key, q.question, q.answers, q.kind, answer, score, score >= 0.5)
+        for q, answer, score in zip(questions, answers, scores, strict=True)
     ]
     return Report(
-        accuracy={name: float(score) for name, score in scores.items()},
-        counts={OVERALL: len(questions), **{kind: kinds[kind] for kind in metric.kinds}},
+        accuracy={name: float(mean) for name, mean in means.items()},
+        counts={OVERALL: len(questions), **{kind: kinds[kind] for kind in scorer.kinds}},
         predictions=predictions,
+        metric=metric,
     )

@@ -1,4 +1,4 @@
-"""``neo inspect``: what a recipe's run would need, told without its weights."""
+"""``neo inspect``: the cost of a recipe's run, estimated without weights."""
 
 from neo_components.inspection.report import Assumed, Report, inspect_recipe
 from neo_components.inspection.show import as_json, as_text

@@ -1,4 +1,4 @@
-"""What a recipe's run would need: parameters, FLOPs and memory, computed from shapes."""
+"""Parameters, FLOPs, memory and hours of a recipe's run, computed from shapes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from neo_components.inspection.shape import empty_model
 from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe
 from neo_components.recipe.stage import StageConfig
-from neo_components.training.activation_checkpointing import blocks_of, settle
-from neo_components.training.lora import check_targets, choose_trained
+from neo_components.training.activation_checkpointing import blocks_of, resolve_auto
+from neo_components.training.lora import check_targets, set_trainable
 from neo_components.training.optimizers import hidden_matrices
 from neo_components.training.placement import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.trainer import check_strategy
@@ -24,16 +24,16 @@ from neo_components.training.trainer import check_strategy
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a recipe does not say, and an answer needs.
+    """Assumptions beyond the recipe.
 
     Args:
-        visual: visual tokens of a document's image; ``None``: of a square in the middle of the recipe's pixel range.
-        text: other tokens of a document.
+        visual: visual tokens per document; ``None``: those of a square image in the middle of the recipe's pixel range.
+        text: text tokens per document.
         strategy: ``single``, ``ddp``, ``fsdp2``; ``None``: the recipe's.
-        devices: all of them; ``None``: the recipe's.
-        device_memory: GB (10^9 bytes) of one device; ``None``: what is found on this machine.
-        tflops: peak of a device in 10^12 FLOPs a second, for the hours.
-        mfu: share of the peak that a run is taken to reach.
+        devices: total number; ``None``: the recipe's.
+        device_memory: GB (10^9 bytes) of one device; ``None``: this machine's.
+        tflops: peak TFLOP/s of a device, for the hours.
+        mfu: model FLOPs utilization, for the hours.
     """
 
     visual: int | None = None
@@ -47,21 +47,21 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run would need.
+    """The estimate of a run.
 
     Args:
-        recipe: its file.
-        groups: by group: parameters, and how many of them train.
-        total: the same of the whole model, each parameter once.
-        assumptions: by name, what the figures rest on.
-        flops: of a step of all devices, by part.
-        tokens: of a step of all devices.
-        memory: bytes of one device by kind, each at its own peak; empty without a stage.
-        peak: bytes of one device at the peak of all together.
-        device_memory: bytes of one device; ``None`` if not known.
-        hours: of all steps at the assumed utilisation; ``None`` without a stage.
-        notes: what else is to be known.
-        warnings: what speaks against running it so.
+        recipe: the file.
+        groups: group -> (number of parameters, number of trainable parameters).
+        total: the same for the full model, each parameter counted once.
+        assumptions: assumptions and settings by name.
+        flops: per step of all devices, by part.
+        tokens: per step of all devices.
+        memory: bytes on one device by kind, each at its own peak; empty without a stage.
+        peak: peak bytes on one device.
+        device_memory: bytes of one device; ``None`` if unknown.
+        hours: of all steps at the assumed utilization; ``None`` without a stage.
+        notes: remarks.
+        warnings: reasons why the run may not work.
     """
 
     recipe: str
@@ -79,16 +79,16 @@ class Report:
 
 
 def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Sequence[str] = ()) -> Report:
-    """Computes a report; no weight is loaded or allocated.
+    """Estimates a run; loads and allocates no weights.
 
     Args:
-        recipe: from ``load_recipe``; without stage or data only parameters are told.
-        assumed: what it does not say.
-        overrides: that it was loaded with.
+        recipe: from ``load_recipe``; without stage or data only parameters are reported.
+        assumed: further assumptions.
+        overrides: those of ``load_recipe``.
 
     Raises:
-        FileNotFoundError: if the shape of its model cannot be known.
-        ValueError: if it cannot run so.
+        FileNotFoundError: if the shape of its model is unknown.
+        ValueError: if the recipe is not possible.
     """
     assumed = assumed or Assumed()
     model, notes = empty_model(recipe, overrides)
@@ -99,18 +99,18 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         model.requires_grad_(recipe.given_stage is None)
         groups, total = _parameters(model)
         return Report(str(recipe.path), groups, total, notes=[*notes, "no stage and data: parameters only"])
-    choose_trained(model, recipe.stage)
+    set_trainable(model, recipe.stage)
     groups, total = _parameters(model)
     plan = plan_of(recipe, assumed.strategy, assumed.devices)
     setting = setting_of(recipe, plan)
-    document, told = document_of(recipe, model, assumed)
+    document, described = document_of(recipe, model, assumed)
     batch = assumed_batch(model, document, recipe.data["micro_batch_size"], recipe.data["seq_len"])
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"
-    stage, doubts = _settled(recipe, model, setting, memory_limit, plan)
+    stage, doubts = _resolved(recipe, model, setting, memory_limit, plan)
     for stack in (model.pre_buffer, model.post_llm):
-        stack.checkpointed_blocks = blocks_of(float(stage.recompute), len(stack.layers))
+        stack.checkpointed_blocks = blocks_of(float(stage.activation_checkpointing), len(stack.layers))
     memory = step_memory(
         model, batch, setting, plan, kept_activations(model, batch, setting),
         hidden_matrices(model) if stage.optimizer == "muon" else (), bool(stage.ema),
@@ -120,13 +120,16 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}
     used = sum(part.model + part.again for part in flops.values())
     hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
-    assumptions = told | {
+    assumptions = described | {
         "micro-batch": f"{recipe.data['micro_batch_size']} packed sequences of {recipe.data['seq_len']} tokens on a "
         f"device, {batches} micro-batches a step",
         "strategy": f"{plan.strategy}, {plan.devices} devices",
         "precision": str(recipe.trainer.get("precision") or "32-true"),
         "device": setting.device,
-        "recomputed": f"{model.pre_buffer.checkpointed_blocks} + {model.post_llm.checkpointed_blocks} blocks",
+        "activation checkpointing": " + ".join(
+            str(stack.checkpointed_blocks) for stack in (model.pre_buffer, model.post_llm)
+        )
+        + " blocks",
         "hours": f"{assumed.mfu:.0%} of {assumed.tflops:g} TFLOP/s a device, {stage.steps} steps",
         "device memory": source,
     }
@@ -139,19 +142,19 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
 
 
 def _smaller_step(recipe: Recipe, plan: Plan, report: Report) -> list[str]:
-    """A note, if other devices than the recipe's make another step of it, and what the recipe's own would take."""
+    """A note if the number of devices differs from the recipe's, which changes the size of a step."""
     own = plan_of(recipe).devices
     if own == plan.devices or report.hours is None:
         return []
     tokens, times = report.tokens * own // plan.devices, own / plan.devices
     return [
-        f"a step has {report.tokens:,} tokens here and {tokens:,} on the recipe's own {own} devices; as many would "
-        f"take trainer.accumulate_grad_batches times {times:g} and {report.hours * times:,.1f} hours"
+        f"a step has {report.tokens:,} tokens here and {tokens:,} on the recipe's own {own} devices; the same step "
+        f"needs {times:g} times trainer.accumulate_grad_batches and {report.hours * times:,.1f} hours"
     ]
 
 
 def _refused(recipe: Recipe) -> list[str]:
-    """Why a run would stop before it starts."""
+    """Why ``neo train`` would refuse the recipe."""
     try:
         check_strategy(recipe)
     except ValueError as error:
@@ -161,24 +164,27 @@ def _refused(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class _Doubts:
-    """What is to be said where ``recompute: auto`` cannot be settled."""
+    """Remarks if ``activation_checkpointing: auto`` cannot be resolved."""
 
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-def _settled(
+def _resolved(
     recipe: Recipe, model: NEO, setting: Setting, device_memory: int | None, plan: Plan
 ) -> tuple[StageConfig, _Doubts]:
-    """The stage as it would run; where a run would stop, a stage that can be told about, and why it would stop."""
+    """The stage as it would run; if it would not run, a stage to estimate instead, and the reason."""
     stage = recipe.stage
-    if stage.recompute == "auto" and not stage.activation_gb and device_memory is None:
-        note = "stage.recompute auto: told without any, as the device's memory is not known; give --device-memory"
-        return replace(stage, recompute=0.0), _Doubts(notes=(note,))
+    if stage.activation_checkpointing == "auto" and not stage.activation_gb and device_memory is None:
+        note = (
+            "stage.activation_checkpointing auto: estimated without it, as the device's memory is unknown; give "
+            "--device-memory"
+        )
+        return replace(stage, activation_checkpointing=0.0), _Doubts(notes=(note,))
     try:
-        return settle(stage, model, recipe.data, setting, device_memory, plan, accumulates(recipe)), _Doubts()
+        return resolve_auto(stage, model, recipe.data, setting, device_memory, plan, accumulates(recipe)), _Doubts()
     except ValueError as error:
-        return replace(stage, recompute=1.0, activation_gb=0.0), _Doubts(warnings=(str(error),))
+        return replace(stage, activation_checkpointing=1.0, activation_gb=0.0), _Doubts(warnings=(str(error),))
 
 
 def _warnings(report: Report) -> list[str]:
@@ -186,8 +192,8 @@ def _warnings(report: Report) -> list[str]:
     if have is None:
         return []
     ways = (
-        "lower data.micro_batch_size or data.seq_len, raise stage.recompute, or shard the weights (fsdp2) over "
-        "more devices"
+        "lower data.micro_batch_size or data.seq_len, raise stage.activation_checkpointing, or shard the weights "
+        "(fsdp2) over more devices"
     )
     if need > have:
         return [f"will not fit: {need / 1e9:.1f} GB on a device of {have / 1e9:.1f} GB; {ways}"]
@@ -209,7 +215,7 @@ def _times(one: Flops, times: int) -> Flops:
 
 
 def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document, dict[str, str]]:
-    """What each document is taken to be, and that in words."""
+    """The assumed document, and its description."""
     data, spec = recipe.data, model.input_spec
     longest = min(data["seq_len"], data["max_length"] or data["seq_len"])
     visual = assumed.visual
@@ -217,7 +223,7 @@ def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document,
     if visual is None:
         side = (data["min_pixels"] ** 0.5 + data["max_pixels"] ** 0.5) / 2
         visual = min(round(side / spec.factor) ** 2, max(longest - assumed.text - 2, 0))
-        how = f"a square in the middle of {data['min_pixels']} to {data['max_pixels']} pixels"
+        how = f"a square image in the middle of {data['min_pixels']} to {data['max_pixels']} pixels"
     document = Document(visual, min(assumed.text, longest))
-    text = f"{document.length} tokens: {visual} visual ({how}), {document.text} text, half of it learnt"
+    text = f"{document.length} tokens: {visual} visual ({how}), {document.text} text, half of them target tokens"
     return document, {"document": text}

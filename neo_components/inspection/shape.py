@@ -1,4 +1,4 @@
-"""The model of a recipe without its weights: shapes on the meta device, from configs alone."""
+"""The model of a recipe on the meta device, built from configs without weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from neo_components.llms.known import KNOWN
 from neo_components.model.attach import AUTO
 from neo_components.model.layouts import layout_of, parts_from_own, parts_from_released
 from neo_components.model.neo import NEO
-from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, Rope, load_recipe
-from neo_components.recipe.building import config_of, counting_of, llm_arguments, new_parts
+from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, load_recipe
+from neo_components.recipe.building import config_of, llm_arguments, new_parts, with_choices_of
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
 from neo_components.registry import BRIDGES
@@ -25,18 +25,18 @@ from neo_components.storage.weights import as_dtype, read_config
 
 
 def empty_model(recipe: Recipe, overrides: Sequence[str] = ()) -> tuple[NEO, list[str]]:
-    """The model that a recipe describes, on the meta device, and notes on where its shape comes from.
+    """The model of a recipe on the meta device, and notes on the source of its shape.
 
-    A folder or hub repository is asked for its configs only. What is not there is known all the same if it is a
-    language model of ``llms.known``, or what another recipe beside this one makes (``OUTPUT/neo``).
+    Reads only the configs of folders and Hub repositories. The shape of a missing one is still known if it is a
+    language model of ``llms.known``, or the output (``OUTPUT/neo``) of another recipe in the same folder.
 
     Args:
         recipe: the recipe.
-        overrides: that it was loaded with; those of ``variables`` are handed to the recipe beside it.
+        overrides: those of ``load_recipe``; overrides of ``variables`` also apply to the other recipe.
 
     Raises:
-        FileNotFoundError: if the shape cannot be known; says what to do.
-        ValueError: if what is there does not fit.
+        FileNotFoundError: if the shape is unknown.
+        ValueError: if the configs do not fit the recipe.
     """
     model = complete(recipe.model)
     with unfilled():
@@ -56,24 +56,27 @@ def _checkpoint(recipe: Recipe, model: Checkpoint, overrides: Sequence[str]) -> 
     except FileNotFoundError as error:
         if (maker := _maker(recipe, model.from_pretrained, overrides)) is None:
             raise FileNotFoundError(
-                f"{error}; without it the shape of this model is not known, and no recipe beside {recipe.path} makes it"
+                f"{error}; without it the shape of this model is unknown, and no recipe beside {recipe.path} makes it"
             ) from error
         made, notes = empty_model(maker, overrides)
-        return made, [*notes, f"{model.from_pretrained} is not there yet: shape of what {maker.path} makes"]
+        return made, [
+            *notes,
+            f"{model.from_pretrained} does not exist yet: using the shape of the model that {maker.path} makes",
+        ]
     config = read_config(folder)
     parts = parts_from_released if layout_of(config, folder) == "released" else parts_from_own
     return NEO(**parts(config, folder)), []
 
 
 def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | None:
-    """The recipe in the same folder whose run leaves that model."""
+    """The recipe in the same folder whose run makes that model."""
     shared = [text for text in overrides if text.startswith("variables.")]
     for path in sorted(recipe.path.parent.glob("*.yaml")):
         if path.resolve() == recipe.path.resolve():
             continue
         try:
             other = load_recipe(path, shared)
-        except (RecipeError, OSError):  # a file that is no recipe makes nothing
+        except (RecipeError, OSError):  # not a valid recipe
             continue
         if Path(other.output) / "neo" == Path(wanted):
             return other
@@ -81,8 +84,7 @@ def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | No
 
 
 def _composed(model: Compose) -> tuple[NEO, list[str]]:
-    assert model.rope and model.attention
-    sizes, notes = _llm_sizes(model, model.rope, model.attention)
+    sizes, notes = _llm_sizes(model)
     return NEO(*new_parts(model, sizes), PostLLM(**sizes), text=model.text), notes
 
 
@@ -92,7 +94,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     if config.get("kind") != "pre_buffer":
         raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
     pre_buffer = PreBuffer(**config["pre_buffer"])
-    sizes, notes = _llm_sizes(model, *counting_of(model, asset, pre_buffer))
+    sizes, notes = _llm_sizes(with_choices_of(model, pre_buffer))
     inner, outer = pre_buffer.hparams.hidden_size, sizes["hidden_size"]
     bridge = model.bridge
     if bridge == AUTO:
@@ -105,14 +107,14 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
 
 
-def _llm_sizes(model: Compose, rope: Rope, attention: str) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of the post-LLM as a run takes them; the config of a language model of ``llms.known`` is known here."""
+def _llm_sizes(model: Compose) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of the post-LLM, and notes; language models of ``llms.known`` need no files."""
     notes = []
 
     def known_or_there(source: str) -> tuple[dict[str, Any], Path]:
         if source not in KNOWN or Path(source).is_dir():
             return config_of(source)
-        notes.append(f"{source}: shape as this library knows it, nothing was asked of the hub")
+        notes.append(f"{source}: shape from this library's table of known models, nothing was downloaded")
         return KNOWN[source], Path(source)
 
-    return llm_arguments(model, rope, attention, known_or_there), notes
+    return llm_arguments(model, known_or_there), notes

@@ -1,4 +1,4 @@
-"""A report as a table for people, or as JSON for programs."""
+"""A report as text or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from neo_components.inspection.report import Report
 
 
 def as_json(report: Report) -> str:
-    """The report with sums and per-token figures, as JSON; FLOPs and bytes are whole numbers."""
+    """The report as JSON, with sums and FLOPs per token; FLOPs and bytes are integers."""
     values: dict[str, Any] = asdict(report)
     values["groups"] = {name: {"parameters": n, "trained": t} for name, (n, t) in report.groups.items()}
     values["total"] = {"parameters": report.total[0], "trained": report.total[1]}
@@ -31,21 +31,21 @@ def as_text(report: Report) -> str:
     if report.flops:
         parts += [_flops(report), _memory(report)]
     if report.assumptions:
-        parts.append("\n".join(["assumed or taken from the recipe", *_pairs(report.assumptions)]))
+        parts.append("\n".join(["assumptions and settings", *_pairs(report.assumptions)]))
     parts += [f"note: {note}" for note in report.notes]
     parts += [f"WARNING: {warning}" for warning in report.warnings]
     return "\n\n".join(parts)
 
 
 def _parameters(report: Report) -> str:
-    lines = [f"{'parameters':28s} {'all':>16s} {'trained':>16s} {'frozen':>16s}"]
-    for name, (count, trained) in (*report.groups.items(), ("whole model", report.total)):
+    lines = [f"{'parameters':28s} {'all':>16s} {'trainable':>16s} {'frozen':>16s}"]
+    for name, (count, trained) in (*report.groups.items(), ("full model", report.total)):
         lines.append(f"{name:28s} {count:16,d} {trained:16,d} {count - trained:16,d}")
     return "\n".join(lines)
 
 
 def _flops(report: Report) -> str:
-    head = f"{'GFLOPs per token':28s} {'forward':>16s} {'backward':>16s} {'recomputed':>16s} {'TFLOPs a step':>16s}"
+    head = f"{'GFLOPs per token':28s} {'forward':>16s} {'backward':>16s} {'recomputed':>16s} {'TFLOPs per step':>16s}"
     lines = [head]
     totals = [0, 0, 0]
     for name, part in report.flops.items():
@@ -65,11 +65,11 @@ def _flops_line(name: str, numbers: list[int], tokens: int) -> str:
 
 
 def _memory(report: Report) -> str:
-    lines = [f"{'memory of one device':28s} {'GB':>16s}"]
+    lines = [f"{'memory per device':28s} {'GB':>16s}"]
     lines += [f"{kind:28s} {size / 1e9:16.3f}" for kind, size in report.memory.items()]
-    lines.append(f"{'peak of all together':28s} {report.peak / 1e9:16.3f}")
+    lines.append(f"{'peak':28s} {report.peak / 1e9:16.3f}")
     if report.device_memory is not None:
-        lines.append(f"{'the device has':28s} {report.device_memory / 1e9:16.3f}")
+        lines.append(f"{'device memory':28s} {report.device_memory / 1e9:16.3f}")
     return "\n".join(lines)
 
 

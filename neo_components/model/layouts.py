@@ -23,7 +23,7 @@ from neo_components.components.post_llm_files import image_token_ids
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.pre_buffer_files import FORMAT_VERSION, check_format
 from neo_components.llms.family import require
-from neo_components.llms.qwen3 import sizes as qwen3_sizes
+from neo_components.llms.qwen3 import Qwen3
 from neo_components.model.parts import NEOParts
 from neo_components.storage.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
 
@@ -118,7 +118,7 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     require(llm, {"use_sliding_window": (False,), "attention_bias": (False,)})
     if llm.get("rope_theta") is None and "rope_theta" not in (llm.get("rope_parameters") or {}):
         raise ValueError(f"{folder}/config.json gives no rope_theta")
-    sizes = qwen3_sizes(llm | {"layer_types": None, "tie_word_embeddings": is_tied(config)})
+    sizes = Qwen3().arguments(llm | {"layer_types": None, "tie_word_embeddings": is_tied(config)})
     if scaling := sizes.get("rope_scaling"):
         raise ValueError(f"rope scaling {scaling['rope_type']!r} is not part of the released NEO layout")
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)

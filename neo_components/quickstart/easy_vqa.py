@@ -1,8 +1,8 @@
 """The quickstart's data: the easy-VQA package's own train and test split, as conversations in shards.
 
-easy-VQA (Victor Zhou, 2019): pictures of 64 x 64 pixels with one coloured shape, questions about the shape, about its
-colour, and yes/no questions about either. The package brings 4,000 pictures with 38,575 questions to train on and 1,000
-with 9,673 to test on; there are 13 answers.
+easy-VQA (Victor Zhou, 2019): images of 64 x 64 pixels with one colored shape, and questions about its shape and its
+color, open and yes/no. The training split has 4,000 images and 38,575 questions, the test split 1,000 images and 9,673
+questions; there are 13 different answers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _YES_NO = {"yes", "no"}
 
 @dataclass(frozen=True)
 class EasyVQAImage:
-    """One picture of the package and everything that is asked about it.
+    """One image of the package and its questions.
 
     Args:
-        number: its number in the split.
+        number: of the image in the split.
         path: the PNG file.
         questions: (question, answer) pairs in the package's order.
     """
@@ -62,7 +62,7 @@ class EasyVQAPart:
 
 
 def read_easy_vqa(split: str) -> list[EasyVQAImage]:
-    """The pictures of one split with their questions, ordered by number.
+    """The images of one split with their questions, ordered by number.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -88,7 +88,7 @@ def read_easy_vqa(split: str) -> list[EasyVQAImage]:
 
 
 def question_kind(answer: str) -> str:
-    """The kind of a question, told by its answer: yes or no, one of three shapes, else a colour."""
+    """The kind of a question, from its answer: yes or no, one of three shapes, or a color."""
     return "yes_no" if answer in _YES_NO else "shape" if answer in _SHAPES else "color"
 
 
@@ -103,37 +103,37 @@ def write_easy_vqa(
 ) -> dict[str, EasyVQAPart]:
     """Writes easy-VQA as shards, one folder for each use.
 
-    ``train_all``: every training question; a sample is one picture and some questions about it, so a picture is in
-    several samples. ``train_open``: the same with the questions about shape and colour alone, which are in effect
-    captions. ``train_text``: every training question once, without pictures. ``validation``: pictures held out of the
-    training split, one question a sample. ``validation_text``: their questions without them. ``test``: the whole test
-    split, one question a sample. Training samples are in random order, the others ordered by picture.
+    ``train_all``: all training questions; a sample is one image and some questions about it, so an image is in several
+    samples. ``train_open``: only the open questions about shape and color, similar to captions. ``train_text``: all
+    training questions without images. ``validation``: images held out of the training split, one question per sample.
+    ``validation_text``: the same questions without images. ``test``: the test split, one question per sample. Training
+    samples are in random order, the others ordered by image.
 
     Each sample's ``kind`` lists the kind of each of its questions.
 
     Args:
-        folder: where the folders go.
-        validation_images: number of training pictures held out, with all of their questions.
-        questions_per_sample: most questions of a training sample with a picture.
-        text_questions_per_sample: most questions of a sample of ``train_text``.
-        mirror: give every training sample with a picture a second time with the picture mirrored left to right: no
-            question asks for a side, and 3,600 pictures are few.
-        seed: of the held-out pictures and of the order of samples and questions.
+        folder: parent of the folders.
+        validation_images: number of training images held out, with all of their questions.
+        questions_per_sample: maximum number of questions per training sample with an image.
+        text_questions_per_sample: maximum number of questions per sample of ``train_text``.
+        mirror: add every training sample with an image a second time, mirrored left to right; no question depends on
+            sides, and 3,600 images are few.
+        seed: of the held-out images and of the order of samples and questions.
 
     Returns:
         The folders and counts, by name.
 
     Raises:
-        ValueError: if no picture is left to train on, or a number of questions is not positive.
+        ValueError: if no training image is left, or a number of questions is not positive.
     """
     folder = Path(folder)
     train, validation = split_images(validation_images, seed)
     parts = {
         "train_all": list(_conversations(train, questions_per_sample, seed)),
         "train_open": list(_conversations(train, questions_per_sample, seed, kinds=("shape", "color"))),
-        "train_text": list(_conversations(train, text_questions_per_sample, seed, pictures=False)),
+        "train_text": list(_conversations(train, text_questions_per_sample, seed, with_images=False)),
         "validation": list(_conversations(validation, 1)),
-        "validation_text": list(_conversations(validation, 1, pictures=False)),
+        "validation_text": list(_conversations(validation, 1, with_images=False)),
         "test": list(_conversations(read_easy_vqa("test"), 1)),
     }
     if mirror:
@@ -143,40 +143,40 @@ def write_easy_vqa(
 
 
 def split_images(validation_images: int, seed: int) -> tuple[list[EasyVQAImage], list[EasyVQAImage]]:
-    """The pictures of the package's training split, cut by ``seed`` into those to train on and those held out.
+    """The images of the training split, divided by ``seed`` into training and held-out images.
 
     Raises:
-        ValueError: if ``validation_images`` leaves nothing to train on or is negative.
+        ValueError: if ``validation_images`` is negative or leaves no training image.
     """
     images = read_easy_vqa("train")
     if not 0 <= validation_images < len(images):
         raise ValueError(f"validation_images is {validation_images}; allowed: 0 to {len(images) - 1}")
     held_out = set(random.Random(seed).sample(range(len(images)), validation_images))
-    train = [image for place, image in enumerate(images) if place not in held_out]
-    return train, [images[place] for place in sorted(held_out)]
+    train = [image for number, image in enumerate(images) if number not in held_out]
+    return train, [images[number] for number in sorted(held_out)]
 
 
 def text_conversations(
     images: Sequence[EasyVQAImage], seed: int = 0, questions_per_sample: int = 4
 ) -> list[list[dict[str, str]]]:
-    """What a language model is trained on: the questions about some pictures, never the pictures.
+    """Text for training a language model: the questions about some images, without the images.
 
-    Each question comes twice: alone, so that the model learns which answers it may have, and in a conversation of up to
-    ``questions_per_sample`` about the same picture, so that longer texts are familiar too.
+    Each question appears twice: alone, and in a conversation of up to ``questions_per_sample`` questions about the same
+    image, so that the model also sees longer texts.
     """
     return [
         sample["conversations"]
         for questions in (1, questions_per_sample)
-        for sample in _conversations(images, questions, seed, pictures=False)
+        for sample in _conversations(images, questions, seed, with_images=False)
     ]
 
 
 def baselines() -> dict[str, float]:
-    """Scores on the test split of two answers that never look at a picture.
+    """Test scores of two baselines that ignore the image.
 
     Returns:
-        ``"majority"``: always the commonest answer of the training split. ``"lookup"``: for each question its
-        commonest answer there, the best that a reader of the question alone can do.
+        ``"majority"``: the most frequent answer of the training split. ``"lookup"``: the most frequent answer to each
+        question there, the optimum without images.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for image in read_easy_vqa("train"):
@@ -197,7 +197,7 @@ def _conversations(
     seed: int | None = None,
     *,
     kinds: Sequence[str] = KINDS,
-    pictures: bool = True,
+    with_images: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Samples of at most ``questions_per_sample`` questions; with a seed, samples and questions are in random order."""
     if questions_per_sample < 1:
@@ -212,38 +212,38 @@ def _conversations(
             some = asked[start : start + questions_per_sample]
             if seed is not None:
                 shuffle.shuffle(some)
-            samples.append(_sample(image, f"{image.number:04d}-{start:02d}", some, pictures))
+            samples.append(_sample(image, f"{image.number:04d}-{start:02d}", some, with_images))
     if seed is not None:
         shuffle.shuffle(samples)
     yield from samples
 
 
 def _mixed(asked: Sequence[tuple[str, str]], shuffle: random.Random) -> list[tuple[str, str]]:
-    """In random order, but kinds in turn: an answer that stands in the same sample already teaches nothing new."""
+    """In random order with alternating kinds, so that the answers in one sample differ."""
     by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     for pair in asked:
         by_kind[question_kind(pair[1])].append(pair)
     for pairs in by_kind.values():
         shuffle.shuffle(pairs)
-    return [pair for turn in zip_longest(*by_kind.values()) for pair in turn if pair is not None]
+    return [pair for group in zip_longest(*by_kind.values()) for pair in group if pair is not None]
 
 
-def _sample(image: EasyVQAImage, key: str, asked: Sequence[tuple[str, str]], pictures: bool) -> dict[str, Any]:
-    """One sample in LLaVA form; the image tag stands before the first question."""
+def _sample(image: EasyVQAImage, key: str, asked: Sequence[tuple[str, str]], with_images: bool) -> dict[str, Any]:
+    """One sample in LLaVA format, with the image tag before the first question."""
     turns = []
-    for place, (question, answer) in enumerate(asked):
-        tag = "<image>\n" if pictures and place == 0 else ""
+    for number, (question, answer) in enumerate(asked):
+        tag = "<image>\n" if with_images and number == 0 else ""
         turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     return {
         "key": key,
         "conversations": turns,
-        "images": [image.path] if pictures else [],
+        "images": [image.path] if with_images else [],
         "kind": [question_kind(answer) for _, answer in asked],
     }
 
 
 def _with_mirrored(samples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Every sample as it is and with its picture mirrored, in random order."""
+    """Every sample with the original and with the mirrored image, in random order."""
     files = {path: _mirrored(path) for path in {path for sample in samples for path in sample["images"]}}
     both = samples + [
         sample | {"key": f"{sample['key']}m", "images": [files[path] for path in sample["images"]]}
@@ -254,7 +254,7 @@ def _with_mirrored(samples: list[dict[str, Any]], seed: int) -> list[dict[str, A
 
 
 def _mirrored(path: Path) -> bytes:
-    """The picture mirrored left to right, as PNG."""
+    """The image mirrored left to right, as PNG."""
     with Image.open(path) as image:
         data = io.BytesIO()
         ImageOps.mirror(image).save(data, "png")
@@ -262,7 +262,7 @@ def _mirrored(path: Path) -> bytes:
 
 
 def _write(samples: list[dict[str, Any]], folder: Path) -> EasyVQAPart:
-    """Writes one folder of shards and counts what is in it."""
+    """Writes one folder of shards and counts its contents."""
     write_shards(samples, folder)
     kinds = Counter(kind for sample in samples for kind in sample["kind"])
     return EasyVQAPart(

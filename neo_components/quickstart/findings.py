@@ -1,4 +1,4 @@
-"""What the quickstart finds on its way, for the report."""
+"""Results of the quickstart's steps, for the report."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from neo_components.training.run import RunResult
 
 @dataclass
 class Findings:
-    """All that the report tells.
+    """The contents of the report.
 
     Args:
-        seed: of everything random.
-        scale: share of the full steps and questions.
-        minutes: time of each step.
+        seed: random seed.
+        scale: fraction of the training steps and test questions.
+        minutes: duration of each step.
         stages: the runs of the three stages, in order.
         reports: evaluations on the test split: ``neo``, ``blind``, ``shuffled``, ``reused`` and ``random``.
-        baselines: scores of answers that never look, from :func:`baselines`.
+        baselines: scores of answers that ignore the image, from :func:`baselines`.
         questions: the test questions.
     """
 

@@ -1,4 +1,4 @@
-"""The main job: easy-VQA from shards to a report, by the recipes that ship with the library."""
+"""The quickstart: easy-VQA from shards to a report, with the shipped recipes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neo_components.model.attach import export_pre_buffer, provenance_of
 from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import baselines, split_images, text_conversations, write_easy_vqa
 from neo_components.quickstart.findings import Findings
-from neo_components.quickstart.report import ask_more, draw_pictures, write_report
+from neo_components.quickstart.report import ask_more, draw_figures, write_report
 from neo_components.quickstart.text_llm import train_text_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.training.callbacks.perplexity import language_model_alone
@@ -27,55 +27,55 @@ STAGES = ("pretrain", "midtrain", "sft")
 VALIDATION_IMAGES = 400
 LLM_STEPS = 250
 ANSWER_TOKENS = 8
-"""Longest answer in tokens; the longest right one ("rectangle") has fewer."""
-MADE = ("shards", "llm", "llm_b", *STAGES, "neo", "pre_buffer", "attach", "attach_random", "pictures")
-"""Folders that a run makes."""
+"""Maximum length of an answer; the longest correct one ("rectangle") has fewer tokens."""
+MADE = ("shards", "llm", "llm_b", *STAGES, "neo", "pre_buffer", "attach", "attach_random", "figures")
+"""Folders that a run creates."""
 MARK = ".quickstart"
-"""File in a folder that says that a run made the folders there."""
+"""Name of a file that marks the folder of a quickstart."""
 
 
 def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
-    """Runs the whole job.
+    """Runs the quickstart.
 
     Args:
-        root: folder of all that is made.
-        scale: share of the training steps and test questions, in (0, 1]; below 1 the scores mean nothing.
-        seed: of everything random.
+        root: output folder.
+        scale: fraction of the training steps and test questions, in (0, 1]; scores are meaningful at 1 only.
+        seed: random seed.
 
     Raises:
         ValueError: if ``scale`` is out of range.
-        FileExistsError: if folders of the same names lie there and are not from an earlier run.
+        FileExistsError: if the output folder has folders of the same names that are not from an earlier run.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be over 0 and at most 1, got {scale}")
     _clear(root)
     found = Findings(seed, scale, baselines=baselines())
-    with found.step("data", "easy-VQA becomes shards"):
+    with found.step("data", "write easy-VQA as shards"):
         write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
-    with found.step("llm", "two small language models learn text alone"):
+    with found.step("llm", "train two small language models on text"):
         _train_llms(root, found)
     with found.step("training", "pre-training, mid-training, SFT"):
         for name in STAGES:
             found.stages[name] = train(_recipe(name, root, found))
         shutil.copytree(root / "sft" / "neo", root / "neo", dirs_exist_ok=True)
-    with found.step("evaluation", "the test split is scored"):
+    with found.step("evaluation", "score the test split"):
         _evaluate(root, found)
-    with found.step("reuse", "the pre-Buffer is exported and attached to the second language model"):
+    with found.step("reuse", "export the pre-Buffer and attach it to the second language model"):
         _reuse(root, found)
-    with found.step("report", "the report is written"):
-        draw_pictures(root / "pictures", found, Chat.from_pretrained(root / "neo"))
+    with found.step("report", "write the report"):
+        draw_figures(root / "figures", found, Chat.from_pretrained(root / "neo"))
     write_report(root, found)
     typer.echo(f"report: {root / 'report.md'}\nask: {ask_more(root)}")
     return found
 
 
 def _clear(root: Path) -> None:
-    """Removes what an earlier run made there, and nothing that is not known to be a run's."""
+    """Removes the folders of an earlier run, and nothing else."""
     there = [name for name in MADE if (root / name).exists()]
     if there and not (root / MARK).is_file():
         raise FileExistsError(
             f"{root} holds {', '.join(there)}, not made by an earlier quickstart, and nothing is overwritten; "
-            "give another folder by --output, or remove them"
+            "choose another folder with --output, or remove them"
         )
     for name in there:
         shutil.rmtree(root / name)
@@ -84,7 +84,7 @@ def _clear(root: Path) -> None:
 
 
 def _train_llms(root: Path, found: Findings) -> None:
-    """The stand-ins for pretrained language models: the quickstart's own, and a wider one with another tokenizer."""
+    """Two small models that replace pretrained LLMs; the second is wider and has another tokenizer."""
     conversations = text_conversations(split_images(VALIDATION_IMAGES, found.seed)[0], found.seed)
     steps = _scaled(LLM_STEPS, found.scale)
     train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
@@ -95,7 +95,7 @@ def _train_llms(root: Path, found: Findings) -> None:
 
 
 def _recipe(name: str, root: Path, found: Findings) -> Recipe:
-    """A recipe of the quickstart, moved to ``root`` and scaled."""
+    """A quickstart recipe with outputs in ``root``, scaled."""
     changes = [f"variables.root={root}", f"seed={found.seed}"]
     recipe = load_recipe(f"quickstart/{name}", changes)
     if found.scale == 1:
@@ -117,7 +117,7 @@ def _scaled(number: int, scale: float) -> int:
 
 
 def _evaluate(root: Path, found: Findings) -> None:
-    """The model on the test split as it is and with shuffled images, and the language model without images."""
+    """Scores the model on the test split, also with shuffled images, and the language model without images."""
     questions = list(questions_from_shards(root / "shards" / "test"))
     if found.scale < 1:
         questions = questions[:: max(1, round(1 / found.scale))]
@@ -137,12 +137,12 @@ def _ask(chat: Chat, questions: list[Question], title: str, **options: Any) -> R
 
 
 def text_only(folder: Path) -> Chat:
-    """The language model alone, as a NEO without pre-Buffer: text passes unchanged, images are never given."""
+    """The language model alone, as a NEO with an empty pre-Buffer, for text only."""
     return Chat(language_model_alone(PostLLM.from_pretrained(folder)), load_tokenizer(str(folder)))
 
 
 def _reuse(root: Path, found: Findings) -> None:
-    """Exports the pre-Buffer, attaches it to the second language model, and scores it beside a random one."""
+    """Exports the pre-Buffer, attaches it to the second LLM, and compares it with a random pre-Buffer."""
     folder = root / "neo"
     chat = Chat.from_pretrained(folder)
     info = AssetInfo(chat.image_config(), provenance_of(folder))

@@ -1,4 +1,4 @@
-"""The quickstart's report: ``report.json`` for programs, ``report.md`` with pictures for people."""
+"""The quickstart's report: ``report.json`` for programs, ``report.md`` with figures for readers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from neo_components.viewers import draw_answers, draw_attention, draw_curves, dr
 
 COLUMNS = ("overall", *KINDS)
 PUBLISHED = 0.938
-"""Test accuracy that easy-VQA's author reports for his own model (victorzhou.com, easy-VQA)."""
-LOOKS = 25
-"""From so many points of accuracy lost with the wrong images on, the report says that the model looks."""
+"""Test accuracy of the model of easy-VQA's author (victorzhou.com, easy-VQA)."""
+GROUNDED = 25
+"""If shuffled images cost at least this many points of accuracy, the report states that the model uses the image."""
 
 
 def write_report(root: Path, found: Findings) -> Path:
-    """Writes ``report.json`` and ``report.md``, which shows the pictures of :func:`draw_pictures`.
+    """Writes ``report.json`` and ``report.md``, which shows the figures of :func:`draw_figures`.
 
     Args:
-        root: folder of the quickstart.
-        found: what the steps found.
+        root: output folder of the quickstart.
+        found: results of the steps.
 
     Returns:
         ``report.md``.
     """
-    figures = figures_of(found)
-    write_text(root / "report.json", json.dumps(figures, indent=2) + "\n")
-    write_text(root / "report.md", _text(figures, found, root))
+    results = results_of(found)
+    write_text(root / "report.json", json.dumps(results, indent=2) + "\n")
+    write_text(root / "report.md", _text(results, found, root))
     return root / "report.md"
 
 
@@ -49,8 +49,8 @@ def ask_more(root: Path) -> str:
     return f'neo chat {shlex.quote(str(root / "neo"))} --image X.png "what color is the shape?"'
 
 
-def figures_of(found: Findings) -> dict[str, Any]:
-    """The figures, as ``report.json`` holds them; accuracies are fractions."""
+def results_of(found: Findings) -> dict[str, Any]:
+    """The contents of ``report.json``; accuracies are fractions."""
     minutes = {name: round(value, 2) for name, value in found.minutes.items()}
     return {
         "accuracy": _scores(found.reports["neo"]),
@@ -76,7 +76,7 @@ def _scores(report: Report) -> dict[str, float]:
 
 
 def validation_curve(found: Findings) -> list[tuple[str, int, float, float]]:
-    """(stage, step, seconds of training up to here, exact match) of each validation of the three stages."""
+    """(stage, step, seconds of training so far, exact match) of each validation of the three stages."""
     curve, before = [], 0.0
     for name, run in found.stages.items():
         curve += [(name, step, before + seconds, score) for step, seconds, score in run.scores]
@@ -84,12 +84,12 @@ def validation_curve(found: Findings) -> list[tuple[str, int, float, float]]:
     return curve
 
 
-def draw_pictures(folder: Path, found: Findings, chat: Chat) -> None:
+def draw_figures(folder: Path, found: Findings, chat: Chat) -> None:
     """Draws losses, accuracy, eight answers, an attention map and the mask.
 
     Args:
-        folder: made if absent.
-        found: what the steps found.
+        folder: created if needed.
+        found: results of the steps.
         chat: the trained model.
     """
     folder.mkdir(exist_ok=True)
@@ -113,24 +113,24 @@ def draw_pictures(folder: Path, found: Findings, chat: Chat) -> None:
 
 
 def _eight(questions: list[Question]) -> list[tuple[int, Question]]:
-    """Eight questions about different images, spread over the split, with their places; the kinds take turns."""
+    """Eight questions about different images, spread over the split and over kinds, with their indices."""
     chosen: list[tuple[int, Question]] = []
-    seen: set[Any] = set()
+    used: set[Any] = set()
     step = max(1, len(questions) // 8)
     for number in range(8):
         wanted = KINDS[number % len(KINDS)]
-        places = [*range(number * step, len(questions)), *range(number * step)]
-        free = [place for place in places if questions[place].image not in seen]
-        place = next((p for p in free if questions[p].kind == wanted), free[0] if free else None)
-        if place is not None:
-            seen.add(questions[place].image)
-            chosen.append((place, questions[place]))
+        indices = [*range(number * step, len(questions)), *range(number * step)]
+        free = [index for index in indices if questions[index].image not in used]
+        index = next((i for i in free if questions[i].kind == wanted), free[0] if free else None)
+        if index is not None:
+            used.add(questions[index].image)
+            chosen.append((index, questions[index]))
     return chosen
 
 
 def answer_attention(chat: Chat, sample: Sample) -> torch.Tensor:
-    """Attention from the place where the answer begins to each visual token: [rows, columns], mean over the heads of
-    all post-LLM blocks."""
+    """Attention from the last prompt token to each visual token: [rows, columns], mean over the heads of all post-LLM
+    blocks."""
     model = chat.model
     batch = pack([sample], model.input_spec)
     maps = model.attention_maps(batch)[len(model.pre_buffer.layers) :]
@@ -141,7 +141,7 @@ def answer_attention(chat: Chat, sample: Sample) -> torch.Tensor:
 
 
 def _draw_mask(folder: Path, chat: Chat, *samples: Sample) -> None:
-    """Who sees whom in a row of two packed questions."""
+    """The attention mask of a packed sequence of two questions."""
     batch = pack(samples, chat.model.input_spec)
     mask = dense_mask(
         batch.document_ids, batch.image_ids, *chat.model.post_llm.layer_rules[0], token_kinds=batch.token_kinds
@@ -151,39 +151,39 @@ def _draw_mask(folder: Path, chat: Chat, *samples: Sample) -> None:
         label = f"text {document + 1}" if image == NO_IMAGE else f"image {image + 1}"
         count = runs.pop()[1] if runs and runs[-1][0] == label else 0
         runs.append((label, count + 1))
-    draw_mask(mask, folder / "mask.png", runs, "Who sees whom: two questions packed into one row")
+    draw_mask(mask, folder / "mask.png", runs, "Attention mask of two packed questions")
 
 
-def _text(figures: Mapping[str, Any], found: Findings, root: Path) -> str:
-    """The report for people."""
+def _text(results: Mapping[str, Any], found: Findings, root: Path) -> str:
+    """The text of ``report.md``."""
     names = ("accuracy", "accuracy_shuffled", "accuracy_blind")
-    titles = ("this model", "this model, images shuffled", "text-only LLM (blind)")
-    rows = [f"| {title} | {_cells(figures[name])} |" for title, name in zip(titles, names, strict=True)]
+    titles = ("this model", "this model, images shuffled", "text-only LLM (no images)")
+    rows = [f"| {title} | {_cells(results[name])} |" for title, name in zip(titles, names, strict=True)]
     rows += [
-        f"| best answer by question alone | {figures['accuracy_lookup']:.3f} | | | |",
-        f"| majority answer | {figures['accuracy_majority']:.3f} | | | |",
-        f"| the data set author's model | {PUBLISHED:.3f} | | | |",
+        f"| most frequent answer to each question | {results['accuracy_lookup']:.3f} | | | |",
+        f"| most frequent answer | {results['accuracy_majority']:.3f} | | | |",
+        f"| model of the data set's author | {PUBLISHED:.3f} | | | |",
     ]
-    reuse, minutes = figures["reuse"], figures["minutes"]
-    fall = 100 * (figures["accuracy"]["overall"] - figures["accuracy_shuffled"]["overall"])
-    looks = ": the model looks" if fall >= LOOKS else ""
-    partial = "" if found.scale == 1 else f"**Tried out at scale {found.scale}: the scores mean nothing.**\n\n"
+    reuse, minutes = results["reuse"], results["minutes"]
+    fall = 100 * (results["accuracy"]["overall"] - results["accuracy_shuffled"]["overall"])
+    grounded = ": the model uses the image" if fall >= GROUNDED else ""
+    partial = "" if found.scale == 1 else f"**Trial run at scale {found.scale}: the scores are not meaningful.**\n\n"
     curve = [
         f"| {point['stage']} | {point['step']} | {point['minutes']:.1f} | {point['accuracy']:.3f} |"
-        for point in figures["validation"]
+        for point in results["validation"]
     ]
     steps = "\n".join(f"| {name} | {value:.1f} |" for name, value in minutes.items())
     return f"""# Quickstart report
 
-{partial}easy-VQA, {figures["questions"]["overall"]:,} test questions, answered by free generation, exact match.
+{partial}easy-VQA, {results["questions"]["overall"]:,} test questions, answered by free generation, exact match.
 
 | | overall | shape | color | yes/no |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-With the images shuffled among the questions, accuracy falls by {fall:.1f} points{looks}.
+With the images shuffled among the questions, accuracy falls by {fall:.1f} points{grounded}.
 
-![answers](pictures/answers.png)
+![answers](figures/answers.png)
 
 ## Reuse of the pre-Buffer
 
@@ -199,17 +199,17 @@ Accuracy on {256 if found.scale == 1 else "some"} validation questions against m
 |---|---|---|---|
 {chr(10).join(curve)}
 
-![accuracy](pictures/accuracy.png)
+![accuracy](figures/accuracy.png)
 
-![loss](pictures/loss.png)
+![loss](figures/loss.png)
 
 ## Inside
 
-Where the model looks as it begins its answer, and who sees whom in a packed row.
+Attention from the start of the answer to the image, and the attention mask of two packed questions.
 
-![attention](pictures/attention.png)
+![attention](figures/attention.png)
 
-![mask](pictures/mask.png)
+![mask](figures/mask.png)
 
 ## Minutes
 
@@ -217,7 +217,7 @@ Where the model looks as it begins its answer, and who sees whom in a packed row
 |---|---|
 {steps}
 
-Seed {figures["seed"]}. {", ".join(f"{name} {value}" for name, value in figures["versions"].items())}.
+Seed {results["seed"]}. {", ".join(f"{name} {value}" for name, value in results["versions"].items())}.
 
 ## Ask more
 

@@ -1,7 +1,7 @@
-"""Trains a small language model and its tokenizer on text alone: the quickstart's stand-in for a pretrained LLM.
+"""Trains a small language model and its tokenizer on text, which replaces a pretrained LLM in the quickstart.
 
-The result is an ordinary Hugging Face folder (ChatML form), so that the library reads it in the same way as a released
-model. Its tokenizer is a BPE learnt from the same conversations.
+The result is an ordinary Hugging Face folder with a ChatML template, which the library reads like a released model. The
+tokenizer is a BPE trained on the same conversations.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neo_components.data.text.conversation import ROLES, TURN_END, TURN_START
-from neo_components.data.text.templates import CHATML
+from neo_components.data.text.templates import CHATML, TURN_END, TURN_START
+from neo_components.data.text.turns import ROLES
 from neo_components.storage.progress import progress
 from neo_components.types import IGNORED
 
@@ -31,21 +31,21 @@ Conversation = Sequence[dict[str, str]]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
-PIECES = ("bytes", "blanks")
-"""How a tokenizer writes what it has no word for: every text as bytes, as Qwen's does, or blanks as ``▁`` and unknown
-characters as ``<0x00>`` to ``<0xFF>``, as those of sentencepiece do (Llama 2, Gemma)."""
+PIECES = ("bytes", "spaces")
+"""Kinds of tokenizer: byte-level BPE like Qwen's, or spaces as ``▁`` with byte fallback ``<0x00>`` to ``<0xFF>`` like
+those of sentencepiece (Llama 2, Gemma)."""
 
 
 @dataclass
 class TextLLM:
-    """What :func:`train_text_llm` made.
+    """The result of :func:`train_text_llm`.
 
     Args:
         folder: the Hugging Face folder.
         parameters: number of parameters, tied ones counted once.
         vocab_size: V, rows of the word embedding.
         losses: training loss of each step, nats per token.
-        seconds: time of the training, tokenizer included.
+        seconds: duration of the training, including the tokenizer.
     """
 
     folder: Path
@@ -75,35 +75,35 @@ def train_text_llm(
     seed: int = 0,
     title: str | None = "training the text LLM",
 ) -> TextLLM:
-    """Learns a tokenizer, trains a model on every token of the conversations, and saves both.
+    """Trains a tokenizer, then a model on every token of the conversations, and saves both.
 
     Args:
         conversations: text-only conversations.
-        folder: where the model goes; made if needed.
+        folder: output folder; created if needed.
         hidden_size: D.
         depth: number of blocks.
         heads: N, query heads.
         kv_heads: K, key and value heads.
         head_width: E.
         feed_forward: inner width of the feed-forward layers.
-        vocab_size: most tokens the tokenizer may have, special tokens and the 256 bytes included.
+        vocab_size: maximum size of the vocabulary, including special tokens and the 256 bytes.
         tie_word_embeddings: whether the output layer shares the word embedding.
         family: ``model_type`` of transformers whose config takes these sizes by their usual names: qwen3, llama ...
         pieces: kind of tokenizer, one of ``PIECES``.
-        steps: optimiser steps, with warm-up over the first tenth and a cosine to 0.
-        tokens_per_step: most tokens of a step, padding included.
-        learning_rate: highest rate of AdamW.
-        seed: of the initial weights and the order of the conversations; torch's global state is left as it was.
-        title: shown with the progress; ``None`` shows nothing.
+        steps: optimizer steps, with warm-up over the first tenth and cosine decay to 0.
+        tokens_per_step: maximum number of tokens of a step, including padding.
+        learning_rate: peak learning rate of AdamW.
+        seed: of the initial weights and the order of the conversations; torch's global random state is unchanged.
+        title: of the progress; ``None`` shows nothing.
 
     Raises:
-        ValueError: if there is no conversation, a turn is of an unknown speaker, or ``vocab_size`` is too small.
+        ValueError: if there is no conversation, a turn has an unknown role, or ``vocab_size`` is too small.
     """
     started = time.monotonic()
     folder = Path(folder)
     texts = [to_chatml(conversation) for conversation in conversations]
     if not texts:
-        raise ValueError("no conversation to learn from; give at least one")
+        raise ValueError("no conversation to train on; give at least one")
     tokenizer = train_tokenizer(texts, vocab_size, pieces)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,25 +125,25 @@ def train_text_llm(
 
 
 def to_chatml(conversation: Conversation) -> str:
-    """The conversation as the text that the model sees.
+    """The conversation as ChatML text.
 
     Raises:
-        ValueError: if a turn's speaker is not human, gpt or system.
+        ValueError: if a turn's role is not human, gpt or system.
     """
     parts = []
     for turn in conversation:
         if turn["from"] not in ROLES:
-            raise ValueError(f"unknown speaker {turn['from']!r} in a conversation; allowed: {list(ROLES)}")
+            raise ValueError(f"unknown role {turn['from']!r} in a conversation; allowed: {list(ROLES)}")
         parts.append(f"{TURN_START}{ROLES[turn['from']]}\n{turn['value']}{TURN_END}\n")
     return "".join(parts)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, pieces: str = "bytes") -> PreTrainedTokenizerFast:
-    """Learns a BPE tokenizer; any text can be written with it, also one with unseen words.
+    """Trains a BPE tokenizer that can encode any text.
 
     Args:
-        texts: the corpus, in ChatML form.
-        vocab_size: most tokens; fewer are made if the corpus has no more pairs to join.
+        texts: the corpus, as ChatML.
+        vocab_size: maximum size of the vocabulary; smaller if the corpus has no more pairs to merge.
         pieces: one of ``PIECES``.
 
     Raises:
@@ -157,7 +157,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, pieces: str = "bytes"
     if vocab_size < smallest:
         raise ValueError(f"vocab_size is {vocab_size}, but 256 bytes and the special tokens need at least {smallest}")
     return PreTrainedTokenizerFast(
-        tokenizer_object=(_byte_level if pieces == "bytes" else _with_blanks)(texts, vocab_size),
+        tokenizer_object=(_byte_level if pieces == "bytes" else _with_spaces)(texts, vocab_size),
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         additional_special_tokens=[TURN_START],
@@ -183,20 +183,20 @@ def _byte_level(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _with_blanks(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """The layout that converted sentencepiece models have: special tokens, the 256 bytes, then the learnt pieces."""
+def _with_spaces(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """The layout of converted sentencepiece models: special tokens, the 256 bytes, then the trained pieces."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer knows no bytes; they are put in front of what it learnt.
-    learnt = json.loads(tokenizer.to_str())["model"]
+    # The trainer does not add the bytes; they go before the trained pieces.
+    trained = json.loads(tokenizer.to_str())["model"]
     names = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += [token for token in sorted(learnt["vocab"], key=learnt["vocab"].get) if token not in SPECIAL_TOKENS]
-    vocab = {name: place for place, name in enumerate(names)}
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    names += [token for token in sorted(trained["vocab"], key=trained["vocab"].get) if token not in SPECIAL_TOKENS]
+    vocab = {name: index for index, name in enumerate(names)}
+    merges = [tuple(pair) for pair in trained["merges"]]
     tokenizer.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -204,7 +204,7 @@ def _with_blanks(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _new_model(family: str, tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> PreTrainedModel:
-    """A model with the library's usual initial weights."""
+    """A model with transformers' usual initial weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.for_model(
@@ -229,7 +229,7 @@ def _new_model(family: str, tokenizer: PreTrainedTokenizerFast, **sizes: Any) ->
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the Hugging Face folder, without the progress bar that transformers shows for its one small file."""
+    """Writes the Hugging Face folder without transformers' progress bar."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -278,11 +278,11 @@ def _train(
 
 
 def _batches(documents: list[list[int]], tokens_per_step: int, shuffle: random.Random) -> list[list[int]]:
-    """One pass over the documents: numbers of about equally long ones together, in random order."""
+    """One epoch: batches of indices of documents of similar length, in random order."""
     order = sorted(range(len(documents)), key=lambda number: (len(documents[number]), shuffle.random()))
     batches: list[list[int]] = [[]]
     for number in order:
-        # In ascending order the newest document is the longest of its batch, so this counts the padding too.
+        # Documents are in ascending order, so the last one is the longest and this includes padding.
         if batches[-1] and (len(batches[-1]) + 1) * len(documents[number]) > tokens_per_step:
             batches.append([])
         batches[-1].append(number)
@@ -291,7 +291,7 @@ def _batches(documents: list[list[int]], tokens_per_step: int, shuffle: random.R
 
 
 def _pad(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [B, L]; padding stands at the end, where causal attention needs no mask against it."""
+    """Token ids and labels [B, L], padded at the end, where causal attention needs no mask."""
     length = max(map(len, documents))
     token_ids = torch.zeros(len(documents), length, dtype=torch.int64)
     labels = torch.full_like(token_ids, IGNORED)

@@ -1,4 +1,4 @@
-"""What a run's figures depend on: versions of the packages, and the machine."""
+"""Versions of the packages and the machine, for reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Version of each package, and ``machine``: processor and number of threads."""
+    """Version of each package; ``machine`` is the processor and the number of threads."""
     import lightning
     import transformers
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from neo_components.errors import ArgumentError
+from neo_components.registry import METRICS, Choice, split
+
 Group = Literal[
     "patch_embedding",
     "pre_buffer",
@@ -25,7 +28,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "whiten_patches": (0, float("inf")),
     "min_lr_ratio": (0, 1),
     "ema": (0, 1),
-    "recompute": (0, 1),
+    "activation_checkpointing": (0, 1),
     "activation_gb": (0, float("inf")),
     "warmup_steps": (0, float("inf")),
     "eps": (0, float("inf")),
@@ -45,12 +48,12 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Low-rank adapters on the post-LLM's blocks, in place of training them whole (Hu et al. 2021, arXiv 2106.09685).
+    """Low-rank adapters on the post-LLM's blocks, instead of full fine-tuning (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
-        rank: of the change that a layer can learn.
-        alpha: the change is ``alpha / rank`` times the product of the two factors.
-        dropout: share of a layer's input that its adapter does not see in training.
+        rank: of the update of each adapted weight.
+        alpha: the update is ``alpha / rank`` times the product of the two factors.
+        dropout: probability of dropping an element of an adapter's input in training.
         targets: names of the linear layers that are adapted, in every block.
 
     Raises:
@@ -68,7 +71,7 @@ class LoRA:
 
     @staticmethod
     def problems(values: Mapping[str, Any]) -> dict[str, str]:
-        """What is wrong with the values of the section, by key. Values that are not there are not looked at."""
+        """What is wrong with the values of the section, by key. Missing values are not checked."""
         found = {}
         if values.get("rank", 1) < 1:
             found["rank"] = f"got {values['rank']}, must be 1 or more"
@@ -86,39 +89,43 @@ class StageConfig:
     """One stage.
 
     Args:
-        name: what the stage is called in logs and reports.
-        train: groups of parameters that learn; all others stay as they are.
-        lora: low-rank adapters that learn beside these groups, on a post-LLM that stays as it is; merged into it at the
-            end. ``None``: none.
+        name: of the stage in logs and reports.
+        train: groups of parameters that train; all others are frozen.
+        lora: low-rank adapters on the blocks of a frozen post-LLM, trained beside these groups and merged at the end.
+            ``None``: none.
         steps: optimizer steps.
         optimizer: ``adamw``, or ``muon``: Muon (Jordan et al. 2024; ``torch.optim.Muon``) for the weights of linear
-            layers and AdamW for all else.
+            layers and AdamW for everything else.
         lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of Muon, where it is used.
-        min_lr_ratio: where the cosine ends, as a fraction of the peak.
-        warmup_steps: steps of linear rise to the peak before the cosine.
+        muon_lr: peak learning rate of Muon, if it is used.
+        min_lr_ratio: learning rate at the end of the cosine, as a fraction of the peak.
+        warmup_steps: steps of linear warm-up to the peak before the cosine.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's term against division by zero.
-        weight_decay: of either optimizer, on matrices only.
+        weight_decay: of both optimizers, on matrices only.
         validate_every: steps between validations, 0: never.
         checkpoint_every: steps between checkpoints, 0: none.
         log_every: steps between entries in the log.
-        whiten_patches: patches of training images from which a new patch embedding is whitened before the first step
-            (``PatchEmbedding.whiten``), 0: none. For a first stage; it forgets what the patch embedding has learnt.
-        predictions: validation questions that are answered at each validation, and logged with their pictures.
-        recompute: share of the blocks, from the first on, that are computed again in the backward pass instead of
-            keeping what they computed: less memory for more time. The result is the same. ``auto``: the least share
-            that fits the device's memory, or ``activation_gb``.
-        activation_gb: GB (10^9 bytes) that the activations of a device's rows may take under ``recompute: auto``; 0:
-            what the device's memory leaves.
-        compile: compile every block in place (``torch.compile``). Meant for GPUs; the first steps take minutes,
-            and rows of one length (``data.seq_len``) never make it compile again.
-        ema: decay of an exponential average of the weights (for example 0.999), which validation, checkpoints and the
-            trained model then use; 0: none.
-        max_skipped_steps: a step whose gradient is not finite is skipped; so many in a row stop the run.
+        whiten_patches: number of patches of training images by which a new patch embedding is whitened before the first
+            step (``PatchEmbedding.whiten``), 0: none. Only for a first stage: it replaces the patch embedding's
+            weights.
+        predictions: number of validation questions that the model answers at each validation; scores and figures are
+            logged.
+        metric: metric of these answers: a registered name, or a mapping of ``kind`` (the name) and its options.
+        activation_checkpointing: fraction of the blocks, from the first on, that keep only their input and are computed
+            again in the backward pass: less memory, more time, the same result. ``auto``: the smallest fraction that
+            fits the device's memory, or ``activation_gb``.
+        activation_gb: GB (10^9 bytes) that the activations of a micro-batch may take under ``activation_checkpointing:
+            auto``; 0: what the device's memory leaves.
+        compile: compile every block in place (``torch.compile``). Meant for GPUs. The first steps take minutes; packed
+            sequences of one length (``data.seq_len``) avoid recompilation.
+        ema: decay of an exponential moving average of the weights (for example 0.999), which validation, checkpoints
+            and the trained model use; 0: none.
+        max_skipped_steps: a step with a gradient that is not finite is skipped; this many consecutive ones stop the
+            run.
 
     Raises:
-        ValueError: listing every number that is out of its range.
+        ValueError: listing every value that is not possible.
     """
 
     name: str = "stage"
@@ -138,7 +145,8 @@ class StageConfig:
     log_every: int = 10
     whiten_patches: int = 0
     predictions: int = 4
-    recompute: float | Literal["auto"] = 0.0
+    metric: Choice = "exact_match"
+    activation_checkpointing: float | Literal["auto"] = 0.0
     activation_gb: float = 0.0
     compile: bool = False
     ema: float = 0.0
@@ -148,13 +156,19 @@ class StageConfig:
         problems = self.problems(vars(self))
         if problems:
             raise ValueError("; ".join(f"stage.{key}: {text}" for key, text in problems.items()))
+        object.__setattr__(self, "metric", METRICS.complete(self.metric))
+
+    @property
+    def metric_name(self) -> str:
+        """Name of the metric without its options."""
+        return split(self.metric)[0]
 
     @staticmethod
     def problems(values: Mapping[str, Any]) -> dict[str, str]:
-        """What is wrong with the values of a stage, by key. Values that are not there are not looked at."""
+        """What is wrong with the values of a stage, by key. Missing values are not checked."""
         found = {}
         for key, (least, most) in LIMITS.items():
-            if key == "recompute" and values.get(key) == "auto":
+            if key == "activation_checkpointing" and values.get(key) == "auto":
                 continue
             if key in values and not (not isinstance(values[key], str) and least <= values[key] <= most):
                 room = f"from {least} to {most}" if most < float("inf") else f"{least} or more"
@@ -162,16 +176,27 @@ class StageConfig:
         lora, train = values.get("lora"), values.get("train")
         if train is not None and not train and lora is None:
             found["train"] = "is empty: name at least one group to train, or 'all'"
-        if lora is not None and (whole := {"all", "post_llm"}.intersection(train or ())):
+        if lora is not None and (full := {"all", "post_llm"}.intersection(train or ())):
             found["train"] = (
-                f"names {', '.join(sorted(whole))}, but stage.lora keeps the language model as it is; name "
-                "patch_embedding, pre_buffer, bridge or parts like post_llm.hw, or take stage.lora away"
+                f"names {', '.join(sorted(full))}, but stage.lora freezes the language model; name "
+                "patch_embedding, pre_buffer, bridge or parts like post_llm.hw, or remove stage.lora"
             )
         if not all(0 <= beta < 1 for beta in values.get("betas", ())):
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
-        if values.get("activation_gb") and values.get("recompute") != "auto":
-            found["activation_gb"] = "says nothing without stage.recompute auto"
+        if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
+            found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
+        if "metric" in values and (fault := _metric_fault(values["metric"])):
+            found["metric"] = fault
         steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
         if steps is not None and warmup > steps:
             found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"
         return found
+
+
+def _metric_fault(choice: Choice) -> str:
+    """Why a metric cannot be chosen so; empty if it can."""
+    try:
+        METRICS.complete(choice)
+    except ArgumentError as error:
+        return error.text
+    return ""

@@ -1,4 +1,4 @@
-"""Checkpoints that survive faults: written whole or not at all, checked before they are read."""
+"""Checkpoints that survive faults: written atomically, checked before they are read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ log = logging.getLogger(__name__)
 LAST = "last.ckpt"
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it when all of it is on the disk.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file and renames it once it is on the disk.
 
-    Whatever ends the process in between, and if the disk is full, the file that was there before is still there.
+    If the process is killed or the disk is full, the previous file is still there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes one file; arguments as in Lightning's ``CheckpointIO``.
 
         Raises:
-            OSError: if it cannot be written; nothing is left of it then.
+            OSError: if it cannot be written; the temporary file is removed then.
         """
         if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)  # another file system has rules of its own
+            super().save_checkpoint(checkpoint, path, storage_options)  # a remote file system has no rename to rely on
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,23 +43,23 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns an error of the disk into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk fails
             unfinished.unlink(missing_ok=True)
             raise OSError(
-                f"the checkpoint {path} could not be written ({error}); the ones before are untouched: make room, then "
-                "go on with --resume last"
+                f"the checkpoint {path} could not be written ({error}); earlier checkpoints are unchanged: free space, "
+                "then resume with --resume last"
             ) from error
 
 
 def read_checkpoint(path: Path, thorough: bool = True) -> Mapping[str, Any]:
-    """A checkpoint of a training run, its tensors mapped from the file; of a sharded one they have shapes only.
+    """A checkpoint of a training run, with memory-mapped tensors; those of a sharded one are on the meta device.
 
     Args:
-        path: the file, or the folder of a run whose weights are divided.
-        thorough: compare the checksums of a folder's files; a single file is always checked.
+        path: the file, or the folder of a sharded checkpoint.
+        thorough: compare the checksums of a folder's files; the checksums of a single file are always compared.
 
     Raises:
-        ValueError: if it is damaged or something else.
+        ValueError: if it is damaged or no checkpoint.
     """
     if is_sharded(path):
         return read_meta(path, thorough)
@@ -70,13 +70,13 @@ def read_checkpoint(path: Path, thorough: bool = True) -> Mapping[str, Any]:
             raise ValueError(f"the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         int(saved["global_step"]), saved["state_dict"].items()
-    except Exception as error:  # anything from KeyError to UnpicklingError is raised on what torch did not write
-        raise ValueError(f"{path} is no checkpoint of a training run; it is damaged or something else") from error
+    except Exception as error:  # a foreign file may raise anything from KeyError to UnpicklingError
+        raise ValueError(f"{path} is no checkpoint of a training run, or it is damaged") from error
     return saved
 
 
 def newest_checkpoint(folder: Path, thorough: bool = True) -> Path:
-    """The newest checkpoint of a run that can be read; damaged ones are named in the log and passed over.
+    """The newest readable checkpoint of a run; damaged ones are logged and skipped.
 
     Args:
         folder: of the run's checkpoints.
@@ -84,7 +84,7 @@ def newest_checkpoint(folder: Path, thorough: bool = True) -> Path:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if all are damaged.
+        ValueError: if all checkpoints are damaged.
     """
     files = sorted(folder.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name == LAST), reverse=True)
     if not files:
@@ -93,7 +93,7 @@ def newest_checkpoint(folder: Path, thorough: bool = True) -> Path:
         try:
             read_checkpoint(file, thorough)
         except ValueError as error:
-            log.warning("%s; looking for an older one", error)
+            log.warning("%s; trying an older one", error)
         else:
             return file
     raise ValueError(f"all {len(files)} checkpoints in {folder} are damaged; start without --resume")

@@ -1,35 +1,33 @@
-"""What a stage trains: named groups of parameters, chosen by module and never by a substring of a name."""
+"""The trainable parameters of a stage: named groups, found by module."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from torch import nn
 
+from neo_components.errors import nearest
 from neo_components.model.neo import NEO
 
 
 def train_only(model: NEO, names: Sequence[str], adapters: Sequence[nn.Parameter] = ()) -> list[nn.Parameter]:
-    """Lets the named groups learn and freezes all else.
+    """Makes the named groups trainable and freezes everything else.
 
     Args:
         model: the model.
         names: groups of ``NEO.groups()``, or ``all``.
-        adapters: parameters that learn whatever is named (``lora.add_lora``).
+        adapters: more trainable parameters (``lora.add_lora``).
 
     Returns:
         The trainable parameters.
 
     Raises:
-        ValueError: if a name is unknown, or nothing is left to train.
+        ValueError: if a name is unknown, or there is nothing to train.
     """
     groups = model.groups() | {"all": list(model.parameters())}
     for name in names:
         if name not in groups:
-            near = difflib.get_close_matches(name, groups, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"stage.train: no group {name!r}{hint} (groups: {', '.join(groups)})")
+            raise ValueError(f"stage.train: no group {name!r} (groups: {', '.join(groups)}){nearest(name, groups)}")
     model.requires_grad_(False)
     for name in names:
         for parameter in groups[name]:

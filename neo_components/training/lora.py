@@ -1,12 +1,12 @@
-"""Low-rank adapters (LoRA) on the blocks of the post-LLM, by the package peft; merged before a model is written.
+"""Low-rank adapters (LoRA) on the blocks of the post-LLM, by the package peft; merged before a model is saved.
 
-Source: Hu et al. 2021 (arXiv 2106.09685): a frozen linear layer W learns the change ``alpha / rank * B A``.
+Source: Hu et al. 2021 (arXiv 2106.09685): a frozen weight W gets the trainable update ``alpha / rank * B A``.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from neo_components.model.neo import NEO
 from neo_components.recipe.stage import LoRA, StageConfig
 from neo_components.training.groups import train_only
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
+
 ADAPTER = "default"
 """peft's name of the only adapter."""
 
 
 def add_lora(model: NEO, lora: LoRA) -> None:
-    """Puts adapters beside linear layers of the post-LLM's blocks. They start as no change at all.
+    """Adds adapters to linear layers of the post-LLM's blocks. Their update is zero at first.
 
     Args:
         model: changed in place.
@@ -34,13 +37,13 @@ def add_lora(model: NEO, lora: LoRA) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "stage.lora needs the package peft: run `pip install 'neo-components[lora]'`, or take stage.lora away"
+            "stage.lora needs the package peft: run `pip install 'neo-components[lora]'`, or remove stage.lora"
         ) from error
     check_targets(model, lora)
     inject_adapter_in_model(
         LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type] # it only divides by the rank
+            lora_alpha=lora.alpha,  # type: ignore[arg-type] # peft only divides it by the rank
             lora_dropout=lora.dropout,
             target_modules=list(lora.targets),
         ),
@@ -48,8 +51,8 @@ def add_lora(model: NEO, lora: LoRA) -> None:
     )
 
 
-def choose_trained(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
-    """Lets learn what a stage names, and its adapters, which are added if they are not there yet; freezes the rest.
+def set_trainable(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
+    """Makes trainable what a stage names and its adapters, which are added if needed; freezes everything else.
 
     Returns:
         The trainable parameters.
@@ -64,7 +67,7 @@ def choose_trained(model: NEO, stage: StageConfig) -> list[nn.Parameter]:
 
 
 def check_targets(model: NEO, lora: LoRA) -> None:
-    """Refuses targets that no block has; shapes are enough, and peft is not needed.
+    """Refuses targets that no block has. Needs neither weights nor peft.
 
     Raises:
         ValueError: if a target is no linear layer of the blocks.
@@ -77,12 +80,12 @@ def check_targets(model: NEO, lora: LoRA) -> None:
     if wrong:
         raise ValueError(
             f"stage.lora.targets: {', '.join(map(repr, wrong))} names no linear layer of the post-LLM's blocks; they "
-            f"have {', '.join(known)} (the H/W projections are trained as a whole, by stage.train: [post_llm.hw])"
+            f"have {', '.join(known)} (stage.train: [post_llm.hw] trains the H/W projections without adapters)"
         )
 
 
-def lora_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Every adapted layer with its parent and its name there."""
+def lora_layers(model: nn.Module) -> list[tuple[nn.Module, str, LoraLinear]]:
+    """Every adapted layer, with its parent module and its name in that module."""
     kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", ())  # without peft there are none
     parents = list(model.modules())
     return [
@@ -100,19 +103,19 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def adapted_weights(model: nn.Module) -> dict[int, Any]:
+def adapted_weights(model: nn.Module) -> dict[int, LoraLinear]:
     """``id`` of a frozen weight -> the layer that adapts it."""
     return {id(layer.get_base_layer().weight): layer for _, _, layer in lora_layers(model)}
 
 
 @torch.no_grad()
-def with_change(weight: Tensor, layer: Any) -> Tensor:
-    """The weight and what its adapters add to it."""
+def merged_weight(weight: Tensor, layer: LoraLinear) -> Tensor:
+    """The weight plus the update of its adapter."""
     return weight + layer.get_delta_weight(ADAPTER)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Adds what the adapters learnt to the weights and takes them away: names are then those of a model without.
+    """Merges the adapters into the weights and removes them; parameters then have the names of a model without LoRA.
 
     Raises:
         ValueError: if a merged weight would not be finite.

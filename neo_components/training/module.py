@@ -1,10 +1,11 @@
-"""The only place with a ``training_step``: a NEO and a stage joined for Lightning's Trainer."""
+"""The training module: a NEO and a stage for Lightning's Trainer. No other module has a ``training_step``."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -17,9 +18,12 @@ from neo_components.training.activation_checkpointing import blocks_of
 from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
 from neo_components.training.fsdp2.tensors import gradient_norms
-from neo_components.training.lora import choose_trained, lora_parameters
+from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import build_optimizer
 from neo_components.types import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,82 +31,89 @@ log = logging.getLogger(__name__)
 class NEOTraining(lightning.LightningModule):
     """Trains one stage.
 
-    Logs, of the step: ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
-    ``grad_norm/GROUP`` of each group that learns; that of ``post_llm.hw`` starts high, as the first gradient of the
-    zero keys passes their norm. Of all steps since the last entry ``loss_by_source/SOURCE`` and
-    ``loss_by_modality/text``, ``/image`` and ``/images``. Per validation ``val/loss``, the mean over all learnt tokens,
-    and on held-out text ``val/text_perplexity``, the exponential of that mean. Speed and memory are logged by
-    ``performance.Performance``.
+    Logs for each step ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
+    ``grad_norm/GROUP`` of each trainable group; that of ``post_llm.hw`` starts high, as the first gradient of the zero
+    keys passes their norm. Logs over all steps since the last entry ``loss_by_source/SOURCE`` and
+    ``loss_by_modality/text``, ``/image`` and ``/images``. Logs for each validation ``val/loss``, the mean over all
+    target tokens, and on held-out text ``val/text_perplexity``, the exponential of that mean.
+    ``performance.Performance`` logs speed and memory.
 
-    The loss of a step is the weighted mean over all learnt tokens of its batches, on all processes together: however a
-    step's rows are divided into accumulated batches and processes, the gradient is the same.
+    The loss of a step is the weighted mean over all target tokens of its micro-batches, on all processes together. The
+    gradient does not depend on how the step is split into micro-batches and processes.
 
-    A step whose gradient is not finite changes nothing: no weight, no optimizer state. It is logged with the names of
-    its samples; ``stage.max_skipped_steps`` of them in a row stop the run.
+    A step whose gradient is not finite changes neither weights nor optimizer state. It is logged with the keys of its
+    samples; ``stage.max_skipped_steps`` consecutive ones stop the run.
 
     Args:
-        model: what is trained, in place.
-        stage: what of it, how long and how fast.
+        model: trained in place.
+        stage: what trains, how long and how fast.
 
     Attributes:
         losses_by_part: the last entry's losses by source and by modality.
+
+    Raises:
+        ValueError: if ``stage.activation_checkpointing`` is ``auto``, or a group or an adapter's target is unknown.
     """
 
     def __init__(self, model: NEO, stage: StageConfig) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
-        if stage.recompute == "auto":
-            raise ValueError("stage.recompute is auto: settle it first (training.recompute.settle), as neo train does")
-        self.choose_trained()
+        if stage.activation_checkpointing == "auto":
+            raise ValueError(
+                "stage.activation_checkpointing is auto: resolve it first, as neo train does "
+                "(training.activation_checkpointing.resolve_auto), or give a number from 0 to 1"
+            )
+        self.set_trainable()
         for stack in (model.pre_buffer, model.post_llm):
-            stack.checkpointed_blocks = blocks_of(stage.recompute, len(stack.layers))
+            stack.checkpointed_blocks = blocks_of(stage.activation_checkpointing, len(stack.layers))
             if stage.compile:
                 stack.compile_blocks()
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
         self.skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self._skipped_consecutive = 0
         self._keys: list[str] = []
         self._totals: list[Tensor] = []
 
-    def choose_trained(self) -> None:
-        """Lets what the stage names and the adapters learn and freezes the rest; again when these were replaced."""
-        self.trainable = choose_trained(self.model, self.stage)
+    def set_trainable(self) -> None:
+        """Makes the stage's groups and adapters trainable and freezes the rest. Called again after sharding."""
+        self.trainable = set_trainable(self.model, self.stage)
         adapters = lora_parameters(self.model)
-        learning = {id(parameter) for parameter in self.trainable}
+        trainable = {id(parameter) for parameter in self.trainable}
         self.groups = {
             name: parameters
             for name, parameters in (self.model.groups() | {"post_llm.lora": adapters}).items()
-            if any(id(parameter) in learning for parameter in parameters)
+            if any(id(parameter) in trainable for parameter in parameters)
         }
 
     @property
-    def divided(self) -> bool:
-        """Whether a step's gradient is put together from several batches, accumulated or on several processes."""
+    def several_batches(self) -> bool:
+        """Whether a step has several micro-batches, accumulated or on several processes."""
         return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
 
     def on_fit_start(self) -> None:
-        """Asks the data for the names of its sources; data that tells none is told apart by modality alone."""
+        """Reads the names of the data's sources; for data without names, losses are logged by modality only."""
         self.loss_parts = LossParts(getattr(self._data, "source_names", []))
 
     @property
-    def _data(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
+    def _data(self) -> lightning.LightningDataModule | None:
+        found: lightning.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        return found
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of one batch; where a step has several, the sum over its tokens, still to be divided (see the class)."""
+        """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
         nll: list[Tensor] = []
         loss = self.model.loss(batch, nll)
         self.loss_parts.add(batch, nll[0])
         self._keys += [key for row in batch.keys for key in row]
-        weight = loss_weight(batch) if self.divided else loss.new_ones(())
+        weight = loss_weight(batch) if self.several_batches else loss.new_ones(())
         self._totals.append(torch.stack([loss.detach() * weight, weight]).double())
-        return loss * weight if self.divided else loss
+        return loss * weight if self.several_batches else loss
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the validation loss, or to that of held-out text."""
+        """Adds a batch to the validation loss, or to the loss of held-out text."""
         names = getattr(self._data, "validation_names", [])
         if names[dataloader_idx : dataloader_idx + 1] == ["text_validation"]:
             self.text_loss.update(*mean_nll(self.model, batch))
@@ -111,20 +122,20 @@ class NEOTraining(lightning.LightningModule):
             self.log("val/loss", self.val_loss, prog_bar=True, batch_size=1, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the perplexity of held-out text, if there is any."""
+        """Logs the perplexity of held-out text, if there is held-out text."""
         if self.text_loss.update_called:
             self.log("val/text_perplexity", self.text_loss.compute().exp())
             self.text_loss.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Completes the step's gradient, drops it if it is not finite, and logs loss and norm before clipping."""
+        """Completes the gradient, drops it if it is not finite, and logs loss and norm before clipping."""
         loss = self._complete()
         norms = gradient_norms(self.trainable)
-        norm = joined(list(norms.values()))
+        norm = joint_norm(list(norms.values()))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
         for name, parameters in self.groups.items():
-            self.log(f"grad_norm/{name}", joined([norms[id(p)] for p in parameters if id(p) in norms]))
+            self.log(f"grad_norm/{name}", joint_norm([norms[id(p)] for p in parameters if id(p) in norms]))
         for group in optimizer.param_groups:
             if group["params"]:
                 self.log(f"lr/{group['name']}", group["lr"])
@@ -132,7 +143,7 @@ class NEOTraining(lightning.LightningModule):
             self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
             log_once(self.trainer, self.losses_by_part, self.global_step)
         if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
-            self._skipped_in_a_row = 0
+            self._skipped_consecutive = 0
         else:
             self._skip(float(loss), float(norm))
         self.log("train/skipped_steps", float(self.skipped_steps))
@@ -142,11 +153,11 @@ class NEOTraining(lightning.LightningModule):
         """Divides the gradient of the summed loss by the sum of the weights; returns the loss of the step."""
         totals = torch.stack(self._totals).sum(0)
         self._totals = []
-        if not self.divided:
+        if not self.several_batches:
             return (totals[0] / totals[1]).float()
         totals = self._add_up(totals)
         weight = totals[1].clamp(min=1e-5)
-        # Lightning has divided by the batches of a step, and the strategies average over the processes.
+        # Lightning has divided by the number of batches, and the strategies average over the processes.
         factor = float(self.trainer.accumulate_grad_batches * self.trainer.world_size / weight)
         for parameter in self.trainable:
             if parameter.grad is not None:
@@ -154,65 +165,65 @@ class NEOTraining(lightning.LightningModule):
         return (totals[0] / weight).float()
 
     def _add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Sums over all processes."""
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _skip(self, loss: float, norm: float) -> None:
-        """Drops the gradient: an optimizer leaves a parameter without one alone. All processes see the same norm.
+        """Drops the gradient, so that the optimizer changes nothing. All processes have the same norm.
 
         Raises:
-            ValueError: if too many steps in a row were dropped.
+            ValueError: after too many consecutive skipped steps.
         """
         for parameter in self.trainable:
             parameter.grad = None
         self.skipped_steps += 1
-        self._skipped_in_a_row += 1
+        self._skipped_consecutive += 1
         names = ", ".join(self._keys[:8]) + (f" and {len(self._keys) - 8} more" if len(self._keys) > 8 else "")
         seen = f"loss {loss}, gradient norm {norm} at step {self.global_step}"
         log.warning("step skipped: %s; its samples: %s", seen, names)
-        if self._skipped_in_a_row >= self.stage.max_skipped_steps:
+        if self._skipped_consecutive >= self.stage.max_skipped_steps:
             raise ValueError(
-                f"{self._skipped_in_a_row} steps in a row were not finite (stage.max_skipped_steps), the last with "
-                f"{seen}; lower stage.lr or look at its samples: {names}; no weight was changed by these steps"
+                f"{self._skipped_consecutive} steps in a row were not finite (stage.max_skipped_steps), the last with "
+                f"{seen}; lower stage.lr or check its samples: {names}; these steps changed no weight"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the count of skipped steps."""
-        checkpoint["faults"] = {"skipped_steps": self.skipped_steps, "in_a_row": self._skipped_in_a_row}
+        """Adds the number of skipped steps."""
+        checkpoint["faults"] = {"skipped_steps": self.skipped_steps, "in_a_row": self._skipped_consecutive}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores it."""
+        """Restores the number of skipped steps."""
         faults = checkpoint.get("faults", {})
         self.skipped_steps = faults.get("skipped_steps", 0)
-        self._skipped_in_a_row = faults.get("in_a_row", 0)
+        self._skipped_consecutive = faults.get("in_a_row", 0)
 
-    def configure_optimizers(self) -> Any:
-        """The stage's optimizer; linear warm-up, then a cosine down to the floor."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The stage's optimizer, with linear warm-up and cosine decay."""
         optimizer = build_optimizer(self.model, self.stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.stage))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def mean_nll(model: NEO, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The mean negative log likelihood of a batch's learnt tokens, all of the same weight so that packing does not
-    matter, and their number."""
-    batch.loss_weights = (batch.labels != IGNORED).float()
-    return model.loss(batch), batch.loss_weights[:, 1:].sum()
+    """Mean negative log-likelihood of a batch's target tokens, with equal weights so that packing does not matter, and
+    the number of these tokens."""
+    weights = (batch.labels != IGNORED).float()
+    return model.loss(replace(batch, loss_weights=weights)), weights[:, 1:].sum()
 
 
 def loss_weight(batch: Batch) -> Tensor:
-    """The sum of weights that ``NEO.loss`` divides by."""
+    """The sum of loss weights, by which ``NEO.loss`` divides."""
     weight = batch.loss_weights[:, 1:]
     return weight[batch.labels[:, 1:] != IGNORED].sum().clamp(min=1e-5)
 
 
-def joined(norms: list[Tensor]) -> Tensor:
-    """Norm of all the vectors that have these norms; 0 if there are none."""
+def joint_norm(norms: list[Tensor]) -> Tensor:
+    """Norm of the concatenation of vectors with these norms; 0 without vectors."""
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
 def lr_factor(step: int, stage: StageConfig) -> float:
-    """Learning rate at a step, as a fraction of the peak."""
+    """Learning rate at a step as a fraction of the peak."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     progress = min(1.0, (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps))

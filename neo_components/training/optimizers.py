@@ -1,4 +1,4 @@
-"""The optimizers that a stage may choose, each as one ``torch.optim.Optimizer``: one schedule, one checkpoint."""
+"""The optimizers of a stage, AdamW and Muon, each as one ``torch.optim.Optimizer`` with one schedule and state."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from neo_components.training.lora import lora_parameters
 
 
 def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
-    """The stage's optimizer over the parameters of ``model`` that require a gradient.
+    """The stage's optimizer over the trainable parameters of ``model``.
 
     Weight decay applies to matrices only. With ``muon``, Muon takes the weights of the linear layers, as its authors
-    advise, and AdamW all else: embeddings, the head, norms and biases, and the factors of low-rank adapters, whose
-    product is what a step should be small in.
+    advise, and AdamW everything else: embeddings, the head, norms, biases, and the factors of low-rank adapters, for
+    which an orthogonalized step of each factor would not bound the step of their product.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     by_muon = set(map(id, hidden_matrices(model))) if stage.optimizer == "muon" else set()
@@ -37,16 +37,16 @@ def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
 
 
 def hidden_matrices(model: NEO) -> list[Tensor]:
-    """Weights of all linear layers but the head."""
+    """Weights of all linear layers except the head."""
     linear = (part for part in model.modules() if isinstance(part, nn.Linear) and part is not model.post_llm.lm_head)
     return [part.weight for part in linear]
 
 
 class Joined(torch.optim.Optimizer):
-    """Several optimizers, each over its own parameters, that step together and are saved as one.
+    """Several optimizers over different parameters that step together and have one state dict.
 
     Args:
-        parts: the optimizers; their groups become this one's, in order.
+        parts: the optimizers; their parameter groups become those of this optimizer, in order.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -55,7 +55,7 @@ class Joined(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Lets the parts work on this optimizer's groups and state, so that schedules and loading reach them."""
+        """Makes the parts use this optimizer's groups and state, so that schedules and loading apply to them."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]

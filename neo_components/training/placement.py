@@ -1,4 +1,4 @@
-"""Where a recipe's run takes place, read off its trainer section: device, precision, number of devices, strategy."""
+"""Device, precision, number of devices and strategy of a run, from the recipe's ``trainer`` section."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-mixed": (torch.bfloat16, None), "bf16": (torch.bfloat16, None), "bf16-true": (None, torch.bfloat16),
     "16-mixed": (torch.float16, None), "16": (torch.float16, None), "16-true": (None, torch.float16),
 }  # fmt: skip
-"""Lightning's names: type under autocast, type of the weights (``None``: the model's own)."""
+"""Lightning's names -> (autocast dtype or ``None``, dtype of the weights or ``None`` for the model's own)."""
 
 
 def device_of(recipe: Recipe) -> str:
-    """``cpu`` or ``cuda``: what the recipe says, or what this machine has."""
-    said = str(recipe.trainer.get("accelerator") or "auto")
-    if said in ("gpu", "cuda"):
+    """``cpu`` or ``cuda``: the recipe's accelerator, or with ``auto`` this machine's."""
+    accelerator = str(recipe.trainer.get("accelerator") or "auto")
+    if accelerator in ("gpu", "cuda"):
         return "cuda"
-    return "cuda" if said == "auto" and torch.cuda.is_available() else "cpu"
+    return "cuda" if accelerator == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def setting_of(recipe: Recipe, plan: Plan) -> Setting:
     """Device and precision of a recipe.
 
     Raises:
-        ValueError: if the precision is none that can be told about.
+        ValueError: if the precision is unknown.
     """
     precision = str(recipe.trainer.get("precision") or "32-true")
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision {precision!r} is not known here; known: {', '.join(PRECISIONS)}")
+        raise ValueError(f"trainer.precision {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
     autocast, weights = PRECISIONS[precision]
     if plan.strategy == "fsdp2" and autocast is not None:
-        # FSDP casts what it gathers, so that nothing is left to autocast.
+        # FSDP casts the gathered weights, so autocast has no effect.
         return Setting(device_of(recipe), None, autocast)
     return Setting(device_of(recipe), autocast, weights)
 
 
 def plan_of(recipe: Recipe, strategy: str | None = None, devices: int | None = None) -> Plan:
-    """How a recipe lays its model over devices; an argument that is given stands instead of what it says."""
+    """How a model is placed on devices; an argument overrides the recipe."""
     count = devices or devices_of(recipe)
-    said = str(recipe.trainer.get("strategy") or "auto")
-    return Plan(strategy or ("fsdp2" if said == "fsdp2" else "ddp" if count > 1 else "single"), count)
+    own = str(recipe.trainer.get("strategy") or "auto")
+    return Plan(strategy or ("fsdp2" if own == "fsdp2" else "ddp" if count > 1 else "single"), count)
 
 
 def devices_of(recipe: Recipe) -> int:
-    """Processes of the recipe: devices of a node times nodes; of ``auto`` and -1 those of this machine."""
-    said = recipe.trainer.get("devices") or "auto"
-    if isinstance(said, str) and "," in said:
-        said = [part for part in said.split(",") if part.strip()]
-    if isinstance(said, list):
-        count = len(said)
-    elif str(said) in ("auto", "-1"):
+    """Number of processes: devices per node times nodes; ``auto`` and -1 mean all devices of this machine."""
+    devices = recipe.trainer.get("devices") or "auto"
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
         count = max(1, torch.cuda.device_count()) if device_of(recipe) == "cuda" else 1
     else:
-        count = int(said)
+        count = int(devices)
     return count * int(recipe.trainer.get("num_nodes") or 1)
 
 
 def accumulates(recipe: Recipe) -> bool:
-    """Whether a step is put together from several batches."""
+    """Whether a process accumulates the gradients of several micro-batches."""
     return int(recipe.trainer.get("accumulate_grad_batches") or 1) > 1
 
 
 def device_memory(device: str) -> tuple[int | None, str]:
-    """Bytes of one device of this machine, and where that is known from."""
+    """Bytes of memory of one device of this machine (``None`` if unknown), and the source of the number."""
     if device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "found: this machine's memory"
     if torch.cuda.is_available():

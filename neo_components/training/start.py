@@ -1,4 +1,4 @@
-"""What a run begins with: the model and what trains it, whole or divided, and the checkpoint to go on from."""
+"""The start of a run: model, training module (full or sharded), and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe, build, load_recipe
 from neo_components.recipe.stage import StageConfig
 from neo_components.storage.deferred import Deferred
-from neo_components.training.activation_checkpointing import blocks_of, settle
+from neo_components.training.activation_checkpointing import blocks_of, resolve_auto
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
 from neo_components.training.fsdp2.checkpoints import is_sharded
-from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_undividable
+from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_unshardable
 from neo_components.training.module import NEOTraining
 from neo_components.training.placement import accumulates, device_memory, plan_of, setting_of
 from neo_components.training.trainer import strategy_of
@@ -29,28 +29,28 @@ log = logging.getLogger(__name__)
 
 
 def start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
-    """The model that the stage starts from, with tokenizer and image limits; and what trains it.
+    """The model that the stage starts from, with tokenizer and image limits, and its training module.
 
     Raises:
         ValueError: if parts of the recipe do not fit the model or the strategy.
     """
-    return _divided_start(recipe) if strategy_of(recipe) == NAME else _whole_start(recipe)
+    return _start_sharded(recipe) if strategy_of(recipe) == NAME else _start_full(recipe)
 
 
-def _whole_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+def _start_full(recipe: Recipe) -> tuple[Chat, NEOTraining]:
     chat = _chat(recipe)
-    return chat, NEOTraining(chat.model, _settled(recipe, chat.model))
+    return chat, NEOTraining(chat.model, _resolved(recipe, chat.model))
 
 
-def _divided_start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
-    """On the meta device: which process gets which weights is known when all of them have been started."""
+def _start_sharded(recipe: Recipe) -> tuple[Chat, NEOTraining]:
+    """Builds the model on the meta device; the shards are known once all processes have started."""
     policy = policy_of(recipe.trainer.get("precision", "32-true"))
-    refuse_undividable(recipe.stage)
+    refuse_unshardable(recipe.stage)
     with Deferred() as notes:
         chat = _chat(recipe)
         if recipe.stage.whiten_patches:
             notes.fill(chat.model.patch_embedding)
-    return chat, ShardedTraining(chat.model, _settled(recipe, chat.model), notes, policy)
+    return chat, ShardedTraining(chat.model, _resolved(recipe, chat.model), notes, policy)
 
 
 def _chat(recipe: Recipe) -> Chat:
@@ -59,23 +59,23 @@ def _chat(recipe: Recipe) -> Chat:
     return Chat(build(recipe.model), tokenizer, data["min_pixels"], data["max_pixels"])
 
 
-def _settled(recipe: Recipe, model: NEO) -> StageConfig:
-    """The stage with a number for ``recompute``, chosen by what fits if the recipe says ``auto``."""
-    if recipe.stage.recompute != "auto":
+def _resolved(recipe: Recipe, model: NEO) -> StageConfig:
+    """The stage with ``activation_checkpointing: auto`` resolved to the smallest fraction that fits."""
+    if recipe.stage.activation_checkpointing != "auto":
         return recipe.stage
     plan = plan_of(recipe)
     setting = setting_of(recipe, plan)
-    stage = settle(
+    stage = resolve_auto(
         recipe.stage, model, recipe.data, setting, device_memory(setting.device)[0], plan, accumulates(recipe)
     )
     depths = len(model.pre_buffer.layers), len(model.post_llm.layers)
-    counts = " + ".join(f"{blocks_of(float(stage.recompute), depth)} of {depth}" for depth in depths)
-    log.info("stage.recompute auto: %s, %s blocks are computed again", stage.recompute, counts)
+    counts = " + ".join(f"{blocks_of(float(stage.activation_checkpointing), depth)} of {depth}" for depth in depths)
+    log.info("stage.activation_checkpointing auto: %s, %s blocks", stage.activation_checkpointing, counts)
     return stage
 
 
 def whiten(recipe: Recipe, model: NEO) -> None:
-    """Whitens the patch embedding by the first training images; the same ones on every rank."""
+    """Whitens the patch embedding by the first training images, the same ones on every rank."""
     data = NEODataModule(**(recipe.data | {"workers": 0}))
     data.input_spec = model.input_spec
     data.setup()
@@ -91,14 +91,14 @@ def whiten(recipe: Recipe, model: NEO) -> None:
 
 
 def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
-    """Refuses values that a checkpoint's optimizer holds and would go on with, whatever the recipe says.
+    """Refuses a recipe whose optimizer settings differ from the checkpoint's, which would silently win.
 
     Args:
-        recipe: of the run that resumes.
-        checkpoint: in ``checkpoints`` of a run's folder, whose ``recipe.yaml`` tells what the run began with.
+        recipe: of the resumed run.
+        checkpoint: in ``checkpoints`` of the run's folder; the ``recipe.yaml`` there has the original settings.
 
     Raises:
-        ValueError: if one of them differs.
+        ValueError: if a setting differs.
     """
     kept = checkpoint.parent.parent / "recipe.yaml"
     if not kept.is_file():
@@ -111,29 +111,30 @@ def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{'; '.join(changed)}: a resumed run goes on with the optimizer of {checkpoint}. Put it back, or start a "
-            "new run from the weights with model.from_pretrained"
+            f"{'; '.join(changed)}: a resumed run goes on with the optimizer of {checkpoint}. Change it back, or start "
+            "a new run from the weights with model.from_pretrained"
         )
 
 
 def checkpoint_of(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:
-    """The checkpoint to resume from and its steps; one that does not fit is refused before anything is written.
+    """The checkpoint to resume from (``None``: none) and its number of steps.
 
-    Where all processes read one, the first one's choice counts, and it alone compares checksums of folders.
+    Rank 0 alone compares the checksums of sharded checkpoints.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is damaged, finished, or of another model or strategy; nothing has been written then.
     """
     if resume is None or (str(resume) == "auto" and not any((output / "checkpoints").glob("*.ckpt"))):
         return None, 0
-    thorough = getattr(rank_zero_only, "rank", 0) == 0  # known before Lightning has started
+    thorough = getattr(rank_zero_only, "rank", 0) == 0  # set before Lightning has started
     newest = str(resume) in ("last", "auto")
     path = newest_checkpoint(output / "checkpoints", thorough) if newest else Path(resume)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path} to resume from; start without --resume")
-    divided = isinstance(module, ShardedTraining)
-    if is_sharded(path) != divided:
-        was, way = ("is", f"trainer.strategy={NAME}, on any number of processes") if is_sharded(path) else (
-            "is not", "the strategy of its run"
-        )  # fmt: skip
-        raise ValueError(f"{path} {was} divided among processes; resume with {way}")
+    if is_sharded(path) != isinstance(module, ShardedTraining):
+        kind, way = ("sharded", f"trainer.strategy={NAME}") if is_sharded(path) else ("full", "the strategy of its run")
+        raise ValueError(f"{path} is a {kind} checkpoint; resume with {way}, on any number of processes")
     saved = read_checkpoint(path, thorough)
     stored = {name: tensor.shape for name, tensor in saved["state_dict"].items()}
     done = int(saved["global_step"])

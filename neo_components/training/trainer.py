@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a recipe wants it: strategy, loggers, checkpoints, progress, answers to questions."""
+"""Lightning's Trainer of a run: strategy, loggers, checkpoints, progress and answers to validation questions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from neo_components.training.callbacks.loggers import run_loggers
 from neo_components.training.callbacks.progress import LineProgress, Predictions, averaging
 from neo_components.training.callbacks.rng_state import RandomStates
 from neo_components.training.callbacks.signals import SaveOnSignal, slurm_environment
-from neo_components.training.checkpoints import WholeFiles
+from neo_components.training.checkpoints import AtomicCheckpointIO
 from neo_components.training.fsdp2.average import ShardedAverage
-from neo_components.training.fsdp2.strategy import NAME, Sharded, policy_of, refuse_undividable
+from neo_components.training.fsdp2.strategy import NAME, FSDP2Strategy, policy_of, refuse_unshardable
 
 
 def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:
@@ -29,8 +29,8 @@ def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> light
 
     Args:
         recipe: of the run.
-        callbacks: that watch; those that save and show progress are added behind them.
-        done: steps that a resumed run has behind it.
+        callbacks: observers; callbacks that save and show progress are added after them.
+        done: steps of the checkpoint that the run resumes from.
 
     Raises:
         ValueError: if Lightning refuses an option.
@@ -42,7 +42,7 @@ def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> light
 
 
 def _callbacks(recipe: Recipe) -> list[Callback]:
-    """Checkpoints and progress."""
+    """Callbacks for random states, averaging, checkpoints, signals and progress."""
     stage = recipe.stage
     saving = ModelCheckpoint(
         Path(recipe.output) / "checkpoints",
@@ -53,11 +53,11 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         monitor="step",
         mode="max",
         save_last=True,
-        enable_version_counter=False,  # a second run into the folder must not leave the first one's last.ckpt in place
+        enable_version_counter=False,  # or a second run would leave the first run's last.ckpt in place
     )
     bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
     average = ShardedAverage if strategy_of(recipe) == NAME else averaging
-    # Behind the predictions: at the end of a validation it puts the weights of the training back.
+    # After the predictions, as it restores the training weights at the end of a validation.
     averages = [average(stage.ema)] if stage.ema else []
     return [RandomStates(), *averages, saving, SaveOnSignal(Path(recipe.output) / "checkpoints"), bar]
 
@@ -67,14 +67,14 @@ def predictions_of(recipe: Recipe, chat: Chat) -> list[Predictions]:
     count, validation = recipe.stage.predictions, recipe.data["validation"]
     if not (count and validation and recipe.stage.validate_every):
         return []
-    # Evenly spaced: the questions of one picture often lie side by side.
+    # Evenly spaced, as the questions about one image are often adjacent.
     step = max(1, len(ShardFolder(validation[0].shards)) // count)
     questions = list(islice(questions_from_shards(validation[0].shards), 0, step * count, step))
-    return [Predictions(questions, chat, Path(recipe.output) / "pictures")]
+    return [Predictions(questions, chat, Path(recipe.output) / "figures", recipe.stage.metric)]
 
 
 def _options(recipe: Recipe, done: int) -> dict[str, Any]:
-    """Lightning's arguments: what the stage says, and the recipe's own ``trainer`` section on top."""
+    """Lightning's arguments: from the stage, overridden by the recipe's ``trainer`` section."""
     stage = recipe.stage
     validates = bool(stage.validate_every and (recipe.data["validation"] or recipe.data["text_validation"]))
     options: dict[str, Any] = {
@@ -91,34 +91,34 @@ def _options(recipe: Recipe, done: int) -> dict[str, Any]:
         "use_distributed_sampler": False,
     }
     slurm = slurm_environment()
-    options |= {"plugins": [WholeFiles(), *([slurm] if slurm else [])]} | recipe.trainer
+    options |= {"plugins": [AtomicCheckpointIO(), *([slurm] if slurm else [])]} | recipe.trainer
     if strategy_of(recipe) == NAME:
-        options["strategy"] = Sharded()
-        options.pop("precision", None)  # the strategy's own: types of the gathered weights, not of single operations
+        options["strategy"] = FSDP2Strategy()
+        options.pop("precision", None)  # the strategy's policy sets the types of gathered weights; no autocast
     return options
 
 
 def check_strategy(recipe: Recipe) -> None:
-    """Refuses what the recipe's strategy does not go with.
+    """Refuses settings that the recipe's strategy does not support.
 
     Raises:
-        ValueError: saying why, and what else there is.
+        ValueError: with the reason and the alternatives.
     """
     if strategy_of(recipe) == NAME:
         policy_of(recipe.trainer.get("precision", "32-true"))
-        refuse_undividable(recipe.stage)
+        refuse_unshardable(recipe.stage)
 
 
 def strategy_of(recipe: Recipe) -> str:
     """The recipe's strategy.
 
     Raises:
-        ValueError: if it is one that would leave no model behind.
+        ValueError: if no model could be exported at the end.
     """
     strategy = str(recipe.trainer.get("strategy", "auto"))
     if strategy != NAME and any(name in strategy for name in ("fsdp", "deepspeed", "model_parallel")):
         raise ValueError(
-            f"trainer.strategy: {strategy} divides the weights in a way that the export at the end of a run cannot put "
-            f"together; trainer.strategy={NAME} divides them too and can, ddp keeps them whole in every process"
+            f"trainer.strategy: {strategy} shards the weights in a way that cannot be exported at the end of a run; "
+            f"trainer.strategy={NAME} shards them and can be exported, ddp keeps full weights in every process"
         )
     return strategy

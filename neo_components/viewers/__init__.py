@@ -1,4 +1,4 @@
-"""Pictures of masks, attention and results, written as PNG."""
+"""Figures of masks, attention, samples and results, written as PNG."""
 
 from neo_components.viewers.attention import draw_attention
 from neo_components.viewers.masks import draw_mask

@@ -1,4 +1,4 @@
-"""A picture of where in an image a token looks."""
+"""A figure of the attention from a token to an image."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from neo_components.viewers.figure import Picture, new_figure, save, to_picture
+from neo_components.viewers.figure import ImageLike, new_figure, save, to_pixels
 
 _HEAT = "viridis"
 
 
-def draw_attention(image: Picture, weights: Tensor, path: str | PathLike[str], title: str = "Attention") -> Path:
-    """Draws an image, and beside it the same in grey under a heat map of the attention to its visual tokens.
+def draw_attention(image: ImageLike, weights: Tensor, path: str | PathLike[str], title: str = "Attention") -> Path:
+    """Draws an image, and beside it the image in gray under a heat map of the attention to its visual tokens.
 
     Args:
-        image: a path, bytes, a Pillow image or a normalised tensor [3, H, W].
-        weights: [rows, columns] weights of the image's visual tokens, in the order of the image's grid.
+        image: a path, bytes, a Pillow image or a normalized tensor [3, H, W].
+        weights: [rows, columns], attention weights of the image's grid of visual tokens.
         path: the PNG file to write.
-        title: stands above.
+        title: of the figure.
 
     Returns:
         ``path``.
@@ -30,16 +30,16 @@ def draw_attention(image: Picture, weights: Tensor, path: str | PathLike[str], t
     """
     if weights.ndim != 2 or not weights.numel() or not weights.isfinite().all():
         raise ValueError(f"weights must be [rows, columns] of finite numbers, got shape {tuple(weights.shape)}")
-    picture = to_picture(image)
-    height, width = picture.shape[:2]
-    # Each picture is about 4 inches wide; very wide or tall ones stay within a page.
+    pixels = to_pixels(image)
+    height, width = pixels.shape[:2]
+    # About 4 inches wide; very wide or tall images stay within a page.
     tall = min(max(4.0 * height / width, 1.5), 8.0)
     wide = min(max(tall * width / height, 1.8), 4.0)
     figure = new_figure(2 * wide + 1.0, tall + 0.9)
     plain, heated = figure.subplots(1, 2)
-    plain.imshow(picture)
+    plain.imshow(pixels)
     plain.set_title("image", fontsize=10)
-    heated.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255)
+    heated.imshow(pixels.mean(-1), cmap="gray", vmin=0, vmax=255)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     heat = heated.imshow(
         weights.detach().float().cpu().numpy(), cmap=_HEAT, alpha=0.7, extent=extent, interpolation="nearest", vmin=0

@@ -1,6 +1,6 @@
-"""What all pictures share: colours that colour-blind readers tell apart, an own figure for each, pixels from any image.
+"""Common parts of all figures: a palette for color-blind readers, new figures, saving, and pixels of any image.
 
-matplotlib is imported where a picture is drawn, never its pyplot: nothing global is touched and no display is needed.
+matplotlib is imported when a figure is drawn, without pyplot: no global state and no display is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageSource, open_image
+from neo_components.data.image.files import ImageSource, open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 DPI = 150
 
 # Okabe and Ito's palette.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = COLOURS = (
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK = COLORS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
 FAINT = "#EDEDED"
 
-Picture = ImageSource | Tensor
-"""A path, the bytes of an image file, a Pillow image, or a normalised tensor [3, H, W]."""
+ImageLike = ImageSource | Tensor
+"""A path, the bytes of an image file, a Pillow image, or a normalized tensor [3, H, W]."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -39,16 +40,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | PathLike[str]) -> Path:
-    """Writes a figure as PNG; folders are made if needed.
+    """Writes a figure as PNG; creates the folder if needed.
 
     Raises:
         ValueError: if the name does not end in ``.png``.
     """
     file = Path(path)
     if file.suffix.lower() != ".png":
-        raise ValueError(f"pictures are written as PNG: give a name that ends in .png, got {fspath(path)!r}")
+        raise ValueError(f"figures are written as PNG: give a name that ends in .png, got {fspath(path)!r}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The tight box keeps a long title from being cut and trims the margin that a fixed aspect ratio leaves.
+    # The tight box keeps long titles and trims the margin of a fixed aspect ratio.
     figure.savefig(
         file,
         format="png",
@@ -61,12 +62,12 @@ def save(figure: Figure, path: str | PathLike[str]) -> Path:
     return file
 
 
-def to_picture(image: Picture) -> np.ndarray:
-    """The pixels to show: [H, W, 3] uint8.
+def to_pixels(image: ImageLike) -> np.ndarray:
+    """Pixels for display: [H, W, 3] uint8.
 
     Args:
-        image: if a tensor, [3, H, W]: uint8 as it is, float with the ImageNet normalisation of ``load_image``, which
-            is undone.
+        image: a tensor [3, H, W] is uint8 pixels, or float with the ImageNet normalization of ``load_image``, which is
+            undone.
 
     Raises:
         ValueError: if a tensor is not [3, H, W].
@@ -84,5 +85,5 @@ def to_picture(image: Picture) -> np.ndarray:
 
 
 def printable(text: str) -> str:
-    """A token's text with its blanks and line breaks made visible."""
+    """A token's text with visible whitespace."""
     return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"

@@ -1,4 +1,4 @@
-"""Pictures of a run's results: curves, and images with questions and answers."""
+"""Figures of a run's results: curves, and images with questions and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neo_components.viewers.figure import COLOURS, GREEN, RED, YELLOW, Picture, new_figure, save, to_picture
+from neo_components.viewers.figure import COLORS, GREEN, RED, YELLOW, ImageLike, new_figure, save, to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 COLUMNS = 4
 MAX_ANSWERS = 8
 SMOOTHED_FROM = 100
-"""Curves of at least so many points are drawn faint, under their running mean."""
+"""Curves of at least this number of points are drawn faint, under their running mean."""
 
-_LINES = [colour for colour in COLOURS if colour != YELLOW]  # yellow is too pale for a line on white
+_LINES = [color for color in COLORS if color != YELLOW]  # yellow is too pale on white
 _STYLES = ["-", "--", ":", "-."]
 _ROW_HEIGHTS = [2.75, 0.95]  # inches: an image, and the five lines of text below
 _LINE_POINTS = 12.5
@@ -31,13 +31,13 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def draw_curves(
     curves: Mapping[str, Curve], path: str | PathLike[str], xlabel: str, ylabel: str, log: bool = False
 ) -> Path:
-    """Draws lines in one diagram. A line of many points is shown faint, with its running mean over a fiftieth of them.
+    """Draws curves in one plot. Those of many points are faint, with their running mean over a fiftieth of the points.
 
     Args:
-        curves: for each name the x and y values.
+        curves: x and y values by name.
         path: the PNG file to write.
-        xlabel: what x is, with its unit.
-        ylabel: what y is, with its unit.
+        xlabel: label of the x axis, with unit.
+        ylabel: label of the y axis, with unit.
         log: logarithmic y axis.
 
     Returns:
@@ -55,11 +55,11 @@ def draw_curves(
             raise ValueError(
                 f"curve {name!r} has {len(x)} x and {len(y)} y values; it needs equally many, at least one"
             )
-        colour, style = _LINES[number % len(_LINES)], _STYLES[number // len(_LINES) % len(_STYLES)]
+        color, style = _LINES[number % len(_LINES)], _STYLES[number // len(_LINES) % len(_STYLES)]
         mean_x, mean_y = _running_mean(x, y)
         if len(mean_x) < len(x):
-            axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
-        axes.plot(mean_x, mean_y, style, color=colour, linewidth=1.8, marker="o" if len(x) < 20 else "", markersize=4)
+            axes.plot(x, y, color=color, linewidth=0.6, alpha=0.25)
+        axes.plot(mean_x, mean_y, style, color=color, linewidth=1.8, marker="o" if len(x) < 20 else "", markersize=4)
         axes.lines[-1].set_label(name)
     if log:
         _log_scale(axes)
@@ -72,14 +72,14 @@ def draw_curves(
 
 
 def draw_answers(
-    answers: Sequence[tuple[Picture, str, str, str, bool]], path: str | PathLike[str], title: str = ""
+    answers: Sequence[tuple[ImageLike, str, str, str, bool]], path: str | PathLike[str], title: str = ""
 ) -> Path:
-    """Draws up to eight images, each with its question, the accepted answer and the model's own below.
+    """Draws up to eight images, each with its question, the reference answer and the model's answer below.
 
     Args:
-        answers: (image, question, accepted answer, model's answer, whether it is right) of each.
+        answers: (image, question, reference answer, model's answer, whether it is right) of each.
         path: the PNG file to write.
-        title: stands above.
+        title: of the figure.
 
     Returns:
         ``path``.
@@ -88,45 +88,45 @@ def draw_answers(
         ValueError: if there is nothing to draw or more than eight.
     """
     if not 0 < len(answers) <= MAX_ANSWERS:
-        raise ValueError(f"a picture shows 1 to {MAX_ANSWERS} answers, got {len(answers)}")
+        raise ValueError(f"a figure shows 1 to {MAX_ANSWERS} answers, got {len(answers)}")
     columns = min(COLUMNS, len(answers))
     rows = -(-len(answers) // columns)
     figure = new_figure(2.9 * columns, sum(_ROW_HEIGHTS) * rows + 0.4 * bool(title))
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=_ROW_HEIGHTS * rows)
     for number, (image, question, answer, prediction, right) in enumerate(answers):
         row, column = 2 * (number // columns), number % columns
-        colour = GREEN if right else RED
-        _show(figure.add_subplot(grid[row, column]), image, colour)
+        color = GREEN if right else RED
+        _show(figure.add_subplot(grid[row, column]), image, color)
         lines = [*_wrapped(question), f"expected: {_short(answer)}"]
         model = f"{'✓' if right else '✗'} model: {_short(prediction)}"
-        _write(figure.add_subplot(grid[row + 1, column]), lines, model, colour)
+        _write(figure.add_subplot(grid[row + 1, column]), lines, model, color)
     if title:
         figure.suptitle(title, fontsize=12, parse_math=False)
     return save(figure, path)
 
 
-def _show(axes: Axes, image: Picture, colour: str) -> None:
-    """The image in a frame."""
-    axes.imshow(to_picture(image))
+def _show(axes: Axes, image: ImageLike, color: str) -> None:
+    """The image in a colored frame."""
+    axes.imshow(to_pixels(image))
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.spines[:].set(color=colour, linewidth=3)
+    axes.spines[:].set(color=color, linewidth=3)
 
 
-def _write(axes: Axes, lines: Sequence[str], last: str, colour: str) -> None:
-    """Lines of text, the last one in colour."""
+def _write(axes: Axes, lines: Sequence[str], last: str, color: str) -> None:
+    """Lines of text, the last one in color."""
     axes.axis("off")
-    for place, line in enumerate([*lines, last]):
-        bold = place == len(lines)
+    for index, line in enumerate([*lines, last]):
+        bold = index == len(lines)
         axes.annotate(
-            line, (0, 1), (0, -_LINE_POINTS * place), xycoords="axes fraction", textcoords="offset points", va="top",
-            fontsize=9, parse_math=False, color=colour if bold else "black", weight="bold" if bold else "normal",
+            line, (0, 1), (0, -_LINE_POINTS * index), xycoords="axes fraction", textcoords="offset points", va="top",
+            fontsize=9, parse_math=False, color=color if bold else "black", weight="bold" if bold else "normal",
             annotation_clip=False, in_layout=False,
         )  # fmt: skip
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 3 and 5 of each decade."""
+    """A logarithmic y axis with ticks at 1, 2, 3 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -136,7 +136,7 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _running_mean(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of each window of a fiftieth of the points; short curves stay as they are."""
+    """The mean over windows of a fiftieth of the points; short curves are unchanged."""
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     if len(xs) < SMOOTHED_FROM:
         return xs, ys
@@ -153,5 +153,5 @@ def _short(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Control characters, which an untrained model answers too and no font has, as escapes."""
+    """The text with control characters, which fonts lack, as escapes."""
     return "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text)

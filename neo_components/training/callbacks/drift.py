@@ -1,4 +1,4 @@
-"""How far the weights have moved from where the stage began."""
+"""Weight drift: the relative distance of the weights from the start of the stage."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from neo_components.training.callbacks.loggers import log_once
-from neo_components.training.fsdp2.tensors import whole
-from neo_components.training.lora import adapted_weights, lora_parameters, with_change
+from neo_components.training.fsdp2.tensors import full_tensor
+from neo_components.training.lora import adapted_weights, lora_parameters, merged_weight
 from neo_components.training.module import NEOTraining
 
 SAMPLED = 4096
-"""Weights of each tensor that are watched; a smaller tensor is watched whole."""
+"""Number of sampled weights per tensor; a smaller tensor is used completely."""
 
 
 class Drift(Callback):
-    """Logs ``drift/GROUP``: the distance of a group's weights from the start of the stage, over their length then (L2).
+    """Logs ``drift/GROUP``: the L2 distance of a group's weights from their initial values, relative to their norm.
 
-    Watched are 4,096 weights of each tensor at fixed random places, whose start lies on the CPU: no second copy of the
-    model. The squares of a tensor's sample stand for all of it, by its share; the estimate of a tensor no larger than
-    that is exact. Low-rank adapters count as the change that they make. The start is kept in checkpoints.
+    Samples 4,096 weights of each tensor at fixed random positions and keeps their initial values on the CPU, so there
+    is no second copy of the model. Squared sums are scaled from the sample to the tensor; for a tensor of at most 4,096
+    weights the result is exact. A low-rank adapter counts as the update that it makes. The initial values are saved in
+    checkpoints.
 
-    Measured at every ``every``-th step, and at the last.
+    Measured at every ``every``-th step and at the last step.
 
     Args:
         every: steps between measurements; 0: only at the end.
@@ -41,7 +42,7 @@ class Drift(Callback):
         self._measured = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Keeps the start, unless a checkpoint brought it."""
+        """Samples the initial weights, unless a checkpoint has restored them."""
         assert isinstance(module, NEOTraining)
         self._measured = trainer.global_step
         self.start = self.start or samples(module)
@@ -49,7 +50,7 @@ class Drift(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measures where it is time."""
+        """Measures and logs the drift."""
         step = trainer.global_step
         if step > self._measured and (step == self.last or (self.every and step % self.every == 0)):
             assert isinstance(module, NEOTraining)
@@ -58,30 +59,30 @@ class Drift(Callback):
             log_once(trainer, self.values, step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The start, for a checkpoint."""
+        """The initial weights, for a checkpoint."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The start of the run that is gone on with."""
+        """Restores the initial weights of the resumed run."""
         self.start = dict(state_dict["start"])
 
 
 @torch.no_grad()
 def samples(module: NEOTraining) -> dict[str, Tensor]:
-    """Watched weights of every tensor by name, [n] float32 on the CPU; adapters count in their layers."""
+    """Sampled weights of every tensor by name, [n] float32 on the CPU; adapted weights include their update."""
     adapted = adapted_weights(module.model)
     adapters = set(map(id, lora_parameters(module.model)))
     found = {}
     for name, parameter in module.model.named_parameters():
         if id(parameter) not in adapters:
             layer = adapted.get(id(parameter))
-            found[name] = _sample(name, parameter if layer is None else with_change(parameter, layer))
+            found[name] = _sample(name, parameter if layer is None else merged_weight(parameter, layer))
     return found
 
 
 def _sample(name: str, weight: Tensor) -> Tensor:
-    """The same places every time, however the tensor is divided among processes."""
-    weight = whole(weight).detach().flatten()
+    """Sampled weights at positions that depend on the name only, also for a sharded tensor."""
+    weight = full_tensor(weight).detach().flatten()
     if len(weight) > SAMPLED:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         weight = weight[torch.randint(len(weight), (SAMPLED,), generator=generator).to(weight.device)]
@@ -89,24 +90,24 @@ def _sample(name: str, weight: Tensor) -> Tensor:
 
 
 def drift(module: NEOTraining, start: Mapping[str, Tensor]) -> dict[str, float]:
-    """``drift/GROUP`` of each group that learns; a group of zeros has no length and is left out.
+    """``drift/GROUP`` of each trainable group; a group whose initial weights are all zero is left out.
 
     Args:
-        module: the training.
+        module: the training module.
         start: from :func:`samples`.
     """
     now = samples(module)
     squares: dict[int, tuple[float, float]] = {}
     for name, parameter in module.model.named_parameters():
         if name in now:
-            share = parameter.numel() / len(now[name])
-            moved, length = (now[name] - start[name]).square().sum(), start[name].square().sum()
-            squares[id(parameter)] = share * float(moved), share * float(length)
+            scale = parameter.numel() / len(now[name])
+            moved, initial = (now[name] - start[name]).square().sum(), start[name].square().sum()
+            squares[id(parameter)] = scale * float(moved), scale * float(initial)
     found = {}
     groups = {name: module.model.groups()[name] for name in module.groups if name in module.model.groups()}
     for name, parameters in groups.items():
         mine = [squares[id(parameter)] for parameter in parameters if id(parameter) in squares]
-        moved, length = (sum(column) for column in zip(*mine, strict=True))
-        if length > 0:
-            found[f"drift/{name}"] = (moved / length) ** 0.5
+        moved, initial = (sum(column) for column in zip(*mine, strict=True))
+        if initial > 0:
+            found[f"drift/{name}"] = (moved / initial) ** 0.5
     return found

@@ -1,4 +1,4 @@
-"""Where a run writes its curves: TensorBoard and a CSV file, both in ``logs/``."""
+"""Loggers of a run: TensorBoard and a CSV file, both in ``logs/``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_loggers(output: Path, done: int) -> list[Logger]:
 
     Args:
         output: the run's folder.
-        done: steps that a resumed run has behind it: its entries up to there stay, later ones are written anew.
+        done: steps of the checkpoint that the run resumes from; entries up to there are kept, later ones replaced.
     """
     board = TensorBoardLogger(str(output), name=LOGS, version="", purge_step=done or None)
     table = CSVLogger(str(output), name=LOGS, version="", flush_logs_every_n_steps=1)
@@ -29,13 +29,12 @@ def run_loggers(output: Path, done: int) -> list[Logger]:
 
 
 def log_once(trainer: lightning.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Writes values that are new now. What goes through ``LightningModule.log`` is written again with every later
-    entry, as if it were measured again.
+    """Logs values for one step only; ``LightningModule.log`` would repeat them with every later entry.
 
     Args:
         trainer: of the run.
         values: by name.
-        step: counted from 0, as Lightning counts entries.
+        step: counted from 0, like Lightning's entries.
     """
     if values:
         for logger in trainer.loggers:
@@ -44,7 +43,7 @@ def log_once(trainer: lightning.Trainer, values: Mapping[str, float], step: int)
 
 @rank_zero_only
 def _begin(table: CSVLogger, path: Path, done: int) -> None:
-    """Lightning's logger removes the file of a run before; what is still true of it is written again."""
+    """Restores the entries before step ``done``; Lightning's logger removes the file of the earlier run."""
     kept = []
     if done and path.is_file():
         with path.open(newline="", encoding="utf-8") as file:

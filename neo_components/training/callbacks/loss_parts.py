@@ -1,4 +1,4 @@
-"""The training loss told apart: by the source of a sample and by what it shows."""
+"""The training loss by source and by modality of the samples."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from neo_components.types import IGNORED, Batch
 
 MODALITIES = ("text", "image", "images")
-"""Samples without an image, with one, and with several or a video."""
+"""Samples without an image, with one image, and with several images or a video."""
 
 
 class LossParts:
-    """Weighted sums over the learnt tokens of every batch added, in two tables: one by source, one by modality.
+    """Weighted sums over the target tokens of all added batches, by source and by modality.
 
-    A part's loss is ``sum(w * nll) / sum(w)`` over its tokens: weighted by their ``sum(w)``, the losses of the sources
-    give that of the whole, and so do those of the modalities.
+    The loss of a source or modality is ``sum(w * nll) / sum(w)`` over its tokens. The mean of the sources' losses,
+    weighted by their ``sum(w)``, is the total loss; the same is true of the modalities.
 
     Args:
-        sources: names of the sources; tokens of others count by modality only.
+        sources: names of the sources; tokens of other sources count by modality only.
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
@@ -30,44 +30,44 @@ class LossParts:
         self._sums: Tensor | None = None
 
     def add(self, batch: Batch, nll: Tensor) -> None:
-        """Counts one batch.
+        """Adds one batch.
 
         Args:
-            batch: packed rows.
-            nll: [n], of each learnt token, as ``NEO.loss`` tells it.
+            batch: packed sequences.
+            nll: [n], negative log-likelihood of each target token, from ``NEO.loss``.
         """
-        learnt = batch.labels[:, 1:] != IGNORED
-        weight = batch.loss_weights[:, 1:][learnt].double()
+        target = batch.labels[:, 1:] != IGNORED
+        weight = batch.loss_weights[:, 1:][target].double()
         tables = self._tables(batch).to(nll.device)
         documents = batch.document_ids[:, 1:].clamp(min=0)
         if self._sums is None:
             self._sums = self._empty(nll.device)
         values = torch.stack([nll.double() * weight, weight], dim=1)
         for table in tables:
-            self._sums.index_add_(0, table.gather(1, documents)[learnt], values)
+            self._sums.index_add_(0, table.gather(1, documents)[target], values)
 
     def _tables(self, batch: Batch) -> Tensor:
-        """[2, B, documents]: the place of each document's source and of its modality among the sums."""
-        nowhere, rows = len(self.names), len(batch.token_ids)
+        """[2, B, documents]: index of each document's source and of its modality among the sums."""
+        unnamed, rows = len(self.names), len(batch.token_ids)
         width = max(map(len, batch.image_counts), default=0) + 1
-        places = {name: place for place, name in enumerate(self.sources)}
-        found = torch.full((2, rows, width), nowhere)
+        indices = {name: index for index, name in enumerate(self.sources)}
+        found = torch.full((2, rows, width), unnamed)
         for row, (names, counts) in enumerate(zip(batch.sources, batch.image_counts, strict=True)):
             for document, (name, count) in enumerate(zip(names, counts, strict=True)):
-                found[0, row, document] = places.get(name, nowhere)
+                found[0, row, document] = indices.get(name, unnamed)
                 found[1, row, document] = len(self.sources) + min(count, len(MODALITIES) - 1)
         return found
 
     def _empty(self, device: torch.device) -> Tensor:
-        """[parts + 1, 2]; the last one takes what is no part."""
+        """[names + 1, 2]; the last row is for tokens of unnamed sources."""
         return torch.zeros(len(self.names) + 1, 2, dtype=torch.float64, device=device)
 
     def take(self, device: torch.device, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The loss of every part that had a learnt token since the last call, by name; counting begins anew.
+        """The losses since the last call, by name, of sources and modalities that had target tokens. Resets the sums.
 
         Args:
-            device: of the training, needed where nothing was added.
-            add_up: adds a tensor over all processes.
+            device: of the training, used if nothing was added.
+            add_up: sums a tensor over all processes.
         """
         sums = add_up(self._empty(device) if self._sums is None else self._sums)[:-1].tolist()
         self._sums = None

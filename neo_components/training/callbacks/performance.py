@@ -1,4 +1,9 @@
-"""Speed, use of the device, memory and skipped samples of a run, told with every entry of the log."""
+"""Throughput, utilization, memory and skipped samples of a run, logged with every entry.
+
+Lightning's ``Throughput`` does not fit: it multiplies the rate of rank 0 by the number of processes, though each
+process has another number of tokens, needs a window of a fixed number of batches, and refuses batches without samples
+(images). Its table of peaks lacks the B200 and the H200, has the L4's for an L40S, and twice the H100 NVL's.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +40,18 @@ PEAKS = {
     r"\bRTX 4090$": 165e12,
     r"\bRTX 3090$": 71e12,
 }
-"""Name of a GPU -> its peak in FLOPs per second for dense matrices of bfloat16 or float16 that are summed in float32.
-Source: NVIDIA's data sheets, whose figures "with sparsity" are halved; for the RTX the Ada and GA102 white papers."""
+"""Pattern of a GPU's name -> its peak FLOP/s for dense bfloat16 or float16 matrices with float32 accumulation. Source:
+NVIDIA's data sheets, with numbers "with sparsity" halved; for RTX cards the Ada and GA102 white papers."""
 
 REASONS_IN_ORDER = sorted(REASONS)
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOPs per second of which a device is capable, or ``None`` where that is not known.
+    """Peak FLOP/s of a device, or ``None`` if unknown.
 
     Args:
-        name: of the device, as torch tells it.
-        precision: Lightning's; anything but half precision has no known peak.
+        name: of the device, from ``torch.cuda.get_device_name``.
+        precision: Lightning's name; peaks are known for 16-bit precision only.
     """
     if not precision.startswith(("bf16", "16")):
         return None
@@ -54,21 +59,22 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def process_gb() -> float:
-    """Most memory that this process has had, in GB (1e9 bytes); its data workers not counted."""
+    """Peak memory of this process in GB (1e9 bytes), without its data workers."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Performance(Callback):
-    """Logs, over all steps since the last entry and over all processes:
+    """Logs throughput, utilization, memory and skipped samples.
 
-    ``perf/tokens_per_s`` (no padding counted), ``perf/images_per_s``, ``perf/fill`` (share of the rows that is no
-    padding), ``perf/data_wait`` (share of the time in which the step waited for data), ``perf/tflops`` (of the model's
-    own FLOPs, 1e12 per second and device; see ``estimate.flops``), ``perf/mfu`` (those over the device's peak, where
-    that is known), ``memory/process_gb`` and ``memory/device_gb`` (the most so far, of the fullest process or device),
-    ``data/skipped`` and ``data/skipped_REASON`` (samples so far).
+    Over all steps since the last entry and over all processes: ``perf/tokens_per_s`` (without padding),
+    ``perf/images_per_s``, ``perf/packing_efficiency`` (fraction of positions that are no padding), ``perf/data_wait``
+    (fraction of time waiting for data), ``perf/tflops`` (model FLOPs, 1e12 per second and device, see
+    ``estimate.flops``) and ``perf/mfu`` (the same relative to the device's peak, if that is known). Since the start:
+    ``memory/process_gb`` and ``memory/device_gb`` (peaks, of the process or device with the most), ``data/skipped`` and
+    ``data/skipped_REASON`` (numbers of samples).
 
-    Time is that of the steps and of waiting for data; validation and checkpoints are left out.
+    The time includes steps and waiting for data, but not validation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -80,20 +86,20 @@ class Performance(Callback):
 
     @staticmethod
     def _nothing() -> dict[str, float]:
-        return dict.fromkeys(("tokens", "images", "places", "flops", "seconds", "waited"), 0.0)
+        return dict.fromkeys(("tokens", "images", "positions", "flops", "seconds", "waited"), 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Starts where the run starts or resumes."""
+        """Starts at the step that the run starts or resumes from."""
         self._steps, self._ended = trainer.global_step, 0.0
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Keeps the time of a validation out."""
+        """Excludes the time of a validation."""
         self._ended = 0.0
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Starts the clock of a batch; what passed since the one before was waiting for it."""
+        """Starts the clock of a batch. The time since the last batch was spent waiting for data."""
         self._began = time.perf_counter()
         if self._ended:
             self._new["waited"] += self._began - self._ended
@@ -101,13 +107,13 @@ class Performance(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Counts a batch, and logs with every entry."""
+        """Adds a batch, and logs with every entry."""
         self._new["seconds"] += time.perf_counter() - self._began
         self._new["tokens"] += int((batch.document_ids != PADDING).sum())
         self._new["images"] += sum(map(sum, batch.image_counts))
-        self._new["places"] += batch.document_ids.numel()
+        self._new["positions"] += batch.document_ids.numel()
         assert isinstance(module.model, NEO)
-        # Counted document by document: on a GPU every number would be waited for.
+        # On the CPU, as the count reads one number per document.
         ids = {name: getattr(batch, name).cpu() for name in ("token_ids", "labels", "document_ids", "image_ids")}
         self._new["flops"] += sum(part.model for part in step_flops(module.model, replace(batch, **ids)).values())
         if trainer.global_step > self._steps:
@@ -118,12 +124,12 @@ class Performance(Callback):
 
     def _log(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         new = self._collect(trainer)
-        # Each process brought its own seconds, so that sums over them are per device.
+        # Seconds are summed over processes too, so ratios of sums are rates per device.
         seconds = new["seconds"] + new["waited"]
         rate = new["flops"] / seconds
         module.log("perf/tokens_per_s", new["tokens"] * trainer.world_size / seconds)
         module.log("perf/images_per_s", new["images"] * trainer.world_size / seconds)
-        module.log("perf/fill", new["tokens"] / new["places"])
+        module.log("perf/packing_efficiency", new["tokens"] / new["positions"])
         module.log("perf/data_wait", new["waited"] / seconds)
         module.log("perf/tflops", rate / 1e12)
         device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
@@ -133,7 +139,7 @@ class Performance(Callback):
             module.log(name, value)
 
     def _collect(self, trainer: lightning.Trainer) -> dict[str, float]:
-        """What is new since the last call, added to the totals."""
+        """The sums since the last call, which are added to the totals."""
         new = self._added(trainer)
         self._new = self._nothing()
         self.tokens += int(new["tokens"])
@@ -141,7 +147,7 @@ class Performance(Callback):
         return new
 
     def _added(self, trainer: lightning.Trainer) -> dict[str, float]:
-        """What is new, added over all processes."""
+        """The sums since the last entry, over all processes."""
         values = torch.tensor(list(self._new.values()), dtype=torch.float64, device=trainer.strategy.root_device)
         added = trainer.strategy.reduce(values, reduce_op="sum").tolist()
         return dict(zip(self._new, added, strict=True))
@@ -155,7 +161,7 @@ class Performance(Callback):
         return dict(zip(("memory/process_gb", "memory/device_gb"), reduced, strict=False))
 
     def _skipped(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, float]:
-        """Samples that could not be used, by reason; empty where the data does not tell."""
+        """Skipped samples by reason; empty if the data module does not count them."""
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "describe"):
             return {}
@@ -168,7 +174,7 @@ class Performance(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the totals, and keeps the time of writing out of the next entry. All processes come here together."""
+        """Adds the totals, and excludes the time of saving. All processes come here together."""
         self._ended = 0.0
         new = self._added(trainer)
         total = {"tokens": self.tokens + new["tokens"], "images": self.images + new["images"]}
@@ -177,10 +183,10 @@ class Performance(Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Goes on counting from the totals of the run before."""
+        """Restores the totals of the resumed run."""
         totals = checkpoint.get("performance", {})
         self.tokens, self.images = totals.get("tokens", 0), totals.get("images", 0)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Counts what came after the last entry."""
+        """Adds the steps after the last entry to the totals."""
         self._collect(trainer)

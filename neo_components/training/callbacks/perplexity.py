@@ -1,4 +1,4 @@
-"""The perplexity of held-out text before the first step: what a stage starts from, and of the language model alone."""
+"""Text perplexity before the first step, of the stage's initial model and of its language model alone."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from neo_components.training.module import NEOTraining, mean_nll
 
 
 def language_model_alone(llm: PostLLM) -> NEO:
-    """A NEO without pre-Buffer around a language model: text passes unchanged, and images are never given."""
+    """A NEO with an empty pre-Buffer around a language model, for text only."""
     h = llm.hparams
-    nothing = PreBuffer(
+    empty = PreBuffer(
         0, hidden_size=h.hidden_size, num_heads=h.num_heads, num_kv_heads=h.num_kv_heads, head_width=h.head_width,
         feed_forward_size=h.feed_forward_size, rope=h.rope, attention=h.attention, backend=llm.backend,
     )  # fmt: skip
     weight = llm.word_embedding.weight
-    before = PatchEmbedding(h.hidden_size, width=4)
-    return NEO(before.to(weight.device, weight.dtype), nothing.to(weight.device, weight.dtype), llm)
+    unused = PatchEmbedding(h.hidden_size, width=4)
+    return NEO(unused.to(weight.device, weight.dtype), empty.to(weight.device, weight.dtype), llm)
 
 
-class TextBefore(Callback):
-    """Logs ``val/text_perplexity`` at step 0, and ``val/text_perplexity_of_llm``, of the language model as it came.
+class InitialTextPerplexity(Callback):
+    """Logs ``val/text_perplexity`` at step 0, and ``val/text_perplexity_of_llm`` of the original language model.
 
-    The perplexity of later validations is logged by ``NEOTraining``. Where words pass a new pre-Buffer, it starts far
-    above that of the language model alone, which is what it should come back to.
+    ``NEOTraining`` logs the perplexity of later validations. If text passes through a new pre-Buffer, it starts far
+    above the perplexity of the language model alone and should return to it.
 
     Args:
-        data: with held-out text.
-        alone: whether the language model is measured alone, which means something only before it was trained together
-            with a pre-Buffer.
+        data: data module with held-out text.
+        alone: whether to measure the language model alone; meaningful only before it was trained with a pre-Buffer.
     """
 
     def __init__(self, data: NEODataModule, alone: bool) -> None:
@@ -47,19 +46,19 @@ class TextBefore(Callback):
         self.values: dict[str, float] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Measures, where the run does not go on with an earlier one."""
+        """Measures, unless the run resumes."""
         assert isinstance(module, NEOTraining)
         if trainer.global_step:
             return
         self.values["val/text_perplexity"] = self._perplexity(trainer, module.model)
         if self.alone:
-            with torch.random.fork_rng():  # its empty pre-Buffer draws random numbers
+            with torch.random.fork_rng():  # its constructors draw random numbers
                 alone = language_model_alone(module.model.post_llm)
             self.values["val/text_perplexity_of_llm"] = self._perplexity(trainer, alone)
         log_once(trainer, self.values, 0)
 
     def _perplexity(self, trainer: lightning.Trainer, model: NEO) -> float:
-        """Over all processes, of as many batches as a validation reads."""
+        """Over all processes, of as many batches as a validation has."""
         limit = trainer.limit_val_batches if isinstance(trainer.limit_val_batches, int) else None
         training = model.training
         model.eval()
@@ -73,9 +72,9 @@ class TextBefore(Callback):
         return float((total[0] / total[1]).exp())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured, for a checkpoint."""
+        """The measured values, for a checkpoint."""
         return dict(self.values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What the run that is gone on with had measured."""
+        """Restores the values of the resumed run."""
         self.values = dict(state_dict)

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: progress without a terminal, and answers to validation questions with pictures."""
+"""Callbacks for progress lines, history, weight averaging, and answers to validation questions."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from neo_components.evaluation import Question, Report, evaluate
+from neo_components.evaluation import OVERALL, Question, Report, evaluate
 from neo_components.model.chat import Chat
+from neo_components.registry import Choice, split
 from neo_components.storage.progress import progress
 from neo_components.viewers import draw_answers
 
-PICTURES = 8
-"""Questions shown as pictures at each validation."""
+SHOWN = 8
+"""Number of questions in the figure of each validation."""
 
 
 class LineProgress(Callback):
-    """A plain line now and then, for logs and pipes where a progress bar would be noise; from the first process."""
+    """Progress as plain lines, for logs and pipes; printed by rank 0."""
 
     def __init__(self, title: str) -> None:
         self.title = title
 
     @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Opens the progress at the step that the run starts or resumes from."""
+        """Starts at the step that the run starts or resumes from."""
         self.context = progress(self.title, int(trainer.max_steps))
         self.bar = self.context.__enter__()
         self.bar.advance(trainer.global_step)
@@ -41,7 +42,7 @@ class LineProgress(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a step and shows the loss."""
+        """Advances and shows the loss."""
         loss = trainer.callback_metrics.get("train/loss")
         note = f"loss {float(loss):.3f}" if loss is not None else ""
         self.bar.advance(trainer.global_step - self.bar.done, note)
@@ -53,12 +54,12 @@ class LineProgress(Callback):
 
 
 def averaging(decay: float) -> Callback:
-    """Keeps an exponential average of the weights; validation, checkpoints and the trained model use it.
+    """An exponential moving average of the weights for validation, checkpoints and the trained model.
 
     Args:
-        decay: share of the average that a step keeps, for example 0.999.
+        decay: weight of the previous average, for example 0.999.
     """
-    # The rotary tables are buffers that hold numbers of axes: copied, not averaged.
+    # The buffers are tables of rotary axes, which must not be averaged.
     return EMAWeightAveraging(decay=decay, use_buffers=False)
 
 
@@ -87,52 +88,62 @@ class History(Callback):
 class Predictions(Callback):
     """Answers validation questions by free generation at every validation.
 
-    Logs ``val/exact_match``, and to TensorBoard the first eight pictures with question, answer and prediction.
+    Logs the mean score as ``val/METRIC``, and to TensorBoard the first eight images with question, reference answer and
+    prediction.
 
     Args:
-        questions: what is asked.
+        questions: the questions.
         chat: the model in training, its tokenizer and image limits.
-        folder: where the pictures are written.
-        max_new_tokens: longest answer.
+        folder: where the figures are written.
+        metric: scores the answers; its name, or a mapping of ``kind`` and options.
+        max_new_tokens: length limit of an answer.
     """
 
-    def __init__(self, questions: Sequence[Question], chat: Chat, folder: Path, max_new_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        chat: Chat,
+        folder: Path,
+        metric: Choice = "exact_match",
+        max_new_tokens: int = 16,
+    ) -> None:
         self.questions, self.chat = list(questions), chat
-        self.folder, self.max_new_tokens = folder, max_new_tokens
+        self.folder, self.metric, self.max_new_tokens = folder, metric, max_new_tokens
         self.scores: list[tuple[int, float, float]] = []
         self.began = time.monotonic()
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Asks, scores and logs. Every rank does the same work, so that no rank waits for another."""
+        """Answers, scores and logs. All ranks do the same work, so that none waits for another."""
         report = evaluate(
             self.chat.model,
             self.chat.tokenizer,
             self.questions,
+            metric=self.metric,
             min_pixels=self.chat.min_pixels,
             max_pixels=self.chat.max_pixels,
             max_new_tokens=self.max_new_tokens,
             progress=None,
         )
-        score = report.accuracy["overall"]
-        module.log("val/exact_match", score, prog_bar=True, rank_zero_only=True)
+        score = report.accuracy[OVERALL]
+        module.log(f"val/{split(self.metric)[0]}", score, prog_bar=True, rank_zero_only=True)
         self.scores.append((trainer.global_step, time.monotonic() - self.began, score))
         if trainer.is_global_zero:
             self._show(trainer, report)
 
     def _show(self, trainer: lightning.Trainer, report: Report) -> None:
-        """Draws the first questions that have a picture."""
+        """Draws the first questions that have an image."""
         rows = [
             (question.image, a.question, a.answers[0], a.prediction, a.right)
             for question, a in zip(self.questions, report.predictions, strict=True)
             if question.image is not None
-        ][:PICTURES]
+        ][:SHOWN]
         if not rows:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = draw_answers(rows, self.folder / f"answers-{trainer.global_step:06d}.png")
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as figure:
+            pixels = np.asarray(figure.convert("RGB"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/answers", pixels, trainer.global_step, dataformats="HWC")

@@ -1,4 +1,4 @@
-"""What a run did, as a table, and where everything lies."""
+"""The summary of a run: its results, and where its files are."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from neo_components.training.callbacks.loggers import CSV, LOGS
 
 @dataclass
 class Summary:
-    """Figures of a run.
+    """Results of a run.
 
     Args:
-        steps: of the optimizer, those of an earlier part of the run included.
-        tokens: trained on, without padding.
-        images: trained on.
-        seconds: time of this part of the run.
+        steps: of the optimizer, including those before the run was resumed.
+        tokens: number of training tokens, without padding.
+        images: number of training images.
+        seconds: duration of this part of the run.
         losses: (step, seconds, training loss) of every step of this part.
         validations: (step, values by name) of every validation of this part.
-        before: values by name before the first step.
+        before: values by name, measured before the first step.
         metrics: last value of everything that was logged.
+        metric: name of the metric that scored the validation questions.
     """
 
     steps: int = 0
@@ -32,9 +33,10 @@ class Summary:
     validations: Sequence[tuple[int, Mapping[str, float]]] = ()
     before: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    metric: str = "exact_match"
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of every line; what was not measured is left out."""
+        """Name and value of every line; values that were not measured are left out."""
         return [*self._quality(), *self._work()]
 
     def _quality(self) -> list[tuple[str, str]]:
@@ -42,7 +44,7 @@ class Summary:
         if self.losses:
             (first, _, loss), (last, _, now) = self.losses[0], self.losses[-1]
             rows.append(("training loss", f"{loss:.4f} at step {first}, {now:.4f} at step {last}"))
-        for name, title in (("val/loss", "validation loss"), ("val/exact_match", "exact match")):
+        for name, title in (("val/loss", "validation loss"), (f"val/{self.metric}", self.metric.replace("_", " "))):
             found = [(step, values[name]) for step, values in self.validations if name in values]
             if found:
                 first_time = f"{found[0][1]:.4f} at step {found[0][0]}, " if len(found) > 1 else ""
@@ -51,11 +53,11 @@ class Summary:
         if name in self.metrics:
             before = f"{self.before[name]:.4g} before, " if name in self.before else ""
             alone = self.before.get(f"{name}_of_llm")
-            beside = f" (language model alone, as it came: {alone:.4g})" if alone is not None else ""
+            beside = f" (original language model: {alone:.4g})" if alone is not None else ""
             rows.append(("text perplexity", f"{before}{self.metrics[name]:.4g} after{beside}"))
         drift = {name.removeprefix("drift/"): v for name, v in self.metrics.items() if name.startswith("drift/")}
         if drift:
-            rows.append(("weights moved by", ", ".join(f"{name} {100 * value:.2g} %" for name, value in drift.items())))
+            rows.append(("weight drift", ", ".join(f"{name} {100 * value:.2g} %" for name, value in drift.items())))
         return rows
 
     def _work(self) -> list[tuple[str, str]]:
@@ -65,7 +67,7 @@ class Summary:
         if "perf/tokens_per_s" in metrics:
             rate = f"{metrics['perf/tokens_per_s']:,.0f} tokens/s, {metrics['perf/images_per_s']:,.1f} images/s"
             use = f", MFU {metrics['perf/mfu']:.1%}" if "perf/mfu" in metrics else ""
-            rows.append(("speed at last", f"{rate}{use}, waiting for data {metrics['perf/data_wait']:.0%}"))
+            rows.append(("final speed", f"{rate}{use}, waiting for data {metrics['perf/data_wait']:.0%}"))
         if "data/skipped" in metrics:
             reasons = {n.removeprefix("data/skipped_"): v for n, v in metrics.items() if n.startswith("data/skipped_")}
             why = f" ({', '.join(f'{name}: {count:.0f}' for name, count in reasons.items())})" if reasons else ""
@@ -78,21 +80,21 @@ class Summary:
         return rows
 
 
-def places(output: Path) -> list[tuple[str, str]]:
-    """What a run left, and where."""
-    left = {
+def locations(output: Path) -> list[tuple[str, str]]:
+    """The files and folders of a run: name and path of each."""
+    outputs = {
         "model": output / "neo",
         "checkpoints": output / "checkpoints",
         "curves": output / LOGS,
-        "figures": output / LOGS / CSV,
-        "pictures": output / "pictures",
+        "metrics": output / LOGS / CSV,
+        "figures": output / "figures",
         "recipe": output / "recipe.yaml",
     }
     hints = {"curves": f"   (tensorboard --logdir {output / LOGS})", "model": f'   (neo chat {output / "neo"} "...")'}
-    return [(name, f"{path}{hints.get(name, '')}") for name, path in left.items() if path.exists()]
+    return [(name, f"{path}{hints.get(name, '')}") for name, path in outputs.items() if path.exists()]
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns as plain text, joined at the colon."""
+    """Two columns as plain text, aligned at the colon."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:>{width}s}: {value}" for name, value in rows)

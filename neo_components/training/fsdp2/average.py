@@ -1,4 +1,4 @@
-"""An exponential average of weights that are divided among processes: each averages its own rows."""
+"""An exponential moving average of sharded weights: each process averages its shards."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from neo_components.training.fsdp2.checkpoints import read_average
-from neo_components.training.fsdp2.strategy import gathered_again
+from neo_components.training.fsdp2.strategy import reshard
 
 
 class ShardedAverage(Callback):
-    """Keeps the average of what learns; validation and the trained model use it, checkpoints hold both.
+    """Averages the trainable weights; validation and the trained model use the average, checkpoints have both.
 
-    As Lightning's ``EMAWeightAveraging``, which copies whole models: the average begins as the weights after the first
-    step.
+    Equals Lightning's ``EMAWeightAveraging``, which copies full models: the average starts as the weights after the
+    first step.
 
     Args:
-        decay: share of the average that a step keeps, for example 0.999.
+        decay: weight of the previous average, for example 0.999.
     """
 
     def __init__(self, decay: float) -> None:
@@ -31,16 +31,16 @@ class ShardedAverage(Callback):
         self._swapped = False
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Makes room for the average."""
+        """Allocates the average."""
         self.average = {name: weight.detach().clone() for name, weight in self._weights(module).items()}
 
     def _weights(self, module: lightning.LightningModule) -> dict[str, Tensor]:
-        gathered_again(module)
+        reshard(module)
         return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule, *rest: Any) -> None:
-        """Takes a step into the average."""
+        """Updates the average."""
         if trainer.global_step <= self.updated:
             return
         for name, weight in self._weights(module).items():
@@ -51,33 +51,33 @@ class ShardedAverage(Callback):
         self.updated = trainer.global_step
 
     def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Puts the average in the weights' place, once there is one."""
+        """Swaps in the average, if there is one."""
         if self.updated:
             self._swap(module)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Puts the weights back."""
+        """Swaps the training weights back in."""
         if self._swapped:
             self._swap(module)
 
     @torch.no_grad()
     def _swap(self, module: lightning.LightningModule) -> None:
         for name, weight in self._weights(module).items():
-            kept = weight.detach().clone()
+            training = weight.detach().clone()
             weight.copy_(self.average[name])
-            self.average[name].copy_(kept)
+            self.average[name].copy_(training)
         self._swapped = not self._swapped
 
     @torch.no_grad()
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """The trained model is the average."""
+        """Makes the average the trained model."""
         for name, weight in self._weights(module).items():
             weight.copy_(self.average[name])
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the average; a checkpoint in the middle of a validation has both the right way round."""
+        """Adds the average. A checkpoint during a validation, with swapped weights, is saved unswapped."""
         held = {name: weight for name, weight in checkpoint["state_dict"].items() if name in self.average}
         checkpoint["average"] = dict(self.average)
         if self._swapped:
@@ -87,6 +87,6 @@ class ShardedAverage(Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restores it; a checkpoint without one begins anew."""
+        """Restores the average; without one in the checkpoint, averaging starts at the next step."""
         if read_average(Path(checkpoint["folder"]), self.average):
             self.updated = checkpoint["global_step"]

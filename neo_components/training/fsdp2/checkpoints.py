@@ -1,12 +1,11 @@
-"""Checkpoints of runs whose weights are divided: one folder, into which every process writes its own rows.
+"""Sharded checkpoints: a folder to which every process writes its shards.
 
-The rows are written and read by ``torch.distributed.checkpoint``, so a run can go on with another number of processes.
-``meta.pt`` holds what all processes have in common (loops, schedules, the place in the data) and the checksum of every
-other file. The folder appears under its name when all of it is on the disk.
+``torch.distributed.checkpoint`` writes and reads the shards, so a run can resume on another number of processes.
+``meta.pt`` has the common state (loops, schedules, position in the data) and the checksums of all other files. The
+folder gets its name once it is complete on the disk.
 
-Nothing in it can run code when it is read: ``meta.pt`` is read with ``weights_only``, tensors are the only values among
-the rows, and the list of contents, a pickle by torch's design, is read first by an unpickler that knows nothing but the
-few classes that such a list consists of.
+Reading runs no code from the folder: ``meta.pt`` is read with ``weights_only``, shards contain tensors only, and the
+list of contents, which torch stores as a pickle, is read by an unpickler that allows only the classes of such a list.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +24,13 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy
+
 META = "meta.pt"
 CONTENTS = ".metadata"
 MODEL, OPTIMIZER, AVERAGE = "model.", "optimizer.", "average."
-"""What the names of tensors begin with. An optimizer's are ``optimizer.KEY.NAME OF THE PARAMETER``."""
+"""Prefixes of tensor names. An optimizer's tensors are called ``optimizer.KEY.PARAMETER_NAME``."""
 
 CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -44,24 +46,24 @@ CLASSES = {
     ("pathlib._local", "PosixPath"),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
 }  # fmt: skip
-"""All that a list of contents may name."""
+"""The classes that a list of contents may use."""
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a checkpoint is a folder of this kind."""
+    """Whether a checkpoint is a sharded one, a folder."""
     return path.is_dir()
 
 
-def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None:
-    """Writes one checkpoint; every process calls it.
+def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: ParallelStrategy) -> None:
+    """Writes one checkpoint. Every process must call it.
 
     Args:
-        checkpoint: as Lightning made it; the tensors are taken out of it.
+        checkpoint: from Lightning; its tensors are removed.
         path: the folder.
-        strategy: knows the processes.
+        strategy: of the run.
 
     Raises:
-        OSError: if it cannot be written; the folder that was there before stays.
+        OSError: if it cannot be written; the previous folder is unchanged.
     """
     tensors = {MODEL + name: tensor for name, tensor in checkpoint.pop("state_dict").items()}
     tensors |= {AVERAGE + name: tensor for name, tensor in checkpoint.pop("average", {}).items()}
@@ -81,19 +83,19 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None
         sums = _all_checksums(unfinished, strategy)
         if strategy.is_global_zero:
             _write_meta(unfinished / META, rest | {"checksums": sums})
-            _take_place(unfinished, path)
+            _replace_folder(unfinished, path)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         if strategy.is_global_zero:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(
-            f"the checkpoint {path} could not be written ({error}); the ones before are untouched: make room, then go "
-            "on with --resume last"
+            f"the checkpoint {path} could not be written ({error}); earlier checkpoints are unchanged: free space, "
+            "then resume with --resume last"
         ) from error
     strategy.barrier()
 
 
-def _all_checksums(folder: Path, strategy: Any) -> dict[str, list[int]]:
-    """Size and checksum of every file; each process reads those that it wrote itself."""
+def _all_checksums(folder: Path, strategy: ParallelStrategy) -> dict[str, list[int]]:
+    """Size and checksum of every file; each process reads the files that it wrote."""
     mine = {file.name: checksum(file) for file in folder.glob(f"__{strategy.global_rank}_*")}
     gathered: list[dict[str, list[int]]] = [{}] * strategy.world_size
     dist.all_gather_object(gathered, mine)
@@ -117,8 +119,8 @@ def _write_meta(path: Path, values: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _take_place(unfinished: Path, path: Path) -> None:
-    """Renames a folder; one that had the name before is moved aside first, and then removed."""
+def _replace_folder(unfinished: Path, path: Path) -> None:
+    """Renames a folder; an existing folder of that name is moved aside first and then removed."""
     before = path.with_name(f".{path.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if path.is_dir():
@@ -129,14 +131,14 @@ def _take_place(unfinished: Path, path: Path) -> None:
 
 
 def read_meta(path: Path, thorough: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds beside the rows; under ``state_dict`` the model's tensors, on the meta device.
+    """The common state of a checkpoint, with the model's tensors on the meta device under ``state_dict``.
 
     Args:
         path: the folder.
-        thorough: compare the checksum of every file; otherwise its size.
+        thorough: compare the checksum of every file, not only its size.
 
     Raises:
-        ValueError: if the folder is damaged or something else.
+        ValueError: if the folder is damaged or no checkpoint.
     """
     try:
         saved: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
@@ -146,33 +148,33 @@ def read_meta(path: Path, thorough: bool = True) -> dict[str, Any]:
             if seen != [size, crc]:
                 raise ValueError(f"the checksum of {name} is wrong")
         contents = read_contents(path)
-    except Exception as error:  # whatever torch raises on what it did not write
-        raise ValueError(f"{path} is no checkpoint of a training run; it is damaged or something else") from error
+    except Exception as error:  # a foreign file may raise anything
+        raise ValueError(f"{path} is no checkpoint of a training run, or it is damaged") from error
     sizes = {name: entry.size for name, entry in contents.items() if name.startswith(MODEL)}
     state = {name.removeprefix(MODEL): torch.empty(size, device="meta") for name, size in sizes.items()}
     return saved | {"state_dict": state}
 
 
 def read_contents(path: Path) -> dict[str, TensorStorageMetadata]:
-    """The list of a checkpoint's tensors, by name.
+    """The tensors of a checkpoint, by name.
 
     Raises:
-        ValueError: if it names anything but tensors.
+        ValueError: if there is anything but tensors.
     """
     with (path / CONTENTS).open("rb") as file:
         contents = _Contents(file).load()
     if not isinstance(contents, Metadata) or not all(
         isinstance(entry, TensorStorageMetadata) for entry in contents.state_dict_metadata.values()
     ):
-        raise ValueError(f"{path / CONTENTS} lists something else than tensors")
+        raise ValueError(f"{path / CONTENTS} lists values that are no tensors")
     return dict(contents.state_dict_metadata)  # type: ignore[arg-type]
 
 
 class _Contents(pickle.Unpickler):
-    """Reads a list of contents and nothing else."""
+    """An unpickler that allows only :data:`CLASSES`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if such a list may hold it."""
+        """The class of that name, if it is allowed."""
         if (module, name) not in CLASSES:
             raise ValueError(f"a checkpoint's list of contents must not name {module}.{name}")
         return super().find_class(module, name)
@@ -181,16 +183,16 @@ class _Contents(pickle.Unpickler):
 def read_sharded(
     path: Path, module: nn.Module, names: Mapping[int, str], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Reads this process's rows into a divided model and its optimizer.
+    """Reads this process's shards into a sharded model and its optimizers.
 
     Args:
         path: the folder.
         module: the LightningModule.
         names: name of each parameter, by its ``id``.
-        optimizers: those of the run.
+        optimizers: of the run.
 
     Returns:
-        What the checkpoint holds beside the rows, which Lightning restores, and its ``folder``.
+        The common state, which Lightning restores, and the checkpoint's ``folder``.
     """
     contents = read_contents(path)
     rest = torch.load(path / META, map_location="cpu", weights_only=True)
@@ -202,7 +204,7 @@ def read_sharded(
 
 
 def read_average(path: Path, average: Mapping[str, Tensor]) -> bool:
-    """Reads this process's rows of averaged weights, in place; tells whether the checkpoint has any."""
+    """Reads this process's shards of averaged weights in place; returns whether the checkpoint has them."""
     if not any(name.startswith(AVERAGE) for name in read_contents(path)):
         return False
     dcp.load({AVERAGE + name: tensor for name, tensor in average.items()}, checkpoint_id=path)
@@ -222,10 +224,10 @@ def _read_optimizer(
     for parameter in parameters:
         for key in keys:
             if (entry := contents.get(name := f"{OPTIMIZER}{key}.{names[id(parameter)]}")) is not None:
-                divided = entry.size == parameter.shape
+                sharded = entry.size == parameter.shape
                 kind = entry.properties.dtype
                 stored[name] = (
-                    torch.zeros_like(parameter, dtype=kind) if divided else torch.zeros(entry.size, dtype=kind)
+                    torch.zeros_like(parameter, dtype=kind) if sharded else torch.zeros(entry.size, dtype=kind)
                 )
     if stored:
         dcp.load(stored, checkpoint_id=path)

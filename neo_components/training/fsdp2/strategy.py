@@ -1,8 +1,8 @@
-"""Weights divided among processes: FSDP2 through Lightning's strategy, from models that are never whole anywhere.
+"""Fully sharded training (FSDP2) through Lightning's strategy; no process ever holds the full model.
 
-Each block is divided by rows (``fully_shard``), so are the patch embedding and, where the head is a weight of its own,
-the word embedding; what is left (head, final norm, boundary vectors, bridges) is one more part. A process gathers a
-part when it computes with it. The gradient that it keeps of its rows is the mean over all processes, as under DDP.
+Each block is one FSDP unit (``fully_shard``), and so are the patch embedding and, if the head is not tied, the word
+embedding. The rest (head, final norm, boundary vectors, bridges) is one more unit. A process gathers a unit when it
+computes with it. Gradients are averaged over all processes, as with DDP.
 
 Source: Zhao et al. 2023 (arXiv 2304.11277); torch's ``fully_shard``.
 """
@@ -25,82 +25,82 @@ from neo_components.recipe.stage import StageConfig
 from neo_components.storage.deferred import Deferred, Source
 from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
-from neo_components.training.fsdp2.tensors import local_of, rows_of, whole
+from neo_components.training.fsdp2.tensors import full_tensor, local_of, rows_of
 from neo_components.training.module import NEOTraining
 
 NAME = "fsdp2"
-"""What a recipe calls it: ``trainer.strategy: fsdp2``."""
+"""Its name in recipes: ``trainer.strategy: fsdp2``."""
 
 PRECISIONS: dict[str, MixedPrecisionPolicy] = {
     "32-true": MixedPrecisionPolicy(cast_forward_inputs=False),
-    # Rotary tables are inputs of a block and stay float32, so inputs are not cast; the word embedding's type decides.
+    # Inputs are not cast: rotary tables, inputs of a block, must stay float32.
     "bf16-mixed": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
 }
-"""Types of the gathered weights and of the gradients' sum, by ``trainer.precision``. Each process keeps its rows, and
-the optimizer its moments, in the model's own type."""
+"""``trainer.precision`` -> types of gathered weights and of gradient reduction. Shards and optimizer moments have the
+model's own type."""
 
 
 def policy_of(precision: Any) -> MixedPrecisionPolicy:
-    """The types that belong to a recipe's ``trainer.precision``.
+    """The mixed-precision policy for a recipe's ``trainer.precision``.
 
     Raises:
-        ValueError: if weights cannot be divided in that precision.
+        ValueError: if the strategy does not support that precision.
     """
     name = {"32": "32-true", "bf16": "bf16-mixed", "None": "32-true"}.get(str(precision), str(precision))
     if name not in PRECISIONS:
         raise ValueError(
-            f"trainer.precision: {precision} does not go with trainer.strategy={NAME}; use one of "
-            f"{', '.join(PRECISIONS)} (model.dtype=bfloat16 keeps weights and moments in bfloat16 too)"
+            f"trainer.precision: {precision} is not supported by trainer.strategy={NAME}; use one of "
+            f"{', '.join(PRECISIONS)} (model.dtype=bfloat16 stores weights and moments in bfloat16 too)"
         )
     return PRECISIONS[name]
 
 
-def divide(model: NEO, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Divides a model on the meta device among the processes of a mesh, in place.
+def shard(model: NEO, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shards a model on the meta device among the processes of a mesh, in place.
 
     Args:
-        model: all of it; its parameters are replaced.
-        mesh: of one dimension.
+        model: the model; its parameters are replaced.
+        mesh: one-dimensional.
         policy: types of weights and gradients.
     """
     llm = model.post_llm
-    parts: list[nn.Module] = [*model.pre_buffer.layers, *llm.layers, model.patch_embedding]
+    units: list[nn.Module] = [*model.pre_buffer.layers, *llm.layers, model.patch_embedding]
     if llm.lm_head is not None:
-        parts.append(llm.word_embedding)
-    for part in (*parts, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        units.append(llm.word_embedding)
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     for method in ("loss", "generate"):
         register_fsdp_forward_method(model, method)
     model.every_part = True
 
 
 @torch.no_grad()
-def fill(model: NEO, sources: Mapping[str, Source], mesh: DeviceMesh, device: torch.device) -> None:
-    """Gives every process its rows of a divided model; one weight at a time is made, of stored ones these rows alone.
+def materialize(model: NEO, sources: Mapping[str, Source], mesh: DeviceMesh, device: torch.device) -> None:
+    """Allocates and fills this process's shards: reads its rows of stored weights, draws new weights one at a time.
 
     Args:
-        model: divided, on the meta device.
-        sources: where each parameter comes from.
-        mesh: that it was divided on.
-        device: where the rows go.
+        model: sharded, on the meta device.
+        sources: source of each parameter, by name.
+        mesh: of :func:`shard`.
+        device: of the shards.
     """
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local = local_of(parameter)
         start, stop = rows_of(parameter, mesh.get_local_rank(), mesh.size())
         if local.shape[0] != stop - start:
-            raise RuntimeError(f"{name}: this process keeps {local.shape[0]} rows, expected {stop - start}")
+            raise RuntimeError(f"{name}: this process has {local.shape[0]} rows, expected {stop - start}")
         if stop > start:
             local.copy_(sources[name].rows(start, stop))
 
 
 class ShardedTraining(NEOTraining):
-    """Trains one stage with weights that are divided among the processes.
+    """Trains one stage with sharded weights.
 
     Args:
-        model: deferred (``deferred.Deferred``), on the meta device as far as it is not filled.
+        model: built under ``deferred.Deferred``, on the meta device.
         stage: as in :class:`NEOTraining`.
-        notes: that were taken when it was built.
+        notes: the ``Deferred`` under which it was built.
         policy: types of weights and gradients.
     """
 
@@ -110,65 +110,65 @@ class ShardedTraining(NEOTraining):
         self._policy = policy
 
     def configure_model(self) -> None:
-        """Lightning's hook: divides the model and gives each process its rows, once the processes know each other."""
+        """Lightning's hook: shards the model and fills this process's shards."""
         if isinstance(self.model, FSDPModule):
             return
         assert self.device_mesh is not None
         assert self._notes is not None
         mesh = self.device_mesh["data_parallel"]
         sources = self._notes.sources(self.model)
-        divide(self.model.to("meta"), mesh, self._policy)
-        fill(self.model, sources, mesh, self.trainer.strategy.root_device)
+        shard(self.model.to("meta"), mesh, self._policy)
+        materialize(self.model, sources, mesh, self.trainer.strategy.root_device)
         self._notes = None
-        self.choose_trained()
+        self.set_trainable()
 
     def configure_optimizers(self) -> Any:
-        """As ever, and all rows in few operations: torch does so by itself only where weights are whole."""
+        """As in :class:`NEOTraining`, with ``foreach``, which torch enables by default only for plain tensors."""
         configured = super().configure_optimizers()
         for group in configured["optimizer"].param_groups:
             group["foreach"] = True
         return configured
 
     def on_validation_end(self) -> None:
-        """Lets go of what was gathered: the weights may change before the next step (``stage.ema``)."""
+        """Reshards, as the weights may change before the next step (``stage.ema``)."""
         super().on_validation_end()
-        gathered_again(self.model)
+        reshard(self.model)
 
 
-def gathered_again(model: nn.Module) -> None:
-    """Lets go of gathered weights, so that they are gathered anew when they are next needed."""
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights; the next use gathers them again."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
-class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for divided weights, over all processes, with checkpoints that are whole or not there."""
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's model-parallel strategy with one data-parallel dimension and atomic sharded checkpoints."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def setup_environment(self) -> None:
-        """All processes divide the weights; none hold the same rows."""
+        """Shards the weights over all processes."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Every parameter as this process's rows, by name."""
+        """Every parameter by name, as this process's shard."""
         assert self.lightning_module is not None
-        gathered_again(self.lightning_module)
+        reshard(self.lightning_module)
         return dict(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's state as this process's rows, by the names of its parameters."""
+        """The optimizer's state by the names of its parameters, as this process's shards."""
         return named_state(self._names(), optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a folder: the rows of each process, and what all have in common."""
+        """Writes a folder with the shards of all processes and their common state."""
         write_sharded(checkpoint, Path(self.broadcast(str(filepath))), self)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads this process's rows into model and optimizer, whatever the number of processes that wrote them."""
+        """Reads this process's shards of model and optimizer, written by any number of processes."""
         assert self.lightning_module is not None
         path = Path(self.broadcast(str(checkpoint_path)))
         return read_sharded(path, self.lightning_module, self._names(), self.optimizers)
@@ -179,44 +179,44 @@ class Sharded(ModelParallelStrategy):
 
 
 def named_state(names: Mapping[int, str], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state with its parameters' names in place of numbers; the groups as plain values."""
+    """An optimizer's state dict with names of parameters instead of numbers."""
     plain = getattr(optimizer, "optimizer", optimizer)
     state = {names[id(parameter)]: dict(values) for parameter, values in plain.state.items()}
     return {"state": state, "param_groups": plain.state_dict()["param_groups"]}
 
 
-def refuse_undividable(stage: StageConfig) -> None:
-    """Refuses what a stage asks for and divided weights do not allow.
+def refuse_unshardable(stage: StageConfig) -> None:
+    """Refuses settings of a stage that sharded weights do not support.
 
     Raises:
-        ValueError: saying why, and what else there is.
+        ValueError: with the reason and the alternatives.
     """
     if stage.optimizer == "muon":
         raise ValueError(
-            f"stage.optimizer: muon turns whole matrices, which no process has under trainer.strategy={NAME}; use "
-            "adamw, or trainer.strategy=ddp"
+            f"stage.optimizer: muon orthogonalizes full matrices, which no process has with trainer.strategy={NAME}; "
+            "use adamw, or trainer.strategy=ddp"
         )
     if stage.lora is not None:
         raise ValueError(
-            f"stage.lora: the adapters cannot be merged into weights that are divided (trainer.strategy={NAME}); use "
-            "trainer.strategy=ddp, or train the groups themselves"
+            f"stage.lora: adapters cannot be merged into sharded weights (trainer.strategy={NAME}); use "
+            "trainer.strategy=ddp, or train groups of parameters without adapters"
         )
 
 
-def save_divided(chat: Chat, folder: Path, writes: bool) -> None:
-    """Puts a divided model together in its folder, weight by weight; every process calls it.
+def save_sharded(chat: Chat, folder: Path, writes: bool) -> None:
+    """Saves a sharded model as an ordinary model folder, weight by weight. Every process must call it.
 
     Args:
         chat: the model with tokenizer and image limits.
-        folder: what ``chat.save_pretrained`` would write; weights of more than ``LARGEST_FILE`` bytes in several files.
-        writes: whether this process writes.
+        folder: as ``chat.save_pretrained`` writes it; weights of more than ``LARGEST_FILE`` bytes in several files.
+        writes: whether this process writes the files.
     """
-    gathered_again(chat.model)
+    reshard(chat.model)
     writer = WeightWriter(folder) if writes else None
     for name, tensor in sorted(chat.model.state_dict().items()):
-        all_rows = whole(tensor)
+        full = full_tensor(tensor)
         if writer is not None:
-            writer.add(name, all_rows)
+            writer.add(name, full)
     if writer is not None:
         writer.close()
         chat.model.save_description(folder)

@@ -1,4 +1,4 @@
-"""Tensors that are divided among processes by rows, and those that are not, seen alike."""
+"""Functions for tensors that may be sharded by rows (dimension 0) among processes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch.distributed.tensor import DTensor
 
 
 def rows_of(parameter: Tensor, rank: int, ranks: int) -> tuple[int, int]:
-    """First row and the row behind the last one of a parameter that one process keeps."""
-    share = -(-parameter.shape[0] // ranks)
-    return min(rank * share, parameter.shape[0]), min((rank + 1) * share, parameter.shape[0])
+    """The rows [start, stop) of a parameter in the shard of one rank."""
+    size = -(-parameter.shape[0] // ranks)
+    return min(rank * size, parameter.shape[0]), min((rank + 1) * size, parameter.shape[0])
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its rows, or all of one that is not divided."""
+    """This process's shard of a tensor; all of a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process has to ask at the same time if it is divided."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor. If it is sharded, all processes must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norms(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The norm of each parameter's gradient, by the parameter's ``id``; of divided ones that of all rows together."""
+    """The norm of each parameter's full gradient, by the parameter's ``id``."""
     having = [parameter for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in having):
         return {id(parameter): parameter.grad.norm() for parameter in having}  # type: ignore[union-attr]

@@ -138,8 +138,9 @@ def chosen_tokens(block: NativePrimitive, image_ids: Tensor, token_kinds: Tensor
             f"the FLOPs of a block with experts {block.hparams.experts!r} are not known: they are where it adds one "
             "feed-forward beside block.mlp, whose method chosen(inputs) gives the tokens of the new one, [B, L] bool"
         )
+    routing: Any = block.mlp
     nothing: Any = None
-    chosen: Tensor = block.mlp.chosen(BlockInputs(nothing, nothing, image_ids, token_kinds))
+    chosen: Tensor = routing.chosen(BlockInputs(nothing, nothing, image_ids, token_kinds))
     return chosen
 
 

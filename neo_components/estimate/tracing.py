@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,11 +111,13 @@ class Known(Tensor):
                 return super().__torch_function__(func, types, args, kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], _places(args[1]), *args[2:])
-        device = fakes[0].device
-        args, kwargs = tree_map_only(
-            Known, lambda x: torch.empty_like(x, device=device).as_subclass(Tensor), (args, kwargs)
-        )
+        beside = partial(_beside, device=fakes[0].device)
+        args, kwargs = tree_map_only(Known, beside, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _beside(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=device)
 
 
 def _places(index: Any) -> tuple[Any, ...]:

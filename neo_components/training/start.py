@@ -86,7 +86,7 @@ def whiten(recipe: Recipe, model: NEO) -> None:
         patches.append(batch.patches)
         if sum(map(len, patches)) >= recipe.stage.whiten_patches:
             break
-    embedding = model.patch_embedding
+    embedding: Any = model.patch_embedding
     if not hasattr(embedding, "whiten"):
         raise ValueError(
             f"stage.whiten_patches: a {type(embedding).__name__} has no method whiten(patches); take the key away"

@@ -32,11 +32,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from neo_components.data import NEODataModule, Source, load_tokenizer, smart_resize, write_shards
-from neo_components.data import rows as rows_module
+from neo_components.data import packed as packed_module
 from neo_components.data import samples as samples_module
 from neo_components.data.image.decoding import decode
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, open_image
-from neo_components.data.image.resampling import resize, resize_fast
+from neo_components.data.image.files import open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
 from neo_components.data.packing import patchify
 from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.text.conversation import image_token_ids
@@ -165,7 +165,7 @@ def shares(data: NEODataModule, batches: int) -> dict[str, float]:
     places = [
         (samples_module, "decode", "decode"), (samples_module, "resize", "resize"),
         (samples_module, "resize_fast", "resize"), (samples_module, "encode_conversation", "tokenise"),
-        (rows_module, "pack", "pack"), (ShardFolder, "read", "read"),
+        (packed_module, "pack", "pack"), (ShardFolder, "read", "read"),
     ]  # fmt: skip
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for (owner, name, function), (_, _, label) in zip(kept, places, strict=True):

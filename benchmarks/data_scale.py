@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neo_components.data.plan.row_plan import RowPlan, Supply
+from neo_components.data.plan.pack_plan import PackPlan, Supply
 from neo_components.data.plan.step_plan import StepPlan
 
 ROW = 16384
@@ -55,7 +55,7 @@ def supplies(folder: Path, samples: int, shards: int) -> list[Supply]:
 
 
 def plan(sources: list[Supply], ranks: int, place: dict | None = None) -> StepPlan:
-    return StepPlan(RowPlan(sources, [7, 3], seq_len=ROW, shuffle=10_000), ranks, 1, place)
+    return StepPlan(PackPlan(sources, [7, 3], seq_len=ROW, shuffle=10_000), ranks, 1, place)
 
 
 def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
@@ -124,7 +124,7 @@ def balance(steps_of_rank: int) -> None:
             for rows in (1, 4):
                 start, samples = time.perf_counter(), 0
                 count = max(32, min(2048 // (ranks * rows) * 2, steps_of_rank))
-                steps = StepPlan(RowPlan(sources, [7, 3], seq_len=row, shuffle=10_000), ranks, rows)
+                steps = StepPlan(PackPlan(sources, [7, 3], seq_len=row, shuffle=10_000), ranks, rows)
                 over, fills = [], []
                 for _ in range(count):
                     step = steps.next_step()

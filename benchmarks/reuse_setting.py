@@ -123,7 +123,8 @@ def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> 
         }
         shares = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
         data = [
-            f"{{shards: {root / task / name}, share: {share}}}" for name, share in zip(seen[stage], shares, strict=True)
+            f"{{shards: {root / task / name}, weight: {share}}}"
+            for name, share in zip(seen[stage], shares, strict=True)
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),

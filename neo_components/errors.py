@@ -15,14 +15,30 @@ class ArgumentError(ValueError):
     Args:
         argument: name of the argument.
         text: value seen, values allowed, what to do; follows the name in the message.
+        others: names of arguments that the value does not go together with.
     """
 
-    def __init__(self, argument: str, text: str) -> None:
+    def __init__(self, argument: str, text: str, *others: str) -> None:
         super().__init__(f"{argument} {text}")
-        self.argument, self.text = argument, text
+        self.argument, self.text, self.others = argument, text, others
 
     def __reduce__(self) -> Any:  # as raised in a data worker
-        return type(self), (self.argument, self.text)
+        return type(self), (self.argument, self.text, *self.others)
+
+
+class ArgumentErrors(ValueError):
+    """Several arguments cannot have the values that they were given.
+
+    Args:
+        errors: one for each.
+    """
+
+    def __init__(self, errors: Iterable[ArgumentError]) -> None:
+        self.errors = list(errors)
+        super().__init__("; ".join(map(str, self.errors)))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.errors,)
 
 
 def one_of(argument: str, value: Any, allowed: Iterable[str]) -> None:

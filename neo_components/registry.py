@@ -9,15 +9,18 @@ A part is a class or a function in one file and one registration::
 
 ``ROPES["mine"]`` is the class, ``sorted(ROPES)`` lists the names. What a part wants beside the arguments that the
 library hands it are its *options*: they are read from its signature, are keys of recipes
-(``rope: {kind: mine, spacing: 2.5}``) and are saved with models and assets. ``docs/extend.md`` shows a complete file for each kind.
+(``rope: {kind: mine, spacing: 2.5}``) and are saved with models and assets. ``docs/extend.md`` has a complete file for
+each kind.
 """
 
 from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from neo_components.errors import ArgumentError, nearest
@@ -43,6 +46,7 @@ class Registry(Mapping[str, Any]):
         self.kind, self.given = kind, given
         self._home: str | None = home
         self._parts: dict[str, Any] = {}
+        self._options: dict[Any, dict[str, inspect.Parameter]] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Decorator that enters a class or a function.
@@ -69,8 +73,8 @@ class Registry(Mapping[str, Any]):
         if name not in self._parts:
             raise ArgumentError(
                 self.kind,
-                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}{nearest(name, self._parts)}; if it "
-                "is your own, import the module that registers it (neo ... --import MODULE)",
+                f"{name!r} is unknown; registered: {', '.join(sorted(self._parts))}; if it is your own, import the "
+                f"module that registers it (neo ... --import MODULE){nearest(name, self._parts)}",
             )
         return self._parts[name]
 
@@ -105,13 +109,13 @@ class Registry(Mapping[str, Any]):
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of a part: its parameters without those that the library passes, annotations as types."""
         part = self[name]
-        hints = get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
-        parameters = inspect.signature(part).parameters.values()
-        return {
-            p.name: p.replace(annotation=hints.get(p.name, Any))
-            for p in parameters
-            if p.name not in self.given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        }
+        if part not in self._options:
+            self._options[part] = {
+                p.name: p.replace(annotation=_resolved(p.annotation, part))
+                for p in inspect.signature(part).parameters.values()
+                if p.name not in self.given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            }
+        return self._options[part]
 
     def complete(self, choice: Choice) -> Choice:
         """A choice with every option: the form that configs keep. A part without options is its name alone.
@@ -133,6 +137,17 @@ class Registry(Mapping[str, Any]):
             raise ArgumentError(self.kind, f"{name!r} needs the option {missing[0]!r}")
         defaults = {option: parameter.default for option, parameter in options.items()}
         return {KIND: name, **defaults, **chosen} if options else name
+
+    def name_of(self, part: Any) -> str:
+        """The name under which a class or a function is registered.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        for name in self:
+            if self[name] is part:
+                return name
+        raise ValueError(f"{part} is not registered as {self.kind}; decorate it with .register(name)")
 
     def make(self, choice: Choice, *args: Any, **given: Any) -> Any:
         """Calls a part with its options and what the library passes.
@@ -160,6 +175,14 @@ def split(choice: Choice, kind: str = "part") -> tuple[str, dict[str, Any]]:
     return choice[KIND], {name: value for name, value in choice.items() if name != KIND}
 
 
+def _resolved(annotation: Any, part: Any) -> Any:
+    """The type of an annotation that was written as text; ``Any`` where there is none."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    names = vars(sys.modules[part.__module__])
+    return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), names, include_extras=True)["it"]
+
+
 def _origin(part: Any) -> str:
     """Where a class or a function was defined; of anything else what it is."""
     return f"{part.__module__}.{part.__qualname__}" if hasattr(part, "__qualname__") else repr(part)
@@ -171,14 +194,14 @@ ROPES = Registry("rope", "neo_components.components.ropes", given=("base_h", "ba
 MASKS = Registry("attention", "neo_components.components.mask_rules", given=("query", "key"))
 """Mask rules: functions of two :class:`~neo_components.components.masks.Tokens`, ``True`` where the query attends."""
 
-PATCH_EMBEDDINGS = Registry("patch_embedding", "neo_components.components.patch_embedding", given=("hidden_size",))
+PATCH_EMBEDDINGS = Registry("patch_embedding", "neo_components.components.patch_embeddings", given=("hidden_size",))
 """Patch embeddings: components that turn an image's patches into its tokens."""
 
 EXPERTS = Registry("experts", "neo_components.components.experts", given=("block",))
 """Expert routing by modality: functions that give a block parts of its own for visual tokens."""
 
-BRIDGES = Registry("bridge", "neo_components.model.bridges", given=("source", "target"))
-"""Bridges: ways to map between the widths of a pre-Buffer and of another language model."""
+BRIDGES = Registry("bridge", "neo_components.components.bridge", given=("in_width", "out_width"))
+"""Bridges: components that map between the widths of a pre-Buffer and of another language model."""
 
 LLM_FAMILIES = Registry("model_type", "neo_components.llms")
 """Language model families by the ``model_type`` of their config."""

@@ -19,10 +19,10 @@ class Style:
     Args:
         template: Jinja.
         special: its special tokens.
-        end: what ends an answer and is learnt.
+        end: what ends an answer and is a target with it.
         eos: the tokenizer's end of text.
         system: whether it takes a system turn.
-        kind: of tokenizer: ``bytes``, ``sentence`` (a blank before the text) or ``legacy`` (before each part of it).
+        kind: of tokenizer: ``bytes``, ``sentence`` (a space before the text) or ``legacy`` (before each part of it).
     """
 
     template: str
@@ -154,8 +154,8 @@ STYLES = {
 
 
 @lru_cache
-def _learnt(kind: str) -> str:
-    """A tokenizer of that kind, learnt from a few words, as JSON."""
+def _trained(kind: str) -> str:
+    """A tokenizer of that kind, trained on a few words, as JSON."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "bytes":
@@ -187,7 +187,7 @@ def tokenizer_of(style: Style) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    saved = json.loads(_learnt(style.kind))
+    saved = json.loads(_trained(style.kind))
     saved["added_tokens"] = []
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(saved)),

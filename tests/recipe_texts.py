@@ -17,7 +17,7 @@ RUN = """
 stage: {train: [patch_embedding, pre_buffer, post_llm.hw], steps: 20, lr: 1.0e-3}
 data:
   tokenizer: folder/llm
-  train: [{shards: folder/images, share: 0.7}, {shards: folder/text, share: 0.3}]
+  train: [{shards: folder/images, weight: 0.7}, {shards: folder/text, weight: 0.3}]
 trainer: {accelerator: cpu, gradient_clip_val: 1}
 """
 PRETRAINED = "model: {pre_buffer: {depth: 1}, post_llm: {from_pretrained: not/there}}\n"

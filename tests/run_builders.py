@@ -65,7 +65,7 @@ model: {model}
 stage: {{steps: 6, validate_every: 3, checkpoint_every: 3, log_every: 1, predictions: 4, {stage}}}
 data:
   tokenizer: {root}/llm
-  train: [{{shards: {root}/train, share: 0.7}}, {{shards: {root}/text, share: 0.3}}]
+  train: [{{shards: {root}/train, weight: 0.7}}, {{shards: {root}/text, weight: 0.3}}]
   validation: [{{shards: {root}/validation}}]
   seq_len: 256
   min_pixels: 4096

@@ -149,7 +149,7 @@ def test_one_kind_of_folder_is_not_read_as_another(tmp_path: Path) -> None:
         ("pre-buffer", NEO, r"is no NEO checkpoint .*'pre_buffer'.*load it by PreBuffer.from_pretrained and attach it"),
         ("own", PreBuffer, "holds no pre-Buffer but 'neo'"),
         ("llm", PreBuffer, "holds no pre-Buffer but 'qwen3'"),
-        ("released", PostLLM, "language model type 'neo_chat' is not supported; supported: gemma3, "),
+        ("released", PostLLM, "model_type 'neo_chat' is unknown; registered: gemma3, "),
     ):
         with pytest.raises(ValueError, match=message):
             reader.from_pretrained(folders[folder])

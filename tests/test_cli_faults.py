@@ -31,7 +31,7 @@ FAULTS = [
     ("attach {w}/llm {w}/other -o {t}/a", r"{w}/llm holds no pre-Buffer but 'qwen3'"),
     ("attach {t}/asset {w}/other -o {t}/a --bridge identity", r"bridge_in must map width 48 to 32 .*"),
     ("attach {t}/asset {w}/other -o {t}/a --bridge x", r"bridge must be one of auto, identity, .* got 'x'"),
-    ("attach {t}/asset {w}/neo -o {t}/a", r"language model type 'neo' is not supported; supported: gemma3, .*"),
+    ("attach {t}/asset {w}/neo -o {t}/a", r"model_type 'neo' is unknown; registered: gemma3, .*"),
     ("convert {w}/neo -o {t}/a --layout x", r"layout must be 'neo_components' or 'released', got 'x'"),
     # recipes
     ("recipes copy quickstart/pretrai {t}/a.yaml", r"'quickstart/pretrai' is no file, .*: quickstart/pretrain .*"),

@@ -12,7 +12,7 @@ import torch
 from shard_builders import IMAGE_IDS, TOKENIZER, turns
 
 from neo_components.data import encode_conversation, encode_prompt, image_token_ids, load_tokenizer
-from neo_components.data.text.conversation import IMAGE_TOKENS, ConversationError, check_conversation
+from neo_components.data.text.turns import IMAGE_TOKENS, ConversationError, check_conversation
 from neo_components.types import IGNORED
 
 CASES: list[dict[str, Any]] = json.loads(
@@ -153,7 +153,7 @@ def test_length_limit(tokenizer: Any) -> None:
     cut, cut_labels = encode_conversation(conversation, tokenizer, [4], max_length=first + 1, strict=True)
     assert cut.tolist() == whole[: first + 1].tolist()
     assert (cut_labels != IGNORED).sum() == 1
-    with pytest.raises(ConversationError, match="nothing is left to learn") as found:
+    with pytest.raises(ConversationError, match="no target is left") as found:
         encode_conversation(conversation, tokenizer, [4], max_length=first, strict=True)
     assert found.value.reason == "too_long"
     assert (encode_conversation(conversation, tokenizer, [4], max_length=first)[1] == IGNORED).all()

@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import document_of
 from commands import good, neo
 from PIL import Image
 from shard_builders import content, module, png, tar, turns, write
 
-from neo_components.components.rotary import native_positions
-from neo_components.data import encode_conversation, llava_to_shards, load_tokenizer, read_shards
-from neo_components.data.convert.captions import captions_to_shards
-from neo_components.data.convert.texts import texts_to_shards
+from neo_components.components.ropes.native import Native
+from neo_components.data import convert_to_shards, encode_conversation, load_tokenizer, read_shards
+from neo_components.data.convert.captions import Captions
+from neo_components.data.convert.llava import Llava
+from neo_components.data.convert.texts import Texts
 from neo_components.data.convert.video import evenly, read_frames
-from neo_components.data.convert.vlmeval import vlmeval_to_shards
-from neo_components.data.convert.web_tars import tars_to_shards
+from neo_components.data.convert.vlmeval import VLMEval
+from neo_components.data.convert.web_tars import WebTars
 from neo_components.data.shards.folder import ShardFolder
 
 
@@ -75,8 +77,8 @@ def test_images_with_captions(kind: str, pictures: Path, tmp_path: Path) -> None
     else:
         lines = [f"{name}\t{text}" for name, text in texts.items()]
         (tmp_path / "captions.txt").write_text("\n".join([*lines, "no tab"]), encoding="utf-8")
-    tally = captions_to_shards(pictures, file, tmp_path / "shards", prompt="Describe it.")
-    assert tally.kept == 3 and dict(tally.skipped) == expected
+    skips = convert_to_shards(Captions(pictures, file, prompt="Describe it."), tmp_path / "shards")
+    assert skips.kept == 3 and dict(skips.skipped) == expected
     assert counts(tmp_path / "shards") == [(caption(texts[n], "Describe it."), 1) for n in list(texts)[:3]]
     samples = list(read_shards(tmp_path / "shards"))
     assert [sample["name"] for sample in samples] == list(texts)[:3]
@@ -91,9 +93,9 @@ def test_captions_faults(pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "c.xml", r"\.csv, \.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
-            captions_to_shards(pictures, file, tmp_path / "shards")
+            convert_to_shards(Captions(pictures, file), tmp_path / "shards")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        captions_to_shards(pictures, tmp_path / "none.csv", tmp_path / "shards")
+        convert_to_shards(Captions(pictures, tmp_path / "none.csv"), tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
 
@@ -114,8 +116,8 @@ def test_vlmevalkit_tables(tmp_path: Path) -> None:
         )
         table.writeheader()
         table.writerows(rows)
-    tally = vlmeval_to_shards(tmp_path / "bench.tsv", tmp_path / "shards")
-    assert dict(tally.skipped) == {"no_answer": 1, "missing_image": 1, "unreadable": 2}
+    skips = convert_to_shards(VLMEval(tmp_path / "bench.tsv"), tmp_path / "shards")
+    assert dict(skips.skipped) == {"no_answer": 1, "missing_image": 1, "unreadable": 2}
     samples = list(read_shards(tmp_path / "shards"))
     assert [(s["index"], s["kind"], len(s["images"])) for s in samples] == [
         ("0", "color", 1),
@@ -132,7 +134,7 @@ def test_vlmevalkit_tables(tmp_path: Path) -> None:
     assert samples[1]["images"] == [png(color=(200, 0, 0))]
     (tmp_path / "bad.tsv").write_text("a\tb\n1\t2\n")
     with pytest.raises(ValueError, match="no column answer, image, index, question"):
-        vlmeval_to_shards(tmp_path / "bad.tsv", tmp_path / "other")
+        convert_to_shards(VLMEval(tmp_path / "bad.tsv"), tmp_path / "other")
 
 
 def test_image_text_tars(tmp_path: Path) -> None:
@@ -148,8 +150,8 @@ def test_image_text_tars(tmp_path: Path) -> None:
     })  # fmt: skip
     whole = tar(source / "00001.tar", {"a.png": png(), "a.txt": b"whole", "b.png": png(200, 200), "b.txt": b"cut"})
     whole.write_bytes(whole.read_bytes()[: 512 * 4 + 300])
-    tally = tars_to_shards(source, tmp_path / "shards", workers=2)
-    assert dict(tally.skipped) == {"caption": 1, "unreadable": 1, "missing_image": 1, "truncated": 1}
+    skips = convert_to_shards(WebTars(source), tmp_path / "shards", workers=2)
+    assert dict(skips.skipped) == {"caption": 1, "unreadable": 1, "missing_image": 1, "truncated": 1}
     assert counts(tmp_path / "shards") == [
         (caption("A red square."), 1),
         (caption("From JSON."), 1),
@@ -163,7 +165,7 @@ def test_image_text_tars(tmp_path: Path) -> None:
 def test_tars_with_evil_members_are_refused(name: str, tmp_path: Path) -> None:
     tar(tmp_path / "tars" / "0.tar", {"a.png": png(), "a.txt": b"x", name: b"x"})
     with pytest.raises(ValueError, match=r"absolute or leads out|pickles can run code"):
-        tars_to_shards(tmp_path / "tars", tmp_path / "shards")
+        convert_to_shards(WebTars(tmp_path / "tars"), tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
 
@@ -185,13 +187,13 @@ def test_texts(kind: str, tmp_path: Path) -> None:
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), source)
-    tally = texts_to_shards(source, tmp_path / "plain")
-    assert (tally.read, dict(tally.skipped)) == (4, {"no_answer": 1, "json": 1})
+    skips = convert_to_shards(Texts(source), tmp_path / "plain")
+    assert (skips.read, dict(skips.skipped)) == (4, {"no_answer": 1, "json": 1})
     assert [c for c, _ in counts(tmp_path / "plain")] == [
         [{"from": "gpt", "value": "A plain text."}],
         [{"from": "gpt", "value": "An ü."}],
     ]
-    texts_to_shards(source, tmp_path / "asked", question="question")
+    convert_to_shards(Texts(source, question="question"), tmp_path / "asked")
     assert [c for c, _ in counts(tmp_path / "asked")] == [turns("Why?", "A plain text."), turns("Who?", "An ü.")]
 
 
@@ -208,15 +210,15 @@ def test_chat_messages(tmp_path: Path) -> None:
         {"messages": 3},
     ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, records)))
-    tally = texts_to_shards(tmp_path / "chat.jsonl", tmp_path / "shards")
-    assert dict(tally.skipped) == {"no_answer": 1, "role": 1, "turns": 1}
+    skips = convert_to_shards(Texts(tmp_path / "chat.jsonl"), tmp_path / "shards")
+    assert dict(skips.skipped) == {"no_answer": 1, "role": 1, "turns": 1}
     assert counts(tmp_path / "shards") == [([{"from": "system", "value": "Be brief."}, *turns("Hi", "Ho")], 0)]
     with pytest.raises(ValueError, match=r"from \.jsonl or \.parquet, got 'chat\.json'"):
         (tmp_path / "chat.json").write_text("[]")
-        texts_to_shards(tmp_path / "chat.json", tmp_path / "other")
+        convert_to_shards(Texts(tmp_path / "chat.json"), tmp_path / "other")
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is no Parquet file"):
-        texts_to_shards(tmp_path / "bad.parquet", tmp_path / "other")
+        convert_to_shards(Texts(tmp_path / "bad.parquet"), tmp_path / "other")
 
 
 # --- video
@@ -274,8 +276,8 @@ def test_videos_become_samples_whose_time_advances_by_frame(tmp_path: Path) -> N
         {"video": "a.mp4", "conversations": turns("<video><video>")},
     ]
     (tmp_path / "videos.json").write_text(json.dumps(records))
-    tally = llava_to_shards(tmp_path / "videos.json", tmp_path, tmp_path / "shards", frames=3)
-    assert dict(tally.skipped) == {"video": 1, "missing_image": 1, "images": 1, "image_tags": 1}
+    skips = convert_to_shards(Llava(tmp_path / "videos.json", tmp_path, frames=3), tmp_path / "shards")
+    assert dict(skips.skipped) == {"video": 1, "missing_image": 1, "images": 1, "image_tags": 1}
     one, two = read_shards(tmp_path / "shards")
     assert (one["frames"], two["frames"]) == ([3], [3, 3])
     assert greens(one["images"]) == [3, 10, 16] and greens(two["images"]) == [1, 3, 5, 3, 10, 16]
@@ -287,7 +289,7 @@ def test_videos_become_samples_whose_time_advances_by_frame(tmp_path: Path) -> N
     first = int(image_ids[image_ids >= 0].min())
     assert [int(n) - first for n in image_ids[image_ids >= 0]] == [n for frame in range(6) for n in [frame] * 4]
     local = torch.where(image_ids >= 0, image_ids - first, -1)
-    times = native_positions(local, [(2, 2)] * 6)[:, 0]
+    times = Native().positions(document_of(local, [(2, 2)] * 6))[:, 0]
     starts = [int(times[local == frame][0]) for frame in range(6)]
     assert [starts[n + 1] - starts[n] for n in (0, 1, 3, 4)] == [1, 1, 1, 1]
     assert all((times[local == frame] == starts[frame]).all() for frame in range(6))
@@ -321,10 +323,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_processes_write_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = llava_source(tmp_path)
-    alone = llava_to_shards(source, tmp_path / "images", tmp_path / "alone", 6)
+    alone = convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "alone", shard_size=6)
     log = caplog.text
     caplog.clear()
-    together = llava_to_shards(source, tmp_path / "images", tmp_path / "together", 6, workers=3)
+    together = convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "together", shard_size=6, workers=3)
     assert alone == together and alone.kept == 35
     assert caplog.text == log and "record 9 (unreadable)" in log
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
@@ -336,13 +338,14 @@ def test_a_full_disk_stops_clearly_and_the_conversion_goes_on_later(tmp_path: Pa
     source = llava_source(tmp_path)
     big = [{"conversations": turns("Say it", "word " * 20000)} for _ in range(12)]
     source.write_text(json.dumps([*json.loads(source.read_text())[:12], *big]))
-    llava_to_shards(source, tmp_path / "images", tmp_path / "whole", 6)
+    convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "whole", shard_size=6)
     code = f"""
 import resource, sys
-from neo_components.data import llava_to_shards
+from neo_components.data import convert_to_shards
+from neo_components.data.convert.llava import Llava
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    llava_to_shards({str(source)!r}, {str(tmp_path / "images")!r}, {str(tmp_path / "shards")!r}, 6)
+    convert_to_shards(Llava({str(source)!r}, {str(tmp_path / "images")!r}), {str(tmp_path / "shards")!r}, shard_size=6)
 except OSError as error:
     print(error)
 """
@@ -351,7 +354,7 @@ except OSError as error:
     part = tmp_path / "shards.part"
     finished = {path: path.stat().st_mtime_ns for path in (part / "shard-000000.tar", part / "shard-000001.tar")}
     assert not (tmp_path / "shards").exists()
-    llava_to_shards(source, tmp_path / "images", tmp_path / "shards", 6)
+    convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "shards", shard_size=6)
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
     assert [(tmp_path / "shards" / path.name).stat().st_mtime_ns for path in finished] == list(finished.values())
     assert not part.exists()
@@ -361,11 +364,11 @@ except OSError as error:
 def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
     source = llava_source(tmp_path)
     part = tmp_path / "shards.part"
-    llava_to_shards(source, tmp_path / "images", tmp_path / "first", 6)
+    convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "first", shard_size=6)
     shutil.copytree(tmp_path / "first", part)
     (part / "job.json").write_text('{"kind": "other"}')
     (part / "shard-000000.json").write_text("{}")
-    llava_to_shards(source, tmp_path / "images", tmp_path / "shards", 6)
+    convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "shards", shard_size=6)
     assert contents(tmp_path / "shards") == contents(tmp_path / "first")
 
 

@@ -16,7 +16,7 @@ from llm_builders import native_model, text_llm
 from shard_builders import mixed_samples, module, png, raw_samples, sample, take, tar, truncated_png, write
 
 from neo_components.data import NEODataModule
-from neo_components.data.rows import RowMaker
+from neo_components.data.packed import BatchMaker
 from neo_components.data.samples import SampleMaker
 from neo_components.data.shards.folder import ShardFolder, ShardGoneError
 from neo_components.data.skip_counts import TooManySkippedError
@@ -55,7 +55,7 @@ def test_a_row_of_nothing_but_bad_samples_is_padding(tmp_path: Path) -> None:
         take(module(tmp_path, **{**OPTIONS, "max_skipped": 0.5}), 100)
     # Every parameter takes part all the same: with an absent gradient one rank would leave the others waiting.
     model = native_model(text_llm(tmp_path / "llm"))
-    padding = RowMaker([], SampleMaker(data.tokenizer, model.input_spec, 4096, 4096), 64).batch([])[0]
+    padding = BatchMaker([], SampleMaker(data.tokenizer, model.input_spec, 4096, 4096), 64).batch([])[0]
     loss = model.loss(padding)
     loss.backward()
     assert loss.item() == 0
@@ -102,7 +102,7 @@ def test_a_shard_that_ends_early_or_is_gone(workers: int, tmp_path: Path) -> Non
             pass
 
 
-def test_lengths_that_are_damaged_are_counted_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lengths_that_are_damaged_are_counted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path / "shards", mixed_samples(12))
     expected = steps(module(folder, **OPTIONS), 5)
     (file,) = folder.glob("lengths-*.npy")
@@ -110,7 +110,7 @@ def test_lengths_that_are_damaged_are_counted_anew(tmp_path: Path, caplog: pytes
     for content in (b"nonsense", whole[:50], b""):
         file.write_bytes(content)
         assert steps(module(folder, **OPTIONS), 5) == expected
-        assert f"{file} is damaged; the lengths are counted anew" in caplog.text
+        assert f"{file} is damaged; the lengths are counted again" in caplog.text
         assert file.read_bytes() == whole
 
 

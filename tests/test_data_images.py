@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from shard_builders import gigantic_png, png, truncated_png
 
 from neo_components.data import load_image, max_pixels_per_image, smart_resize
-from neo_components.data.image import images, resampling
 from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageError, open_image, resize
-from neo_components.data.packing import normalise, patchify
+from neo_components.data.image.files import ImageError, open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
+from neo_components.data.packing import normalize, patchify
 from neo_components.types import InputSpec
 
 LIMITS = {"min_pixels": 4096, "max_pixels": 16384}
@@ -210,47 +210,12 @@ def test_raw_pixels_are_normalised_when_packed() -> None:
         assert torch.equal(patchify(raws, spec)[0], patchify(floats, spec)[0])
 
 
-def textures(size: tuple[int, int], seed: int) -> list[np.ndarray]:
-    """Noise, black and white noise, a checkerboard whose sums lie at halves, and something soft."""
-    random = np.random.default_rng(seed)
-    noise = random.integers(0, 256, (*size, 3), np.uint8)
-    board = np.broadcast_to((np.indices(size).sum(0) % 2 * 255).astype(np.uint8)[..., None], (*size, 3))
-    soft = Image.fromarray(noise[:4, :4]).resize(size[::-1], Image.Resampling.BICUBIC)
-    return [noise, np.where(noise > 127, np.uint8(255), np.uint8(0)), np.ascontiguousarray(board), np.asarray(soft)]
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_quick_resize_equals_pillow_bit_by_bit(seed: int) -> None:
-    """Any size to any other: smaller and larger, one side only, tall ones, scales beyond the sums that are exact."""
-    random = np.random.default_rng(seed)
-    size = (int(random.integers(1, 400)), int(random.integers(1, 400)))
-    new = (int(random.integers(1, 13)) * 32, int(random.integers(1, 13)) * 32)
-    for pixels in textures(size, seed):
-        for target in (new, (size[0], new[1]), (new[0], size[1]), size):
-            found = resampling.resize(pixels, target)
-            assert found.dtype == torch.uint8 and torch.equal(found, resize(pixels, target)), (size, target)
-
-
-@pytest.mark.parametrize(
-    ("size", "new", "by_pillow"),
-    [((300, 200), (96, 160), True), ((200, 300), (96, 160), False), ((64, 4000), (64, 512), True)],
-)
-def test_what_pillow_itself_resizes(
-    size: tuple[int, int], new: tuple[int, int], by_pillow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tall images, whose order of sums depends on Pillow's version, and very large scales."""
-    called = []
-    monkeypatch.setattr(images, "resize", lambda *arguments: called.append(arguments))
-    resampling.resize(np.zeros((*size, 3), np.uint8), new)
-    assert bool(called) == by_pillow
-
-
 def test_fast_resize_is_nearly_exact() -> None:
     pixels = decode(open_image(jpeg((300, 200), quality=90)))
     for size in ((96, 160), (320, 416)):
-        difference = (resize(pixels, size).int() - resampling.resize_fast(pixels, size).int()).abs()
+        difference = (resize(pixels, size).int() - resize_fast(pixels, size).int()).abs()
         assert difference.max() <= 2 and 0 < (difference > 0).float().mean() < 0.01
-    assert torch.equal(resize(pixels, (200, 300)), resampling.resize_fast(pixels, (200, 300)))
+    assert torch.equal(resize(pixels, (200, 300)), resize_fast(pixels, (200, 300)))
 
 
 @pytest.mark.parametrize("layout", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
@@ -260,7 +225,7 @@ def test_raw_pixels_are_cut_like_others(layout: tuple[int, int, int]) -> None:
         spec = InputSpec(9, 7, 8, 7, patch_size, fold, 3, lambda ids, grids: ids)
         raw = torch.randint(0, 256, (3, 2 * patch_size * fold, 3 * patch_size * fold), dtype=torch.uint8)
         lying = raw.permute(layout).contiguous().permute(tuple(np.argsort(layout)))
-        floats = normalise(raw.flatten(1).float()).view(raw.shape)
+        floats = normalize(raw.flatten(1).float()).view(raw.shape)
         assert torch.equal(patchify([lying], spec)[0], patchify([floats], spec)[0])
 
 

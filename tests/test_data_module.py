@@ -86,7 +86,7 @@ def test_skipped_samples_are_counted_on_after_a_resume(folders: tuple[Path, Path
     assert second.describe()["train"] == whole.describe()["train"]
 
 
-def test_shares_are_those_of_the_samples(folders: tuple[Path, Path]) -> None:
+def test_weights_are_those_of_the_samples(folders: tuple[Path, Path]) -> None:
     data = module(*sources(folders), **OPTIONS)
     counts = Counter[str]()
     for batch in take(data, 40):
@@ -99,15 +99,15 @@ def test_shares_are_those_of_the_samples(folders: tuple[Path, Path]) -> None:
 def test_a_ratio_of_text_and_a_temperature(folders: tuple[Path, Path]) -> None:
     """60 samples with pictures and 20 of text, whose weights are 0.7 and 0.3."""
 
-    def share_of_text(**options: Any) -> float:
+    def fraction_of_text(**options: Any) -> float:
         batches = take(module(*sources(folders), **OPTIONS, **options), 60)
         counts = Counter(key[0] for batch in batches for row in batch.keys for key in row)
         return counts["t"] / counts.total()
 
-    assert abs(share_of_text(text_share=0.6) - 0.6) < 0.01
-    assert abs(share_of_text(temperature=1.0) - 0.3 * 20 / (0.3 * 20 + 0.7 * 60)) < 0.01
-    with pytest.raises(ValueError, match=r"text_share is 0.5, but all of data.train .* are sources of text alone"):
-        module(folders[1], text_share=0.5).train_dataloader()
+    assert abs(fraction_of_text(text_fraction=0.6) - 0.6) < 0.01
+    assert abs(fraction_of_text(temperature=1.0) - 0.3 * 20 / (0.3 * 20 + 0.7 * 60)) < 0.01
+    with pytest.raises(ValueError, match=r"text_fraction is 0.5, but all of data.train .* are sources of text alone"):
+        module(folders[1], text_fraction=0.5).train_dataloader()
 
 
 def test_augmentation_changes_training_alone_and_resumes(folders: tuple[Path, Path]) -> None:
@@ -132,8 +132,8 @@ def test_augmentation_changes_training_alone_and_resumes(folders: tuple[Path, Pa
     assert all(torch.equal(a.patches, b.patches) for a, b in zip(*loaders, strict=True))
 
 
-def test_shares_may_count_tokens(folders: tuple[Path, Path]) -> None:
-    batches = take(module(*sources(folders), share_of="tokens", **OPTIONS), 60)
+def test_weights_may_be_those_of_tokens(folders: tuple[Path, Path]) -> None:
+    batches = take(module(*sources(folders), weight_unit="tokens", **OPTIONS), 60)
     tokens = Counter[str]()
     for batch in batches:
         for row, names in enumerate(batch.keys):
@@ -203,8 +203,27 @@ def test_resume_with_other_data_is_refused(folders: tuple[Path, Path], changed: 
         second.train_dataloader()
 
 
-def test_faults_are_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows must be at least 1, got 0; .*loss_reduction.*'mean'; share of x"):
+def test_checkpoints_of_version_0_1_are_resumed(folders: tuple[Path, Path]) -> None:
+    """Their data state has other names for some settings."""
+    data = module(*sources(folders), **OPTIONS)
+    expected = keys(take(module(*sources(folders), **OPTIONS), 5))[2:]
+    take(data, 2)
+    state = data.state_dict()
+    old = {"seq_len": "row_length", "weights": "shares", "weight_unit": "share_of"}
+    settings = {old.get(name, name): value for name, value in state["settings"].items()}
+    assert set(old.values()) <= settings.keys()
+    resumed = module(*sources(folders), **OPTIONS)
+    resumed.load_state_dict(saved({**state, "settings": settings}))
+    assert keys(take(resumed, 3)) == expected
+    other = module(*sources(folders), **{**OPTIONS, "seq_len": 120})
+    other.load_state_dict(saved({**state, "settings": settings}))
+    with pytest.raises(ValueError, match=r"seq_len: \d+ then, 120 now\); use the settings of then"):
+        other.train_dataloader()
+
+
+def test_faults_are_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    message = r"micro_batch_size must be at least 1, got 0; .*loss_reduction.*'mean'; weight of x must be over 0"
+    with pytest.raises(ValueError, match=message):
         module(Source("x", 0.0), micro_batch_size=0, loss_reduction="mean")
     with pytest.raises(FileNotFoundError, match="no shards"):
         module(tmp_path).setup()
@@ -290,32 +309,32 @@ def test_the_stream_goes_on_over_lightnings_epochs(folders: tuple[Path, Path], t
     assert recorder.trained == keys(take(module(*sources(folders), **OPTIONS), 9))
 
 
-def rank_of(number: int, ranks: int, rows: int, folders: tuple[Path, Path], workers: int) -> OfRank:
+def rank_of(number: int, ranks: int, size: int, folders: tuple[Path, Path], workers: int) -> OfRank:
     options = {"seq_len": 128, "min_pixels": 4096, "max_pixels": 16384, "shuffle": 30}
-    data = OfRank(TOKENIZER, sources(folders), micro_batch_size=rows, workers=workers, **options)
+    data = OfRank(TOKENIZER, sources(folders), micro_batch_size=size, workers=workers, **options)
     data.number, data.ranks, data.input_spec = number, ranks, SPEC
     return data
 
 
 def test_other_ranks_and_workers_go_on_and_repeat_nothing(folders: tuple[Path, Path]) -> None:
-    """Each sample once per epoch although ranks, rows and workers change twice, in the middle of a block of steps."""
+    """Each sample once per epoch although ranks, micro-batch size and workers change twice within a block of steps."""
     counts = Counter[str]()
     state: dict[str, Any] | None = None
-    for ranks, rows, workers, steps in ((2, 1, 2, 5), (3, 1, 0, 3), (1, 2, 1, 60)):
+    for ranks, size, workers, steps in ((2, 1, 2, 5), (3, 1, 0, 3), (1, 2, 1, 60)):
         states = []
         for number in range(ranks):
-            data = rank_of(number, ranks, rows, folders, workers)
+            data = rank_of(number, ranks, size, folders, workers)
             if state is not None:
                 data.load_state_dict(saved(state))
             counts.update(key for batch in take(data, steps) for row in batch.keys for key in row)
             states.append(data.state_dict())
-        assert all(one["place"] == states[0]["place"] for one in states)  # every rank knows the place of all
+        assert all(one["place"] == states[0]["place"] for one in states)  # every rank knows the position of all
         state = states[0] | {"tallies": [one["tallies"][0] for one in states]}
-    assert counts.total() == sum(tally["read"] for tally in state["tallies"]) if state else False
+    assert counts.total() == sum(one["read"] for one in state["tallies"]) if state else False
     for prefix, size in (("p", 60), ("t", 20)):
         own = [counts[f"{prefix}{number:04d}"] for number in range(size)]
         assert min(own) >= 1 and max(own) - min(own) <= 2
-    # Of what the block held, nothing was lost or doubled: the rows of the block were dealt exactly once.
+    # Of what the block held, nothing was lost or doubled: the sequences of the block were dealt exactly once.
     whole = Counter(key for batch in take(rank_of(0, 1, 1, folders, 0), 13) for row in batch.keys for key in row)
     begun = Counter[str]()
     for number in range(2):

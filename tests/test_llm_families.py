@@ -16,8 +16,8 @@ from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.components.backends import SpanAttention
-from neo_components.llms import FAMILIES
 from neo_components.llms.layout import to_stored
+from neo_components.registry import LLM_FAMILIES
 from neo_components.storage.weights import TensorFiles
 from neo_components.types import NO_IMAGE
 
@@ -177,7 +177,7 @@ def test_the_way_back_to_the_files(family: str, case: str, pair: Callable[..., P
     new = {id(p) for part in llm.hw_modules() for p in part.parameters()}
     state = {name: p.detach() for name, p in llm.named_parameters() if id(p) not in new}
     files = TensorFiles(Path(llm.hparams.source))
-    stored = to_stored(state, FAMILIES[family], dict(llm.hparams))
+    stored = to_stored(state, LLM_FAMILIES[family](), dict(llm.hparams))
     assert set(stored) == set(files.names())
     assert all(torch.equal(files.get(name), tensor) for name, tensor in stored.items())
 

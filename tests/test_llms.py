@@ -12,8 +12,11 @@ from builders import edit_config, llm_folder, random_image, random_sample, same_
 from llm_references import CASES, DYNAMIC, LENGTH, LINEAR, SIZES, plain, reference, shake
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
-from neo_components.llms import FAMILIES
+from neo_components.llms import family_of
+from neo_components.llms.family import Config, Sizes
 from neo_components.llms.layout import to_stored
+from neo_components.llms.llama import Llama
+from neo_components.registry import LLM_FAMILIES
 from neo_components.storage.weights import save_tensors
 
 
@@ -275,7 +278,7 @@ def test_internlm2(options: dict[str, Any], bias: bool, tmp_path: Path) -> None:
     assert close(llm, theirs, LENGTH)
     new = {id(p) for part in llm.hw_modules() for p in part.parameters()}
     state = {name: p.detach() for name, p in llm.named_parameters() if id(p) not in new}
-    assert same_tensors(to_stored(state, FAMILIES["internlm2"], dict(llm.hparams)), weights_of(tmp_path))
+    assert same_tensors(to_stored(state, LLM_FAMILIES["internlm2"](), dict(llm.hparams)), weights_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,7 @@ def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: b
         ),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "spin": 1}}, "rope scaling 'yarn' with spin"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantised by 'gptq'"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "holds weights quantized by 'gptq'"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=['full_attention', "),
         ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "layer_types=['sliding_attention', "),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for num_hidden_layers=5"),
@@ -330,9 +333,9 @@ def test_internlm3(family: str, options: dict[str, Any], qkv_bias: bool, bias: b
         (
             "granite",
             {"model_type": "granitemoe"},
-            "language model type 'granitemoe' is not supported; supported: gemma3",
+            "model_type 'granitemoe' is unknown; registered: gemma3, ",
         ),
-        ("granite", {"model_type": None}, "language model type None is not supported"),
+        ("granite", {"model_type": None}, "model_type None is unknown; registered: "),
         ("granite", {"intermediate_size": ...}, "config.json lacks 'intermediate_size' of a granite model"),
     ],
 )
@@ -352,7 +355,40 @@ def test_unsupported_settings_are_refused_by_name(
     assert message in str(error.value)
 
 
-def test_two_unsupported_settings_are_told_together(tmp_path: Path) -> None:
+def test_an_unknown_family_proposes_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"registered: gemma3, .*, smollm3; .*; did you mean 'granite'\?$"):
+        family_of({"model_type": "granit"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda sizes: sizes | {"qk_nrm": "none"},
+            "gives 'qk_nrm', which PostLLM does not have; did you mean 'qk_norm'?",
+        ),
+        (lambda sizes: {n: v for n, v in sizes.items() if n != "depth"}, "does not give 'depth', which PostLLM needs"),
+    ],
+)
+def test_a_family_that_does_not_fit_the_post_llm(change: Any, message: str, tmp_path: Path) -> None:
+    """The message names the family's class and the argument."""
+    plain("llama", tmp_path)
+    edit_config(tmp_path, lambda c: c.update(model_type="odd"))
+
+    @LLM_FAMILIES.register("odd")
+    class Odd(Llama):
+        def sizes(self, config: Config) -> Sizes:
+            return change(super().sizes(config))
+
+    try:
+        with pytest.raises(ValueError) as error:
+            PostLLM.from_pretrained(tmp_path)
+    finally:
+        LLM_FAMILIES.remove("odd")
+    assert "Odd.sizes " + message in str(error.value)
+
+
+def test_two_unsupported_settings_are_reported_together(tmp_path: Path) -> None:
     plain("gemma3_text", tmp_path)
     edit_config(tmp_path, lambda c: c.update(hidden_activation="gelu", final_logit_softcapping=3.0))
     with pytest.raises(ValueError, match=r"hidden_activation='gelu' .*; final_logit_softcapping=3.0"):

@@ -76,7 +76,7 @@ def test_numbers_are_those_of_the_spec(name: str) -> None:
     assert (trainer["gradient_clip_val"], trainer["precision"]) == (1.0, "bf16-mixed")
     first = stage_name == "pretrain"
     assert stage.train == (("patch_embedding", "pre_buffer", "post_llm.hw") if first else ("all",))
-    shares = [source.share for source in data["train"]]
+    shares = [source.weight for source in data["train"]]
     assert shares == ([1.0] if stage_name == "sft" else [0.7, 0.3])
     assert lr_factor(stage.steps, stage) == pytest.approx(want.floor)
     assert lr_factor(stage.warmup_steps, stage) == 1.0

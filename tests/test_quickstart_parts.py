@@ -13,7 +13,7 @@ from PIL import Image
 
 from neo_components import PostLLM
 from neo_components.data import encode_conversation, encode_prompt, load_tokenizer, read_shards
-from neo_components.data.text.conversation import check_conversation
+from neo_components.data.text.turns import check_conversation
 from neo_components.evaluation import questions_from_shards
 from neo_components.quickstart.easy_vqa import (
     EasyVQAPart,

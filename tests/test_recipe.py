@@ -23,7 +23,8 @@ from neo_components.recipe import (
     list_recipes,
     validate_recipe,
 )
-from neo_components.recipe.hints import hints_of, sections_of
+from neo_components.recipe.hints import hints_of, members, sections_of
+from neo_components.recipe.parts import part_of
 from neo_components.recipe.schema import TRAINER_OWNED, keys, schema
 from neo_components.recipe.stage import Group, StageConfig
 
@@ -33,14 +34,15 @@ ROOT = Path(__file__).parent.parent
 def test_what_a_recipe_says(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, MODEL + RUN))
     assert isinstance(recipe.model, Compose)
-    assert (recipe.model.patch_embedding.width, recipe.model.patch_embedding.fold) == (16, 2)
+    assert recipe.model.patch_embedding == {
+        "kind": "neo", "width": 16, "patch_size": 4, "fold": 2, "channels": 3, "position": "rotary", "base": 1e4,
+    }  # fmt: skip
     assert (recipe.model.pre_buffer.depth, recipe.model.post_llm.hidden_size) == (1, 32)
-    assert recipe.model.rope is not None
-    assert (recipe.model.rope.kind, recipe.model.rope.base_t, recipe.model.rope.base_h) == ("native", 1e6, 1e4)
+    assert recipe.model.rope == {"kind": "native", "base_t": 1e6, "base_h": 1e4, "base_w": 1e4}
     assert (recipe.model.attention, recipe.model.backend, recipe.model.from_pretrained) == ("mixed", "auto", None)
     assert recipe.stage.train == ("patch_embedding", "pre_buffer", "post_llm.hw")
     assert (recipe.stage.steps, recipe.stage.lr, recipe.stage.betas) == (20, 1e-3, (0.9, 0.95))
-    assert [(s.shards, s.share) for s in recipe.data["train"]] == [("folder/images", 0.7), ("folder/text", 0.3)]
+    assert [(s.shards, s.weight) for s in recipe.data["train"]] == [("folder/images", 0.7), ("folder/text", 0.3)]
     assert (recipe.data["seq_len"], recipe.data["validation"], recipe.data["seed"]) == (4096, [], 0)
     assert recipe.trainer == {"accelerator": "cpu", "gradient_clip_val": 1}
     assert (recipe.seed, recipe.output) == (0, "outputs/my")
@@ -89,11 +91,11 @@ def test_extends_overrides_and_interpolation(tmp_path: Path) -> None:
     written(tmp_path, middle, "folder/middle.yaml")
     top = "extends: folder/middle.yaml\nstage: {name: top}\ndata: {train: [{shards: '${data.tokenizer}/x'}]}\n"
     path = written(tmp_path, top)
-    recipe = load_recipe(path, ["variables.root=high", "model.pre_buffer.depth=3", "data.train.0.share=0.5"])
+    recipe = load_recipe(path, ["variables.root=high", "model.pre_buffer.depth=3", "data.train.0.weight=0.5"])
     assert (recipe.seed, recipe.output) == (2, "high/top")
     assert (recipe.stage.name, recipe.stage.steps, recipe.stage.lr) == ("top", 40, 1e-3)
     assert isinstance(recipe.model, Compose) and recipe.model.pre_buffer.depth == 3
-    assert [(s.shards, s.share) for s in recipe.data["train"]] == [("folder/llm/x", 0.5)]
+    assert [(s.shards, s.weight) for s in recipe.data["train"]] == [("folder/llm/x", 0.5)]
     assert load_recipe(path, ["seed=5"]).data["seed"] == 5
 
 
@@ -206,6 +208,11 @@ def defaults(section: Any, prefix: str = "") -> dict[str, set[str]]:
             else str(list(text) if isinstance(text, tuple) else text)
         )
         found.setdefault(key, set()).add(shown)
+        for part in filter(None, map(part_of, members(hint))):
+            for form in map(part.form, part.names()):
+                for name, values in defaults(form, f"{key}.").items():
+                    found.setdefault(name, set()).update(values)
+            found[f"{key}.kind"] = {part.default}
         items = [inner for item in get_args(hint) for inner in sections_of(item)] if "list" in str(hint) else []
         for inner, part in [(i, f"{key}.") for i in sections_of(hint)] + [(i, f"{key}[].") for i in items]:
             for name, values in defaults(inner, part).items():
@@ -214,7 +221,7 @@ def defaults(section: Any, prefix: str = "") -> dict[str, set[str]]:
 
 
 def test_the_page_tells_every_key_with_its_default() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
     told: dict[str, set[str]] = {}
     for key, quoted, word in ROW.findall(page):
         told.setdefault(key, set()).add(quoted or word)

@@ -12,11 +12,13 @@ from builders import random_sample, tiny_model
 from recipe_texts import MODEL, faults, written
 
 from neo_components import NEO, PostLLM, build, load_recipe, pack
-from neo_components.components.rotary import ROPE_VARIANTS
+from neo_components.components.ropes.one_dimensional import OneDimensional
 from neo_components.recipe import (
     Checkpoint,
+    Compose,
     import_user_modules,
 )
+from neo_components.registry import PATCH_EMBEDDINGS, ROPES
 
 
 def test_a_model_from_scratch_learns(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_an_asset_is_attached_or_reset(tmp_path: Path) -> None:
     assert fresh.pre_buffer.hparams == kept.pre_buffer.hparams
     for name in ("boundary", "patch_embedding.patch_proj.weight", "layers.0.self_attn.q_proj.weight"):
         assert not torch.allclose(fresh.pre_buffer.state_dict()[name], state[name])
-    with pytest.raises(ValueError, match=r"model.rope.kind is 'native', but the pre-Buffer .* was trained with '1d'"):
+    with pytest.raises(ValueError, match=r"model.rope is 'native', but the pre-Buffer .* was trained with '1d'"):
         build(load_recipe(path, ["model.rope=native"]).model)
 
 
@@ -128,8 +130,11 @@ def test_a_checkpoint_is_continued(tmp_path: Path) -> None:
 
 
 def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "from neo_components.components.rotary import register_rope, rope_variant\n"
-    written(tmp_path, module + "register_rope('mine')(lambda: rope_variant('1d'))\n", "own_package/own_rope.py")
+
+    module = (
+        "from neo_components.registry import ROPES\n\n\n@ROPES.register('mine')\nclass Mine(ROPES['1d']):\n    pass\n"
+    )
+    written(tmp_path, module, "own_package/own_rope.py")
     path = written(tmp_path, MODEL + "  rope: mine\n")
     assert faults(path)[0][1].startswith("unknown rope 'mine'; nearest: ")
     monkeypatch.chdir(tmp_path)
@@ -137,10 +142,10 @@ def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         import_user_modules(["own_package.own_rope"])
         model = build(load_recipe(path).model)
-        assert model.post_llm.rotary.index_rule is ROPE_VARIANTS["1d"].index_rule
+        assert isinstance(model.post_llm.rotary.variant, OneDimensional)
         assert model.pre_buffer.hparams["rope"] == "mine"
     finally:
-        ROPE_VARIANTS.pop("mine", None)
+        ROPES.remove("mine")
 
 
 def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +158,55 @@ def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ValueError, match=r"--import half_there: it imports 'not_installed_here', which is not installed"
     ):
         import_user_modules(["half_there"])
+
+
+OWN = """
+from neo_components import PatchEmbedding
+from neo_components.registry import PATCH_EMBEDDINGS, ROPES
+
+
+@PATCH_EMBEDDINGS.register("scaled")
+class Scaled(PatchEmbedding):
+    def __init__(self, hidden_size: int, gain: float, width: int = 8) -> None:
+        super().__init__(hidden_size, width, patch_size=4)
+        self.gain = gain
+
+    def forward(self, *args):
+        return super().forward(*args) * self.gain
+"""
+
+
+def test_a_patch_embedding_of_ones_own_with_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered by ``--import``: its options are keys of recipes, checked and completed like all others."""
+    written(tmp_path, OWN, "own_scaled.py")
+    path = written(tmp_path, MODEL.replace("{width: 16, patch_size: 4}", "{kind: scaled, gain: 3}"))
+    [(key, text)] = faults(path)
+    assert key == "model.patch_embedding.kind"
+    assert text.startswith("unknown patch_embedding 'scaled'; nearest: ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        import_user_modules(["own_scaled"])
+        recipe = load_recipe(path)
+        assert isinstance(recipe.model, Compose)
+        assert recipe.model.patch_embedding == {"kind": "scaled", "gain": 3.0, "width": 8}
+        assert load_recipe(written(tmp_path, recipe.to_yaml(), "complete.yaml")).model == recipe.model
+        model = build(recipe.model)
+        assert (type(model.patch_embedding).__name__, model.patch_embedding.gain) == ("Scaled", 3.0)
+        one = random_sample(model.input_spec, 0, images=1)
+        assert model.loss(pack([one], model.input_spec)).isfinite()
+        assert faults(path, "model.patch_embedding.gain=much", "model.patch_embedding.widht=3") == [
+            ("model.patch_embedding.gain", "got 'much' (str), wanted float (a finite number)"),
+            (
+                "model.patch_embedding.widht",
+                "is no option of patch_embedding 'scaled'; nearest: model.patch_embedding.width "
+                "(valid here: kind, gain, width)",
+            ),
+        ]
+        assert faults(path, "model.patch_embedding={kind: scaled}") == []  # sections merge key by key
+        assert faults(path, "model.patch_embedding=scaled") == [
+            ("model.patch_embedding", "lacks model.patch_embedding.gain")
+        ]
+    finally:
+        PATCH_EMBEDDINGS.remove("scaled")
+        sys.modules.pop("own_scaled", None)

@@ -9,20 +9,24 @@ import pytest
 from recipe_texts import ASSET, MODEL, PRETRAINED, RUN, faults, written
 
 from neo_components import load_recipe
-from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.recipe import (
     RecipeError,
     validate_recipe,
 )
+from neo_components.recipe.schema import CHOICES
+
+ROPE_NAMES = CHOICES["rope"].names()
 
 SINGLE = [
     # unknown keys
     ("modle.rope.kind=native", "modle", "unknown key; nearest: model (valid here: seed, output, model, stage,"),
     ("model.pre_bufer=1", "model.pre_bufer", "unknown key; nearest: model.pre_buffer (valid here: patch_embedding,"),
-    ("model.patch_embedding.widht=1", "model.patch_embedding.widht", "nearest: model.patch_embedding.width"),
+    ("model.patch_embedding.widht=1", "model.patch_embedding.widht", "is no option of patch_embedding 'neo'; "),
+    ("model.patch_embedding.widht=1", "model.patch_embedding.widht", "nearest: model.patch_embedding.width (valid "),
+    ("model.rope.base_x=1", "model.rope.base_x", "is no option of rope 'native'; nearest: model.rope.base_"),
     ("model.post_llm.base_t=1e6", "model.post_llm.base_t", "unknown key; nearest: model.rope.base_t"),
     ("stage.warmup=1", "stage.warmup", "unknown key; nearest: stage.warmup_steps"),
-    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, share)"),
+    ("data.train.0.shard=a", "data.train.0.shard", "nearest: data.train.0.shards (valid here: shards, weight)"),
     ("trainer.acelerator=cpu", "trainer.acelerator", "unknown key; nearest: trainer.accelerator"),
     # what the components refuse
     (
@@ -42,7 +46,7 @@ SINGLE = [
     ("stage.steps='20'", "stage.steps", "got '20' (str), wanted int (a whole number)"),
     ("seed=", "seed", "got nothing (null), wanted int (a whole number)"),
     ("model.post_llm.tie_embeddings=1", "model.post_llm.tie_embeddings", "got 1 (int), wanted bool (true or false)"),
-    ("model.patch_embedding=16", "model.patch_embedding", "got 16 (int), wanted a mapping (key: value)"),
+    ("model.patch_embedding=16", "model.patch_embedding", "got 16 (int), wanted a name or a mapping (kind: "),
     ("stage.train=all", "stage.train", "got 'all' (str), wanted a list of one of patch_embedding, pre_buffer,"),
     ("stage.train=all", "stage.train", "; write [all]"),
     ("stage.betas=[0.9]", "stage.betas", "got [0.9] (list), wanted a list of 2: float (a finite number), float"),
@@ -50,11 +54,13 @@ SINGLE = [
     ("trainer.devices=1.5", "trainer.devices", "got 1.5 (float), wanted a list of int (a whole number) or str"),
     ("trainer.deterministic=maybe", "trainer.deterministic", "got 'maybe' (str), wanted bool (true or false) or"),
     # names
-    ("model.rope=nativ", "model.rope.kind", "unknown rope 'nativ'; nearest: native (registered: 1d, native"),
+    ("model.rope=nativ", "model.rope", "unknown rope 'nativ'; nearest: native (registered: 1d, native"),
+    ("model.rope.kind=nativ", "model.rope.kind", "unknown rope 'nativ'; nearest: native (registered: 1d, native"),
     ("model.attention=mixd", "model.attention", "unknown attention 'mixd'; nearest: mixed (registered: causal, mixed"),
     ("model.backend=sdp", "model.backend", "unknown attention backend 'sdp'; nearest: sdpa (registered: auto, eager,"),
     ("model.bridge=identiy", "model.bridge", "unknown bridge 'identiy'; nearest: identity"),
-    ("model.patch_embedding.position=sincs", "model.patch_embedding.position", "unknown position 'sincs'; nearest: s"),
+    ("model.patch_embedding.position=sincs", "model.patch_embedding.position", "must be one of rotary, sincos, none"),
+    ("model.patch_embedding=linaer", "model.patch_embedding", "unknown patch_embedding 'linaer'; nearest: "),
     ("stage.train=[post_llm.hv]", "stage.train.0", "got 'post_llm.hv' (str), wanted one of patch_embedding,"),
     ("stage.train=[post_llm.hv]", "stage.train.0", "; nearest: post_llm.hw"),
     ("data.loss_reduction=squar", "data.loss_reduction", "wanted one of token, sample, square; nearest: square"),
@@ -91,7 +97,7 @@ SINGLE = [
     ("steps", "", "must be written dotted.key=value"),
     ("=3", "", "must be written dotted.key=value"),
     ("stage.steps=[1", "stage.steps", "cannot be set: "),
-    ("data.train.7.share=1", "data.train.7.share", "cannot be set: list index out of range"),
+    ("data.train.7.weight=1", "data.train.7.weight", "cannot be set: list index out of range"),
 ]  # fmt: skip
 
 
@@ -107,9 +113,11 @@ def test_one_fault(tmp_path: Path, override: str, key: str, text: str) -> None:
         load_recipe(path, [override])
 
 
-def test_a_fault_of_a_list_item_is_told_at_its_section(tmp_path: Path) -> None:
+def test_a_fault_of_a_list_item_is_reported_at_its_key(tmp_path: Path) -> None:
     path = written(tmp_path, MODEL + RUN)
-    assert faults(path, "data.train.1.share=0") == [("data", "share of folder/text must be over 0, got 0.0")]
+    assert faults(path, "data.train.1.weight=0") == [("data.train.1.weight", "must be over 0, got 0.0")]
+    both = faults(path, "data.train.1.weight=0", "data.workers=-1")
+    assert [key for key, _ in both] == ["data.workers", "data.train.1.weight"]
 
 
 def test_sizes_beside_a_pretrained_language_model(tmp_path: Path) -> None:
@@ -191,7 +199,7 @@ stage:
         "  base/low.yaml:7: model.post_llm.hidden_size: cannot stand beside model.post_llm.from_pretrained, which "
         "brings its own; take one of them away\n"
         "  my.yaml:4: model.rope.kind: unknown rope 'nativ'; nearest: native "
-        f"(registered: {', '.join(sorted(ROPE_VARIANTS))})\n"
+        f"(registered: {', '.join(ROPE_NAMES)})\n"
         "  base/low.yaml:9: stage.train.1: got 'post_llm.hv' (str), wanted one of patch_embedding, pre_buffer, "
         "post_llm, post_llm.hw, post_llm.word_embedding, post_llm.head, bridge, all; nearest: post_llm.hw\n"
         "  base/low.yaml:10: stage.lr: got 'fast' (str), wanted float (a finite number)\n"

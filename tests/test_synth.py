@@ -15,7 +15,7 @@ from commands import good
 from PIL import Image
 
 from neo_components.data import read_shards
-from neo_components.data.convert.synth import COLORS, SHAPES, SIZES, Thing, draw_scene, nearest, picture, scenes
+from neo_components.data.convert.synth import COLORS, SHAPES, SIZES, Thing, draw_image, draw_scene, nearest, scenes
 
 THINGS = [
     Thing("red", "circle", "small", 0.5, 0.5, 0.2, (230, 30, 50)),
@@ -26,7 +26,7 @@ THINGS = [
 
 
 def test_a_picture_shows_its_scene() -> None:
-    image = Image.open(io.BytesIO(picture(THINGS, (230, 240, 250))))
+    image = Image.open(io.BytesIO(draw_image(THINGS, (230, 240, 250))))
     assert image.size == (96, 96)
     for thing in THINGS:
         assert image.getpixel((round(thing.x * 32), round(thing.y * 32 + 3))) == thing.rgb
@@ -91,7 +91,7 @@ def test_answers_follow_and_blind_readers_are_at_chance() -> None:
 def test_seeds_decide_all_and_shards_are_written(tmp_path: Path) -> None:
     assert list(scenes(8, seed=1)) == list(scenes(8, seed=1)) != list(scenes(8, seed=2))
     out = good("data", "synth", "-o", tmp_path / "a", "--count", "6", "--seed", "1", "--kind", "place")
-    assert out == f"written 6: {tmp_path / 'a'}\n"
+    assert out == f"read 6, written 6: {tmp_path / 'a'}\n"
     read = list(read_shards(tmp_path / "a"))
     assert [sample["kind"] for sample in read] == ["place"] * 6 and all(len(s["images"]) == 1 for s in read)
     good("data", "synth", "-o", tmp_path / "b", "--count", "2", "--captions")
@@ -104,7 +104,7 @@ def test_seeds_decide_all_and_shards_are_written(tmp_path: Path) -> None:
 def test_impossible_wishes_are_refused() -> None:
     with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
         list(scenes(0))
-    with pytest.raises(ValueError, match="kind 'size' is unknown; choose from place, relation, nearest, count"):
+    with pytest.raises(ValueError, match="kind must be one of place, relation, nearest, count, got 'size'"):
         list(scenes(1, kinds=["size"]))
-    with pytest.raises(ValueError, match="kinds must name at least one of"):
+    with pytest.raises(ValueError, match="kind must name at least one of"):
         list(scenes(1, kinds=[]))

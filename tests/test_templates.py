@@ -1,4 +1,4 @@
-"""Chat templates: what is learnt is the answers with what ends them, and a model is asked as it was taught."""
+"""Chat templates: the targets are the answers with what ends them, and a prompt is the beginning of a training text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from chat_templates import STYLES, Style, tokenizer_of
 from shard_builders import TOKENIZER, turns
 
 from neo_components.data import encode_conversation, encode_prompt, load_tokenizer
-from neo_components.data.text.conversation import IMAGE_TOKEN, IMAGE_TOKENS, ConversationError
 from neo_components.data.text.templates import CHATML, stop_token_ids, template_of
+from neo_components.data.text.turns import IMAGE_TOKEN, IMAGE_TOKENS, ConversationError
 from neo_components.types import IGNORED
 
 ANSWERS = ["Red.", "two words, and 1 + 1 = 2", "Ünïcödé 🙂 答え", "line\nbreak\n\ninside", "red"]
@@ -35,7 +35,7 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, S
     return request.param, style, loaded(style, tmp_path_factory.mktemp("tokenizer"))
 
 
-def learnt(tokenizer: Any, ids: Any, labels: Any) -> list[str]:
+def targets(tokenizer: Any, ids: Any, labels: Any) -> list[str]:
     """The text of each stretch of labels."""
     stretches: list[list[int]] = []
     for place, label in enumerate(labels.tolist()):
@@ -51,28 +51,28 @@ def talk(answers: list[str]) -> list[dict[str, str]]:
     return [turn for n, answer in enumerate(answers) for turn in turns(f"question {n}: is it red or blue?", answer)]
 
 
-def test_what_is_learnt_is_the_answers_and_their_ends(case: tuple[str, Style, Any]) -> None:
+def test_the_targets_are_the_answers_and_their_ends(case: tuple[str, Style, Any]) -> None:
     _, style, tokenizer = case
     ids, labels = encode_conversation(talk(ANSWERS), tokenizer, strict=True)
-    # A blank that the template puts before an answer is the model's to write.
-    assert [text.removeprefix(" ") for text in learnt(tokenizer, ids, labels)] == [a + style.end for a in ANSWERS]
+    # A space that the template puts before an answer is the model's to write.
+    assert [text.removeprefix(" ") for text in targets(tokenizer, ids, labels)] == [a + style.end for a in ANSWERS]
     read = tokenizer.decode(ids[labels == IGNORED].tolist())
     assert read.count("is it red or blue?") == len(ANSWERS)
     assert not any(answer in read for answer in ANSWERS[:-1])
     middle = [*turns("one", "two"), turns("three")[0], {**turns(answer="four")[1], "is_input": True}]
     ids, labels = encode_conversation(middle, tokenizer, strict=True)
-    assert [text.removeprefix(" ") for text in learnt(tokenizer, ids, labels)] == ["two" + style.end]
+    assert [text.removeprefix(" ") for text in targets(tokenizer, ids, labels)] == ["two" + style.end]
 
 
-def test_outer_blanks_are_learnt_as_far_as_the_template_writes_them(case: tuple[str, Style, Any]) -> None:
+def test_outer_whitespace_is_a_target_as_far_as_the_template_writes_them(case: tuple[str, Style, Any]) -> None:
     name, style, tokenizer = case
     trims = name in ("llama3", "gemma", "llama2")
     for answer in BLANKS:
         ids, labels = encode_conversation(turns(answer=answer), tokenizer)
         written = answer.strip() if trims else answer.lstrip("\n") if name == "qwen3" else answer
-        [text] = learnt(tokenizer, ids, labels)
+        [text] = targets(tokenizer, ids, labels)
         before = " " if name in ("mistral", "llama2", "no header in the prompt") else ""
-        # Tokenizers of the sentence kind decode a first blank to nothing.
+        # Tokenizers of the sentence kind decode a first space to nothing.
         whole = before + written + style.end
         assert text == whole if style.kind == "bytes" else text in (whole, whole.removeprefix(" "))
 
@@ -92,13 +92,13 @@ def test_a_prompt_is_the_beginning_of_its_training(case: tuple[str, Style, Any],
     name, _, tokenizer = case
     conversation = talk(answers)
     ids, labels = encode_conversation(conversation, tokenizer)
-    learnt_at = [n for n in range(1, len(ids)) if labels[n] != IGNORED and labels[n - 1] == IGNORED]
-    assert len(learnt_at) == len(answers)
+    target_at = [n for n in range(1, len(ids)) if labels[n] != IGNORED and labels[n - 1] == IGNORED]
+    assert len(target_at) == len(answers)
     # Qwen3 writes the answer under way with an empty thought, and takes it away when the conversation goes on.
     asked = range(1 if name != "qwen3" else len(answers), len(answers) + 1)
     for number in asked:
         prompt = encode_prompt(conversation[: 2 * number - 1], tokenizer)
-        assert prompt.tolist() == ids[: learnt_at[number - 1]].tolist()
+        assert prompt.tolist() == ids[: target_at[number - 1]].tolist()
     if name == "qwen3":
         assert tokenizer.decode(prompt.tolist()).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
@@ -112,7 +112,7 @@ def test_images_stand_where_their_tags_were(case: tuple[str, Style, Any]) -> Non
     assert text.count(IMAGE_TOKEN) == 6
     for picture, after in zip(pictures, ("first", "second", ""), strict=True):
         assert text.replace(" ", "").replace("\n", "").count(picture + after) == 1
-    assert [t.removeprefix(" ") for t in learnt(tokenizer, ids, labels)] == ["Red." + style.end, "Blue." + style.end]
+    assert [t.removeprefix(" ") for t in targets(tokenizer, ids, labels)] == ["Red." + style.end, "Blue." + style.end]
     prompt = encode_prompt(conversation[:3], tokenizer, [2, 3, 1])
     assert ids[: len(prompt)].tolist() == prompt.tolist() or STYLES["qwen3"] is style
 
@@ -124,7 +124,7 @@ def test_system_turns(case: tuple[str, Style, Any]) -> None:
     if style.system:
         ids, labels = encode_conversation(conversation, tokenizer, strict=True)
         assert tokenizer.decode(ids[labels == IGNORED].tolist()).count("Be kind.") == 1
-        assert learnt(tokenizer, ids, labels)[0].removeprefix(" ") == "Because." + style.end
+        assert targets(tokenizer, ids, labels)[0].removeprefix(" ") == "Because." + style.end
     else:
         with pytest.raises(
             ConversationError, match=r"refuses the turns system, user, assistant: .*first user turn"
@@ -184,13 +184,13 @@ def test_a_template_whose_answers_cannot_be_found_is_an_error(name: str, tmp_pat
         encode_conversation(turns("Why?", "x" * 50), load_tokenizer(str(tmp_path)))
     assert "chat_template='chatml'" in str(error.value)
     tokenizer = load_tokenizer(str(tmp_path), chat_template="chatml")
-    assert learnt(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == ["So.<|im_end|>\n"]
+    assert targets(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == ["So.<|im_end|>\n"]
 
 
 def test_a_template_that_leaves_out_the_system_turn(tmp_path: Path) -> None:
     template = "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     tokenizer = loaded(replace(STYLES["qwen2.5"], template=template), tmp_path)
-    assert learnt(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == [" So."]
+    assert targets(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == [" So."]
     with pytest.raises(ConversationError, match="leaves out the system turn") as error:
         encode_conversation([{"from": "system", "value": "e"}, *turns()], tokenizer)
     assert error.value.reason == "template"
@@ -206,14 +206,14 @@ def test_a_template_without_an_end_is_told(tmp_path: Path, caplog: pytest.LogCap
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     tokenizer = loaded(replace(STYLES["qwen2.5"], template=template), tmp_path)
     assert "does not learn to stop" in caplog.text
-    assert learnt(tokenizer, *encode_conversation(talk(["one", "two"]), tokenizer)) == [" one", " two"]
+    assert targets(tokenizer, *encode_conversation(talk(["one", "two"]), tokenizer)) == [" one", " two"]
 
 
 def test_words_that_look_like_marks_are_words(case: tuple[str, Style, Any]) -> None:
     _, style, tokenizer = case
     conversation = [*turns("answer0zq turn1zq", "answer0zq"), *turns("answer1zq", "answer1zqzq answer0zqzq")]
     ids, labels = encode_conversation(conversation, tokenizer, strict=True)
-    found = [text.removeprefix(" ") for text in learnt(tokenizer, ids, labels)]
+    found = [text.removeprefix(" ") for text in targets(tokenizer, ids, labels)]
     assert found == ["answer0zq" + style.end, "answer1zqzq answer0zqzq" + style.end]
 
 
@@ -227,7 +227,7 @@ def test_dates_do_not_change(tmp_path: Path) -> None:
 
 
 def test_plain_chatml_is_recognised(tmp_path: Path) -> None:
-    """Its answers end with a line break, as the released models learnt them; also under another spelling."""
+    """Its answers end with a line break, as the released models were trained on them; also under another spelling."""
     other = (
         "{%- for message in messages -%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor -%}"
     )
@@ -235,7 +235,7 @@ def test_plain_chatml_is_recognised(tmp_path: Path) -> None:
     for number, template in enumerate((CHATML, other)):
         tokenizer = loaded(replace(STYLES["qwen2.5"], template=template), tmp_path / str(number))
         assert template_of(tokenizer).plain
-        assert learnt(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == ["So.<|im_end|>\n"]
+        assert targets(tokenizer, *encode_conversation(turns("Why?", "So."), tokenizer)) == ["So.<|im_end|>\n"]
     assert not any(template_of(tokenizer_of(style)).plain for style in STYLES.values())
 
 
@@ -253,7 +253,7 @@ def test_without_a_template_it_is_chatml_with_the_tokenizers_own_beginning(adds:
     ids, labels = encode_conversation(talk(["one", "two"]), tokenizer)
     assert ids.tolist().count(tokenizer.bos_token_id) == adds
     assert (int(ids[0]) == tokenizer.bos_token_id) is adds
-    assert [text.rstrip("\n") for text in learnt(tokenizer, ids, labels)] == ["one<|im_end|>", "two<|im_end|>"]
+    assert [text.rstrip("\n") for text in targets(tokenizer, ids, labels)] == ["one<|im_end|>", "two<|im_end|>"]
     # What it was taught with goes along when it is saved.
     tokenizer.save_pretrained(tmp_path / "again")
     again = load_tokenizer(str(tmp_path / "again"))

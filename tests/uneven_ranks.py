@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from neo_components import NEO, Batch, PatchEmbedding, PostLLM, PreBuffer, pack
 from neo_components.components.bridge import Bridge
-from neo_components.data.rows import RowMaker
+from neo_components.data.packed import BatchMaker
 from neo_components.data.samples import SampleMaker
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.module import NEOTraining
@@ -60,7 +60,7 @@ def batch_of(kind: str, spec: InputSpec, seed: int) -> Batch:
     """A row of that kind."""
     if kind == "padding":  # what a row of samples that were all skipped becomes
         maker = SampleMaker(None, spec, 64, 1024)  # type: ignore[arg-type] - no text is read
-        return RowMaker([], maker, LENGTH).batch([])[0]
+        return BatchMaker([], maker, LENGTH).batch([])[0]
     images = 1 if kind.startswith("images") else 0
     sample = random_sample(spec, seed, images=images, learn="nothing" not in kind)
     return pack([sample], spec, seq_len=LENGTH)

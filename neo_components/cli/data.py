@@ -1,25 +1,52 @@
-"""The commands ``neo data ...``: make training data and look at it. Heavy modules load inside the commands."""
+"""The commands ``neo data ...``: make training data and look at it. Heavy modules load inside the commands.
+
+Every registered converter is a command; its options are the fields of its class (``data/convert/base.py``).
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from inspect import Parameter, Signature, getdoc
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
+from neo_components.cli.recipes import Imports, register
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
+from neo_components.registry import CONVERTERS
 
-if TYPE_CHECKING:
-    from neo_components.data.skip_counts import SkipCounts
+IMPORT = "--import"
 
-data_app = typer.Typer(no_args_is_help=True, help="Make training data, and look at it.")
+
+class ConverterGroup(TyperGroup):
+    """The commands of this module and one for each registered converter."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """Imports the modules that ``--import`` names first, wherever it stands: they may register the command."""
+        register([value for value in _values_of(IMPORT, args) if value])
+        return super().parse_args(context, args)
+
+    def list_commands(self, context: Any) -> list[str]:
+        """Converters first."""
+        return [*sorted(CONVERTERS), *super().list_commands(context)]
+
+    def get_command(self, context: Any, name: str) -> Any:
+        """The command of a name; that of a converter is made when it is asked for."""
+        if name in self.commands or name not in CONVERTERS:
+            return super().get_command(context, name)
+        return converter_command(name)
+
+
+data_app = typer.Typer(cls=ConverterGroup, no_args_is_help=True, help="Make training data, and look at it.")
 
 Out = Annotated[Path, typer.Option("--output", "-o", help="New folder of shards.")]
-Images = Annotated[Path | None, typer.Option(help="Folder that the names of images and videos are relative to.")]
 Size = Annotated[int, typer.Option(min=1, help="Records in one shard.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes; by default one for each core.")]
-Prompt = Annotated[str, typer.Option(help="Text behind each image, for example a request to describe it.")]
 Tokenizer = Annotated[str, typer.Option(help="Folder or hub id of the tokenizer.")]
 MinPixels = Annotated[int, typer.Option(help="Smallest area of an image after resizing, data.min_pixels.")]
 MaxPixels = Annotated[int, typer.Option(help="Largest area of a single image, data.max_pixels.")]
@@ -27,87 +54,74 @@ MaxLength = Annotated[int | None, typer.Option(help="Longer samples are cut to s
 Factor = Annotated[int, typer.Option(help="Side of a visual token in pixels: patch_size times fold.")]
 
 
-@data_app.command()
-def llava(
-    conversations: Annotated[Path, typer.Argument(help="LLaVA-style JSON or JSONL file.")],
-    output: Out,
-    images: Images = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each video, evenly spaced.")] = 8,
-    fps: Annotated[float | None, typer.Option(help="Frames per second of each video instead.")] = None,
-    shard_size: Size = 10_000,
-    workers: Workers = None,
-) -> None:
-    """Turn LLaVA-style conversations with images or videos into shards."""
-    from neo_components.data.convert.llava import llava_to_shards
-
-    tally = llava_to_shards(
-        conversations, images, output, shard_size, workers=_workers(workers), frames=frames, fps=fps, title="llava"
-    )
-    _summary(tally, output)
+@data_app.callback()
+def data(imports: Imports = None) -> None:
+    """Make training data, and look at it."""
 
 
-@data_app.command()
-def captions(
-    images: Annotated[Path, typer.Argument(help="Folder of images.")],
-    output: Out,
-    captions: Annotated[
-        Path | None, typer.Option(help="File of captions, .csv, .jsonl or .txt; by default a.txt beside a.jpg.")
-    ] = None,
-    prompt: Prompt = "",
-    shard_size: Size = 10_000,
-    workers: Workers = None,
-) -> None:
-    """Turn a folder of images with captions into shards."""
-    from neo_components.data.convert.captions import captions_to_shards
+def converter_command(name: str) -> Any:
+    """The command of a converter: its own options, and those that all converters share."""
+    part = CONVERTERS[name]
+    own = [_option_of(parameter, part) for parameter in CONVERTERS.options(name).values()]
+    common = [_option("output", Out), _option("workers", Workers, None), _option("imports", Imports, None)]
+    if not part.fixed_size:
+        common.insert(1, _option("shard_size", Size, part.shard_size))
 
-    tally = captions_to_shards(
-        images, captions, output, shard_size, prompt=prompt, workers=_workers(workers), title="captions"
-    )
-    _summary(tally, output)
+    def run(output: Path, workers: int | None, imports: Any, shard_size: int | None = None, **options: Any) -> None:
+        from neo_components.data.convert.engine import convert_to_shards
 
+        counts = convert_to_shards(
+            part(**options), output, shard_size=shard_size, workers=_workers(workers), title=name
+        )
+        skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(counts.skipped.items()))
+        typer.echo(f"read {counts.read}, written {counts.kept}{skipped}: {output}")
 
-@data_app.command()
-def vlmeval(
-    table: Annotated[Path, typer.Argument(help="Benchmark in VLMEvalKit's TSV format.")],
-    output: Out,
-    shard_size: Size = 2_000,
-    workers: Workers = None,
-) -> None:
-    """Turn a benchmark of VLMEvalKit into shards."""
-    from neo_components.data.convert.vlmeval import vlmeval_to_shards
-
-    _summary(vlmeval_to_shards(table, output, shard_size, workers=_workers(workers), title="vlmeval"), output)
+    return _command(name, run, [*own, *common], _summary_of(part))
 
 
-@data_app.command()
-def webdataset(
-    tars: Annotated[Path, typer.Argument(help="Folder of image-text tars, as img2dataset writes them.")],
-    output: Out,
-    prompt: Prompt = "",
-    workers: Workers = None,
-) -> None:
-    """Turn image-text tars (jpg with txt or json) into shards."""
-    from neo_components.data.convert.web_tars import tars_to_shards
-
-    _summary(tars_to_shards(tars, output, prompt=prompt, workers=_workers(workers), title="webdataset"), output)
+def _command(name: str, run: Callable[..., None], options: list[Parameter], summary: str) -> Any:
+    """A command of a function whose parameters are only known now."""
+    run.__signature__ = Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=summary)(run)
+    return typer.main.get_command(app)
 
 
-@data_app.command()
-def text(
-    texts: Annotated[Path, typer.Argument(help="JSONL or Parquet file.")],
-    output: Out,
-    column: Annotated[str, typer.Option(help="Column of what is learnt.")] = "text",
-    question: Annotated[str | None, typer.Option(help="Column of what is asked, if any.")] = None,
-    shard_size: Size = 10_000,
-    workers: Workers = None,
-) -> None:
-    """Turn texts, question-answer pairs or chat messages into shards."""
-    from neo_components.data.convert.texts import texts_to_shards
+def _option(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
-    tally = texts_to_shards(
-        texts, output, shard_size, text=column, question=question, workers=_workers(workers), title="text"
-    )
-    _summary(tally, output)
+
+def _option_of(parameter: Parameter, part: type) -> Parameter:
+    """A converter's option as typer reads it; one without default is an argument."""
+    annotated = get_origin(parameter.annotation) is Annotated
+    kind, *metadata = get_args(parameter.annotation) if annotated else [parameter.annotation]
+    if any(isinstance(one, typer.models.ParameterInfo) for one in metadata):
+        return parameter.replace(kind=Parameter.KEYWORD_ONLY)
+    text = next((one for one in metadata if isinstance(one, str)), _help_of(part).get(parameter.name, ""))
+    required = parameter.default is Parameter.empty
+    flag = [f"--{parameter.name.replace('_', '-')}"] if kind is bool and parameter.default is False else []
+    info = typer.Argument(help=text) if required else typer.Option(*flag, help=text)
+    return _option(parameter.name, Annotated[kind, info], parameter.default)
+
+
+def _summary_of(part: type) -> str:
+    """What stands before the sections of a docstring."""
+    text = re.split(r"\n\s*(?:Args|Attributes|Raises):\n", getdoc(part) or "")[0].strip().replace("``", "")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def _help_of(part: type) -> dict[str, str]:
+    """The entries of a docstring's ``Args`` section."""
+    found = re.search(r"^Args:\n((?: +.*\n?|\n)*)", getdoc(part) or "", re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", found[1] if found else "", re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _values_of(option: str, args: list[str]) -> list[str]:
+    """The values of an option among arguments that are not parsed yet."""
+    following = [value for name, value in pairwise(args) if name == option]
+    return [*following, *(arg.partition("=")[2] for arg in args if arg.startswith(f"{option}="))]
 
 
 @data_app.command()
@@ -130,10 +144,10 @@ def index(
     folder = open_folder(shards)
     maker = SampleMaker(tokens, plain_spec(tokens, factor), min_pixels, max_pixels, max_length)
     lengths = folder_lengths(folder, maker, _workers(workers))
-    tally = lengths.tally(2**31 - 1)
-    typer.echo(f"usable {tally.kept} of {tally.read}, tokens {int(lengths.table[0].sum(dtype='int64'))}")
-    if tally.skipped:
-        typer.echo(f"unusable: {tally.summary()}")
+    counts = lengths.counts(2**31 - 1)
+    typer.echo(f"usable {counts.kept} of {counts.read}, tokens {int(lengths.table[0].sum(dtype='int64'))}")
+    if counts.skipped:
+        typer.echo(f"unusable: {counts.summary()}")
     typer.echo(f"lengths-{fingerprint(folder, maker)[:20]}.npy")
 
 
@@ -141,8 +155,8 @@ def index(
 def inspect(
     shards: Annotated[str, typer.Argument(help="Folder of shards.")],
     tokenizer: Tokenizer,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("inspection"),
-    seq_len: Annotated[int, typer.Option(help="Tokens of a row, data.seq_len.")] = 4096,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")] = Path("inspection"),
+    seq_len: Annotated[int, typer.Option(help="Tokens of a packed sequence, data.seq_len.")] = 4096,
     min_pixels: MinPixels = MIN_PIXELS,
     max_pixels: MaxPixels = MAX_PIXELS,
     max_length: MaxLength = None,
@@ -150,7 +164,7 @@ def inspect(
     decode: Annotated[bool, typer.Option(help="Decode every image, to find truncated ones.")] = False,
     workers: Workers = None,
 ) -> None:
-    """Tell what is in a folder of shards and what training would skip, and draw ten of its samples."""
+    """Report what is in a folder of shards and what training would skip, and draw ten of its samples."""
     from neo_components.data import load_tokenizer
     from neo_components.data.samples import plain_spec
     from neo_components.data.shards.inspection import inspect_folder
@@ -165,34 +179,11 @@ def inspect(
     for line in found.lines():
         typer.echo(line)
     if found.shown:
-        title = f"{shards}: green is learnt"
+        title = f"{shards}: targets are green"
         typer.echo(draw_samples(found.shown, spec, lambda ids: str(tokens.decode(ids)), output / "samples.png", title))
     if len(found.lengths):
         typer.echo(draw_histograms(found.lengths, found.visual, found.sizes, output / "histograms.png", shards))
 
 
-@data_app.command()
-def synth(
-    output: Out,
-    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Same seed, same samples.")] = 0,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="place, relation, nearest or count; repeat; all if none.")
-    ] = None,
-    captions: Annotated[bool, typer.Option("--captions", help="Descriptions instead of questions.")] = False,
-) -> None:
-    """Draw scenes of small shapes, with questions on place, relation, nearest and count, as shards."""
-    from neo_components.data.convert.synth import KINDS, write_scenes
-
-    index = write_scenes(output, count, seed, kind or KINDS, captions)
-    typer.echo(f"written {len(index['samples'])}: {output}")
-
-
 def _workers(given: int | None) -> int:
     return (os.cpu_count() or 1) if given is None else given
-
-
-def _summary(tally: SkipCounts, output: Path) -> None:
-    """The closing line of a conversion."""
-    skipped = "".join(f", skipped ({reason}) {number}" for reason, number in sorted(tally.skipped.items()))
-    typer.echo(f"read {tally.read}, written {tally.kept}{skipped}: {output}")

@@ -1,8 +1,8 @@
 """How language models stretch their rotary frequencies to contexts longer than those they were first trained on.
 
 A scaling is a plain mapping, as in a Hugging Face config with nothing left out: ``rope_type`` and its numbers. Two of
-them, ``longrope`` and ``dynamic``, rotate a long document by other frequencies than a short one: :func:`length_bucket_of` gives
-the rope length bucket of a document, the set of frequencies that its length selects.
+them, ``longrope`` and ``dynamic``, rotate a long document by other frequencies than a short one:
+:func:`length_bucket_of` gives the rope length bucket of a document, the set of frequencies that its length selects.
 """
 
 from __future__ import annotations

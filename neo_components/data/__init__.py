@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neo_components.data.convert.llava import llava_to_shards as llava_to_shards
+    from neo_components.data.convert.base import Converter as Converter
+    from neo_components.data.convert.engine import convert_to_shards as convert_to_shards
     from neo_components.data.image.images import load_image as load_image
     from neo_components.data.image.images import max_pixels_per_image as max_pixels_per_image
     from neo_components.data.image.images import smart_resize as smart_resize
@@ -31,7 +32,8 @@ _HOMES = {
     "load_image": "neo_components.data.image.images",
     "max_pixels_per_image": "neo_components.data.image.images",
     "smart_resize": "neo_components.data.image.images",
-    "llava_to_shards": "neo_components.data.convert.llava",
+    "Converter": "neo_components.data.convert.base",
+    "convert_to_shards": "neo_components.data.convert.engine",
     "NEODataModule": "neo_components.data.module",
     "Source": "neo_components.data.plan.mixture",
     "read_shards": "neo_components.data.shards.folder",

@@ -1,4 +1,4 @@
-"""How large images are, unless a recipe says otherwise: the area after resizing, in pixels. Source: NEO's inference."""
+"""Default limits of the area of a resized image, in pixels. Source: NEO's inference."""
 
 MIN_PIXELS = 256**2
 MAX_PIXELS = 2048**2

@@ -11,7 +11,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 JUDGED_AFTER = 100
-"""Samples that are read before the share of skipped ones may stop a run."""
+"""Samples that are read before the fraction of skipped ones may stop a run."""
 
 
 REASONS = {
@@ -67,11 +67,11 @@ class SkipCounts:
         logger.warning("skipped sample %s (%s): %s", name, error.reason, error)
 
     def check(self, max_skipped: float, complete: bool = False) -> None:
-        """Stops the run if too large a share was skipped.
+        """Stops the run if too large a fraction was skipped.
 
         Args:
-            max_skipped: share of the samples read that may be skipped. One single bad sample never stops a run, unless
-                this is 0.
+            max_skipped: fraction of the samples read that may be skipped. One single bad sample never stops a run,
+                unless this is 0.
             complete: True at the end of an epoch; otherwise nothing is judged before 100 samples were read.
 
         Raises:
@@ -82,8 +82,8 @@ class SkipCounts:
             return
         if total > max(max_skipped * self.read, 1 if max_skipped > 0 else 0):
             raise TooManySkippedError(
-                f"{total} of {self.read} samples had to be skipped ({self.summary()}), over the share of "
-                f"{max_skipped:g} that max_skipped allows; the log names each. Repair them or raise max_skipped"
+                f"{total} of {self.read} samples had to be skipped ({self.summary()}), over the fraction of "
+                f"{max_skipped:g} that max_skipped allows; the log names each. Fix them or raise max_skipped"
             )
 
     def summary(self) -> str:
@@ -96,7 +96,7 @@ class SkipCounts:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> SkipCounts:
-        """The tally that :meth:`state` described."""
+        """The counts that :meth:`state` described."""
         return cls(state["read"], Counter(state["skipped"]))
 
     def __add__(self, other: SkipCounts) -> SkipCounts:

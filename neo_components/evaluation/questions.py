@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from neo_components.data.shards.folder import read_shards
-from neo_components.data.text.conversation import IMAGE_TAG
+from neo_components.data.text.turns import IMAGE_TAG
 
 NO_KIND = "other"
 """Kind of a question whose source names none."""

@@ -1,85 +1,67 @@
-"""Language model families: how the sizes in a Hugging Face config and the names of its weights read as a post-LLM.
+"""Language model families: how a Hugging Face config and the names of its weights are read as a post-LLM.
 
-A family is one file with a :class:`Family` and one line in ``FAMILIES``.
+A family is one file with a :class:`Family` that registers itself under its ``model_type``; nothing lists them.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from neo_components.errors import nearest
 from neo_components.llms.family import Config, Family, Group, Sizes
-from neo_components.llms.gemma3 import GEMMA3, GEMMA3_TEXT
-from neo_components.llms.granite import GRANITE
-from neo_components.llms.internlm2 import INTERNLM2
-from neo_components.llms.internlm3 import INTERNLM3
-from neo_components.llms.llama import LLAMA
-from neo_components.llms.mistral import MISTRAL
-from neo_components.llms.olmo2 import OLMO2
-from neo_components.llms.phi3 import PHI3
-from neo_components.llms.qwen2 import QWEN2
-from neo_components.llms.qwen3 import QWEN3
-from neo_components.llms.qwen3_moe import QWEN3_MOE
-from neo_components.llms.smollm3 import SMOLLM3
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        GEMMA3,
-        GEMMA3_TEXT,
-        GRANITE,
-        INTERNLM2,
-        INTERNLM3,
-        LLAMA,
-        MISTRAL,
-        OLMO2,
-        PHI3,
-        QWEN2,
-        QWEN3,
-        QWEN3_MOE,
-        SMOLLM3,
-    )
-}
-
-
-def register_family(family: Family) -> Family:
-    """Enters a family under its ``model_type``."""
-    FAMILIES[family.model_type] = family
-    return family
+from neo_components.registry import LLM_FAMILIES
 
 
 def family_of(config: Config) -> Family:
-    """The family that a config belongs to.
+    """The family of a config.
 
     Raises:
-        ValueError: if its ``model_type`` is not supported.
+        ValueError: if no family of its ``model_type`` is registered; proposes the nearest.
     """
-    kind = config.get("model_type", config.get("kind"))  # the library's own folders say their kind
-    if kind not in FAMILIES:
-        raise ValueError(f"language model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
+    kind: Any = config.get("model_type", config.get("kind"))  # the library's own folders have a kind
+    family: Family = LLM_FAMILIES[kind]()
+    return family
 
 
-def arguments_of(family: Family, config: Config, folder: Path) -> Sizes:
+def arguments_of(config: Config, folder: Path, parameters: Mapping[str, inspect.Parameter]) -> Sizes:
     """Keyword arguments of ``PostLLM`` for a config.
 
     Args:
-        family: the config's.
         config: the config.
-        folder: where it lies, for messages.
+        folder: its folder, for messages.
+        parameters: those of ``PostLLM``, which the family must fit.
 
     Raises:
-        ValueError: if the config lacks a size, is a quantised model's, or asks for what the family cannot do.
+        ValueError: if the family is unknown; if the config lacks a size, is of a quantized model, or has a setting that
+            the family cannot compute; or if the family gives an argument that ``PostLLM`` does not have, or misses one.
     """
+    family = family_of(config)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"{folder} holds weights quantised by {method!r}, which cannot be trained; give the folder of the "
-            "unquantised model"
+            f"{folder} holds weights quantized by {method!r}, which cannot be trained; give the folder of the "
+            "unquantized model"
         )
     try:
-        return family.sizes(config)
+        sizes = family.arguments(config)
     except KeyError as error:
-        raise ValueError(f"{folder}/config.json lacks {error} of a {family.model_type} model") from error
+        raise ValueError(f"{folder}/config.json lacks {error} of a {config.get('model_type')} model") from error
+    _check_arguments(family, sizes, parameters)
+    return sizes
 
 
-__all__ = ["FAMILIES", "Family", "Group", "arguments_of", "family_of", "register_family"]
+def _check_arguments(family: Family, sizes: Sizes, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Names what a family's ``sizes`` gives too much or too little."""
+    name = f"{type(family).__module__}.{type(family).__qualname__}.sizes"
+    for argument in sizes:
+        if argument not in parameters:
+            raise ValueError(f"{name} gives {argument!r}, which PostLLM does not have{nearest(argument, parameters)}")
+    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in sizes]
+    if needed:
+        raise ValueError(f"{name} does not give {', '.join(map(repr, needed))}, which PostLLM needs")
+
+
+__all__ = ["Family", "Group", "arguments_of", "family_of"]

@@ -1,10 +1,10 @@
-"""What a language model family has to say about itself, and how a config is read."""
+"""Base class of language model families, and helpers that read a config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ Sizes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one block that lie otherwise in the family's files: several of ours in one stored, or the reverse.
+    """Tensors of one block that the family's files join or split: several of ours in one stored, or the reverse.
 
     Args:
         ours: names inside a block of ``PostLLM``, in order.
@@ -45,29 +45,71 @@ class Group:
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a stored tensor is a table of frequencies, which older files keep and the config says anyway."""
+    """Whether a stored tensor is a table of rotary frequencies, which older files keep beside the config."""
     return name.endswith("rotary_emb.inv_freq")
 
 
-@dataclass(frozen=True)
 class Family:
-    """One family.
+    """How one family of language models is read. A subclass says what differs, and is registered by ``model_type``::
 
-    Args:
-        model_type: as in the config.
-        sizes: ``sizes(config)`` -> keyword arguments of ``PostLLM``; raises ValueError, naming the setting, for what
-            the family cannot do.
-        rename: ``rename(name)``: a post-LLM weight's name -> its name in the family's files; several names if they
-            differ from file to file, the one to write first. A block's own name, ``layers.0.``, is renamed too.
-        groups: what no renaming can say.
-        superfluous: ``superfluous(name)``: whether a stored tensor is no part of the language model.
+        @LLM_FAMILIES.register("my_llm")
+        class MyLLM(Family):
+            def sizes(self, config): ...
+
+    It holds no state: whoever needs it makes one.
+
+    Attributes:
+        defaults: what the family's config class takes for settings that a config leaves out.
+        supported: values of settings that are computed exactly; every other value is refused by name.
+        groups: tensors that are joined or split in the files, which no renaming can express.
     """
 
-    model_type: str
-    sizes: Callable[[Config], Sizes]
-    rename: Callable[[str], str | tuple[str, ...]]
-    groups: tuple[Group, ...] = ()
-    superfluous: Callable[[str], bool] = is_rotary_table
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    supported: ClassVar[Mapping[str, Sequence[Any]]] = {"hidden_act": ("silu",)}
+    groups: ClassVar[tuple[Group, ...]] = ()
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM``.
+
+        Args:
+            config: the config, with :attr:`defaults` for what it leaves out; its settings are supported ones.
+
+        Raises:
+            KeyError: naming a size that is not given.
+            ValueError: naming a setting that the family cannot compute.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sizes(config)")
+
+    def rename(self, name: str) -> str | tuple[str, ...]:
+        """A post-LLM weight's name -> its name in the family's files.
+
+        Several names if they differ from file to file, the one to write first. A block's own name, ``layers.0.``, is
+        renamed too.
+        """
+        return in_model(name)
+
+    def superfluous(self, name: str) -> bool:
+        """Whether a stored tensor is no part of the language model."""
+        return is_rotary_table(name)
+
+    def transformers_configs(self, config: Config) -> Iterator[Config]:
+        """Configs under which transformers may compute the same language model, the likeliest first.
+
+        An export takes the first that describes exactly this model, so a config too many does no harm.
+        """
+        yield config
+        yield config | {"model_type": "llama"}
+
+    def arguments(self, config: Config) -> Sizes:
+        """:meth:`sizes` of a config as it stands in a file: defaults are put in, unsupported settings refused.
+
+        Raises:
+            KeyError: naming a size that is not given.
+            ValueError: naming each setting that is not supported.
+        """
+        config = {**self.defaults, **config}
+        require(config, self.supported)
+        return self.sizes(config)
 
 
 def in_model(name: str) -> str:
@@ -96,23 +138,23 @@ def block_sizes(config: Config) -> Sizes:
     """The arguments that every family has, under the names that most configs use.
 
     Args:
-        config: the config, with what the family's config class takes for what it leaves out.
+        config: the config, with the family's defaults.
 
     Raises:
         KeyError: naming a size that is not given.
     """
-    said = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **config}
-    heads = said["num_attention_heads"]
+    given = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, **config}
+    heads = given["num_attention_heads"]
     return {
-        "vocab_size": said["vocab_size"],
-        "depth": said["num_hidden_layers"],
-        "hidden_size": said["hidden_size"],
+        "vocab_size": given["vocab_size"],
+        "depth": given["num_hidden_layers"],
+        "hidden_size": given["hidden_size"],
         "num_heads": heads,
-        "num_kv_heads": said["num_key_value_heads"] or heads,
-        "head_width": said["head_dim"] or said["hidden_size"] // heads,
-        "feed_forward_size": said["intermediate_size"],
-        "norm_eps": said.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": bool(said["tie_word_embeddings"]),
+        "num_kv_heads": given["num_key_value_heads"] or heads,
+        "head_width": given["head_dim"] or given["hidden_size"] // heads,
+        "feed_forward_size": given["intermediate_size"],
+        "norm_eps": given.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": bool(given["tie_word_embeddings"]),
     }
 
 
@@ -122,7 +164,7 @@ def window_sizes(config: Config, layer_types: Sequence[str] | None, default: int
     Args:
         config: the config.
         layer_types: ``full_attention`` or ``sliding_attention`` per block; ``None``: every block has the window.
-        default: window if the config does not say; ``None``: none.
+        default: window if the config gives none; ``None``: no window.
 
     Raises:
         ValueError: if a type is neither, their number is not that of the blocks, or there is no window for them.
@@ -159,7 +201,7 @@ SCALING_NUMBERS: dict[str, tuple[str, ...]] = {
 def rope_sizes(
     config: Config, sizes: Sizes, default_base: float = 1e4, kinds: Sequence[str] = tuple(SCALING_NUMBERS)
 ) -> Sizes:
-    """Rotary arguments, from either place where configs keep them.
+    """RoPE arguments, from ``rope_scaling``, ``rope_parameters`` or the config itself.
 
     Args:
         config: the config.
@@ -176,16 +218,16 @@ def rope_sizes(
         raise ValueError(f"rope scaling {kind!r} is not supported (supported: {', '.join(kinds)})")
     base = rope.get("rope_theta", config.get("rope_theta"))
     found: Sizes = {"base_t": float(default_base if base is None else base)}
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if share not in (None, 1, 1.0):
-        found["rotary_width"] = int(sizes["head_width"] * share)
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        found["rotary_width"] = int(sizes["head_width"] * partial)
     if kind != "default":
         found["rope_scaling"] = _scaling(config, rope, kind)
     return found
 
 
 def _scaling(config: Config, rope: Config, kind: str) -> dict[str, Any]:
-    """A scaling with everything said that the config leaves to its defaults."""
+    """The scaling, with its defaults for what the config leaves out."""
     known = {*SCALING_NUMBERS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor", ORIGINAL}
     if unknown := {name for name, value in rope.items() if value is not None} - known:
         raise ValueError(f"rope scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, require, rope_sizes
-from neo_components.llms.llama import biases
-
-DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-
-
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for a Granite config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",)})
-    found = block_sizes(config) | biases(config)
-    found |= {
-        "qk_norm": "none",
-        "attention_scale": float(config.get("attention_multiplier", 1.0)),
-        "residual_multiplier": float(config.get("residual_multiplier", 1.0)),
-        "embedding_multiplier": float(config.get("embedding_multiplier", 1.0)),
-        "logits_divisor": float(config.get("logits_scaling", 1.0)),
-    }
-    return found | rope_sizes(config, found)
+from neo_components.llms.family import Config, Sizes
+from neo_components.llms.llama import Llama
+from neo_components.registry import LLM_FAMILIES
 
 
-GRANITE = Family("granite", sizes, in_model)
+@LLM_FAMILIES.register("granite")
+class Granite(Llama):
+    """Its configs give each factor under a name of its own."""
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for a Granite config."""
+        return super().sizes(config) | {
+            "attention_scale": float(config.get("attention_multiplier", 1.0)),
+            "residual_multiplier": float(config.get("residual_multiplier", 1.0)),
+            "embedding_multiplier": float(config.get("embedding_multiplier", 1.0)),
+            "logits_divisor": float(config.get("logits_scaling", 1.0)),
+        }

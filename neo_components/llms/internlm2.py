@@ -1,16 +1,17 @@
-"""InternLM2 and 2.5: Llama under names of its own, with queries, keys and values interleaved in one stored matrix.
+"""InternLM2 and 2.5: Llama under other names, with queries, keys and values interleaved in one stored matrix.
 
-Its files come with code of their own; names and layout are those of that code (``modeling_internlm2.py``).
+Its files come with their own code; names and layout are those of that code (``modeling_internlm2.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from neo_components.llms.family import Config, Family, Group, Sizes, block_sizes, require, rope_sizes
-
-DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bias": True}
+from neo_components.llms.family import Config, Family, Group, Sizes, block_sizes, rope_sizes
+from neo_components.registry import LLM_FAMILIES
 
 NAMES = {
     "lm_head.": "output.",
@@ -26,23 +27,6 @@ PARTS = {
     "input_layernorm.": "attention_norm.",
     "post_attention_layernorm.": "ffn_norm.",
 }
-
-
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for an InternLM2 config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",), "head_dim": (None,)})
-    found, bias = block_sizes(config), bool(config["bias"])
-    found |= {"qk_norm": "none", "qkv_bias": bias, "output_bias": bias}
-    return found | rope_sizes(config, found, kinds=("default", "linear", "dynamic"))
-
-
-def rename(name: str) -> str:
-    """A post-LLM weight's name -> InternLM2's."""
-    top = next(top for top in NAMES if name.startswith(top))
-    name = NAMES[top] + name.removeprefix(top)
-    part = next((part for part in PARTS if f".{part}" in name), None)
-    return name if part is None else name.replace(part, PARTS[part])
 
 
 def _split(sizes: Sizes, stored: list[Tensor]) -> list[Tensor]:
@@ -62,4 +46,29 @@ def _qkv(kind: str) -> Group:
     return Group(ours, lambda sizes: [f"attention.wqkv.{kind}"], _split, _join)
 
 
-INTERNLM2 = Family("internlm2", sizes, rename, (_qkv("weight"), _qkv("bias")))
+@LLM_FAMILIES.register("internlm2")
+class InternLM2(Family):
+    """``bias`` is one of all four projections of the attention."""
+
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bias": True}
+    supported = {"hidden_act": ("silu",), "head_dim": (None,)}
+    groups = (_qkv("weight"), _qkv("bias"))
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for an InternLM2 config."""
+        found, bias = block_sizes(config), bool(config["bias"])
+        found |= {"qk_norm": "none", "qkv_bias": bias, "output_bias": bias}
+        return found | rope_sizes(config, found, kinds=("default", "linear", "dynamic"))
+
+    def rename(self, name: str) -> str:
+        """A post-LLM weight's name -> InternLM2's."""
+        top = next(top for top in NAMES if name.startswith(top))
+        name = NAMES[top] + name.removeprefix(top)
+        part = next((part for part in PARTS if f".{part}" in name), None)
+        return name if part is None else name.replace(part, PARTS[part])
+
+    def transformers_configs(self, config: Config) -> Iterator[Config]:
+        """transformers has no InternLM2 of its own; it computes what a Llama computes."""
+        yield config
+        kept = {name: value for name, value in config.items() if name not in ("auto_map", "bias")}
+        yield kept | {"attention_bias": config.get("bias", True), "model_type": "llama"}

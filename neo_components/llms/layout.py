@@ -31,9 +31,9 @@ class FamilyFiles:
         self._ours: dict[str, str] = {}
         self._made: dict[str, tuple[Group, int, list[str]]] = {}
         for name in names:
-            self._place(name)
+            self._locate(name)
 
-    def _place(self, name: str) -> None:
+    def _locate(self, name: str) -> None:
         """Finds what one of our tensors is called here."""
         group = self._group_of(name)
         if group is None:
@@ -73,9 +73,9 @@ class FamilyFiles:
         """The shape of the tensor of that name; no values are read."""
         if name not in self._made:
             return self.files.shape(name)
-        group, place, parts = self._made[name]
+        group, index, parts = self._made[name]
         stored = [torch.empty(self.files.shape(part), device="meta") for part in parts]
-        return tuple(group.read(self.sizes, stored)[place].shape)
+        return tuple(group.read(self.sizes, stored)[index].shape)
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies the tensor of that name into one of the same shape."""
@@ -88,8 +88,8 @@ class FamilyFiles:
         """The tensor of that name, on the CPU."""
         if name not in self._made:
             return self.files.get(name)
-        group, place, parts = self._made[name]
-        return group.read(self.sizes, [self.files.get(part) for part in parts])[place]
+        group, index, parts = self._made[name]
+        return group.read(self.sizes, [self.files.get(part) for part in parts])[index]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the tensor of that name; of one that is not made, no others are read."""
@@ -105,18 +105,20 @@ class FamilyFiles:
         return sorted(extra)
 
 
-def to_stored(state: Mapping[str, Tensor], family: Family, sizes: Sizes) -> dict[str, Tensor]:
+def to_stored(state: Mapping[str, Tensor], family: Family, sizes: Sizes, in_memory: bool = False) -> dict[str, Tensor]:
     """The pretrained tensors of a post-LLM under the names and in the form of the family's files.
 
     Args:
         state: by the post-LLM's names, without the H/W parts.
         family: the family.
         sizes: arguments of the post-LLM.
+        in_memory: as transformers holds them, where it stacks what it writes one by one (experts).
     """
+    groups = [group for group in family.groups if not (in_memory and group.optional)]
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
         block, inner = _split(name)
-        group = next((group for group in family.groups if inner in group.ours), None)
+        group = next((group for group in groups if inner in group.ours), None)
         if group is None:
             stored[_first(family.rename(name))] = tensor
         elif inner == group.ours[0]:

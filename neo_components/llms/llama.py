@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, require, rope_sizes
+from neo_components.llms.family import Config, Family, Sizes, block_sizes, rope_sizes
+from neo_components.registry import LLM_FAMILIES
 
-DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 
+@LLM_FAMILIES.register("llama")
+class Llama(Family):
+    """No norms on queries and keys; biases if the config asks for them."""
 
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for a Llama config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",)})
-    found = block_sizes(config)
-    return found | biases(config) | {"qk_norm": "none"} | rope_sizes(config, found)
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for a Llama config."""
+        found = block_sizes(config)
+        return found | biases(config) | {"qk_norm": "none"} | rope_sizes(config, found)
 
 
 def biases(config: Config) -> Sizes:
@@ -23,6 +26,3 @@ def biases(config: Config) -> Sizes:
         "output_bias": attention,
         "feed_forward_bias": bool(config.get("mlp_bias", False)),
     }
-
-
-LLAMA = Family("llama", sizes, in_model)

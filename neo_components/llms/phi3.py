@@ -11,33 +11,19 @@ from neo_components.llms.family import (
     Group,
     Sizes,
     block_sizes,
-    in_model,
-    require,
     rope_sizes,
     window_sizes,
 )
-
-DEFAULTS = {
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
-}  # fmt: skip
-
-
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for a Phi-3 config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",)})
-    found = block_sizes(config) | {"qk_norm": "none"}
-    rope = rope_sizes(_renamed(config), found, kinds=("default", "longrope"))
-    return found | rope | window_sizes(config, None, None)
+from neo_components.registry import LLM_FAMILIES
 
 
 def _renamed(config: Config) -> Config:
     """``su`` and ``yarn`` are older names of ``longrope`` in this family."""
     config = dict(config)
-    for place in ("rope_scaling", "rope_parameters"):
-        rope = config.get(place) or {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
         if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
-            config[place] = rope | {"rope_type": "longrope"}
+            config[key] = rope | {"rope_type": "longrope"}
     return config
 
 
@@ -64,4 +50,16 @@ GATE_UP = Group(
     _joined,
 )
 
-PHI3 = Family("phi3", sizes, in_model, (QKV, GATE_UP))
+
+@LLM_FAMILIES.register("phi3")
+class Phi3(Family):
+    """Some channels may stay unrotated; the only rope scaling is longrope."""
+
+    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096}
+    groups = (QKV, GATE_UP)
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for a Phi-3 config."""
+        found = block_sizes(config) | {"qk_norm": "none"}
+        rope = rope_sizes(_renamed(config), found, kinds=("default", "longrope"))
+        return found | rope | window_sizes(config, None, None)

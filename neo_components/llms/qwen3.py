@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from neo_components.llms.family import Config, Family, Sizes, block_sizes, in_model, require, rope_sizes, window_sizes
-from neo_components.llms.qwen2 import sliding_types
-
-DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
-
-
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for a Qwen3 config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",)})
-    found = block_sizes(config)
-    bias = bool(config.get("attention_bias", False))
-    found |= {"qkv_bias": bias, "output_bias": bias}
-    return found | rope_sizes(config, found) | window_sizes(config, sliding_types(config), 4096)
+from neo_components.llms.family import Config, Family, Sizes, block_sizes, rope_sizes, window_sizes
+from neo_components.llms.qwen2 import layer_types
+from neo_components.registry import LLM_FAMILIES
 
 
-QWEN3 = Family("qwen3", sizes, in_model)
+@LLM_FAMILIES.register("qwen3")
+class Qwen3(Family):
+    """The family that NEO starts from: the defaults of ``PostLLM`` are its own."""
+
+    defaults = {"head_dim": 128, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for a Qwen3 config."""
+        found, bias = block_sizes(config), bool(config.get("attention_bias", False))
+        found |= {"qkv_bias": bias, "output_bias": bias}
+        return found | rope_sizes(config, found) | window_sizes(config, layer_types(config), 4096)

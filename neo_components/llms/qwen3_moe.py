@@ -11,27 +11,10 @@ from neo_components.llms.family import (
     Group,
     Sizes,
     block_sizes,
-    in_model,
-    require,
     rope_sizes,
     window_sizes,
 )
-
-DEFAULTS = {
-    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "decoder_sparse_step": 1,
-    "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
-}  # fmt: skip
-
-
-def sizes(config: Config) -> Sizes:
-    """Keyword arguments of ``PostLLM`` for a Qwen3-MoE config."""
-    config = DEFAULTS | config
-    require(config, {"hidden_act": ("silu",)})
-    found, bias = block_sizes(config), bool(config.get("attention_bias", False))
-    found |= {"qkv_bias": bias, "output_bias": bias} | _experts(config)
-    # Unlike Qwen3, all blocks have the window or none has.
-    window = window_sizes(config, None, 4096) if config.get("use_sliding_window", False) else {}
-    return found | rope_sizes(config, found) | window
+from neo_components.registry import LLM_FAMILIES
 
 
 def _experts(config: Config) -> Sizes:
@@ -62,7 +45,7 @@ def _write_gate_up(sizes: Sizes, ours: list[Tensor]) -> list[Tensor]:
     return [part for expert in ours[0] for part in expert.chunk(2)]
 
 
-# Files hold one tensor per expert, or all of them stacked as we do.
+# Files hold one tensor per expert, or all of them stacked as the post-LLM does.
 GATE_UP = Group(
     ("mlp.experts.gate_up_proj",),
     lambda sizes: _each(sizes, "gate", "up"),
@@ -78,4 +61,20 @@ DOWN = Group(
     optional=True,
 )
 
-QWEN3_MOE = Family("qwen3_moe", sizes, in_model, (GATE_UP, DOWN))
+
+@LLM_FAMILIES.register("qwen3_moe")
+class Qwen3Moe(Family):
+    """Unlike in Qwen3, all blocks have the window or none has."""
+
+    defaults = {
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768, "num_experts_per_tok": 8, "norm_topk_prob": False,
+    }  # fmt: skip
+    groups = (GATE_UP, DOWN)
+
+    def sizes(self, config: Config) -> Sizes:
+        """Keyword arguments of ``PostLLM`` for a Qwen3-MoE config."""
+        found, bias = block_sizes(config), bool(config.get("attention_bias", False))
+        found |= {"qkv_bias": bias, "output_bias": bias} | _experts(config)
+        window = window_sizes(config, None, 4096) if config.get("use_sliding_window", False) else {}
+        return found | rope_sizes(config, found) | window

@@ -13,8 +13,8 @@ import torch
 from neo_components.data import encode_prompt, load_image, load_tokenizer
 from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, max_pixels_per_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
-from neo_components.data.text.conversation import IMAGE_TAG
 from neo_components.data.text.templates import stop_token_ids
+from neo_components.data.text.turns import IMAGE_TAG
 from neo_components.model.neo import NEO
 from neo_components.storage.hub import resolve
 from neo_components.storage.weights import read_json, write_text
@@ -99,7 +99,7 @@ class Chat:
         pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
         if IMAGE_TAG not in question:
             question = f"{IMAGE_TAG}\n" * len(images) + question
-        counts = [image.shape[1] * image.shape[2] // factor**2 for image in pixels]
+        counts = [self.model.input_spec.image_tokens(*image.shape[1:]) for image in pixels]
         turns = [{"from": "human", "value": question}]
         ids = encode_prompt(turns, self.tokenizer, counts, image_ids=self.model.input_spec.image_special_token_ids)
         return Sample(ids, None, pixels)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neo_components.data.text.conversation import ROLES, TURN_END, TURN_START
-from neo_components.data.text.templates import CHATML
+from neo_components.data.text.templates import CHATML, TURN_END, TURN_START
+from neo_components.data.text.turns import ROLES
 from neo_components.storage.progress import progress
 from neo_components.types import IGNORED
 

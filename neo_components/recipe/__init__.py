@@ -9,7 +9,6 @@ from neo_components.recipe.schema import (
     ModelRecipe,
     PreBufferAsset,
     PretrainedLLM,
-    Rope,
 )
 from neo_components.recipe.shipped import (
     Shipped,
@@ -21,6 +20,6 @@ from neo_components.recipe.shipped import (
 
 __all__ = [
     "Checkpoint", "Compose", "Fault", "ModelRecipe", "PreBufferAsset", "PretrainedLLM", "Recipe", "RecipeError",
-    "Rope", "Shipped", "build", "copy_recipe", "find_recipe", "import_user_modules", "list_recipes", "load_recipe",
+    "Shipped", "build", "copy_recipe", "find_recipe", "import_user_modules", "list_recipes", "load_recipe",
     "validate_recipe",
 ]  # fmt: skip

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.llms import arguments_of, family_of
+from neo_components.llms import arguments_of
 from neo_components.model.attach import attach
 from neo_components.model.neo import NEO
 from neo_components.recipe.load import complete
-from neo_components.recipe.schema import Checkpoint, Compose, ModelRecipe, PreBufferAsset, PretrainedLLM, Rope
+from neo_components.recipe.parts import split_beside
+from neo_components.recipe.schema import (
+    CHOICES,
+    SHARED,
+    TAKEN,
+    Checkpoint,
+    Compose,
+    ModelRecipe,
+    PreBufferAsset,
+    PretrainedLLM,
+    block_choices,
+)
+from neo_components.registry import PATCH_EMBEDDINGS
 from neo_components.storage.deferred import new_weights
 from neo_components.storage.hub import resolve
 from neo_components.storage.weights import as_dtype, read_config
 
-BLOCKS = (
-    "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
-    "rope", "base_t", "base_h", "base_w", "attention",
-)  # fmt: skip
-"""Arguments that a new pre-Buffer takes from the post-LLM where the recipe gives it none of its own.
-
-What a family does otherwise than NEO (norm placement, biases, windows ...) is not among them: a pre-Buffer is made to
-go from one language model to another, so its blocks are NEO's unless the recipe says else.
-"""
-
 RESET = 0x5EED
-"""Turns a run's seed into that of ``pre_buffer.reset``."""
+"""Makes the seed of ``pre_buffer.reset`` from that of the run."""
 
 
 def build(model: ModelRecipe) -> NEO:
@@ -52,8 +55,7 @@ def build(model: ModelRecipe) -> NEO:
         return neo
     if isinstance(model.pre_buffer, PreBufferAsset):
         return _attached(model, model.pre_buffer)
-    assert model.rope and model.attention and model.patch_embedding
-    sizes = llm_arguments(model, model.rope, model.attention)
+    sizes = llm_arguments(model)
     # The language model comes last: what does not fit stops before its weights are read.
     with new_weights():
         patch_embedding, pre_buffer = new_parts(model, sizes)
@@ -62,78 +64,89 @@ def build(model: ModelRecipe) -> NEO:
 
 
 def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[PatchEmbedding, PreBuffer]:
-    """Patch embedding and pre-Buffer that fit a language model of such arguments and are no asset."""
+    """Patch embedding and pre-Buffer that fit a language model of such arguments and are no asset.
+
+    Sizes and norm epsilon that the recipe does not give the pre-Buffer are the post-LLM's. What the language model's
+    family does otherwise than NEO (norm placement, biases, windows ...) is not taken from it: a pre-Buffer is made to
+    go from one language model to another, so its blocks are NEO's unless the recipe differs.
+    """
     assert model.patch_embedding and not isinstance(model.pre_buffer, PreBufferAsset)
     own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
-    pre_buffer = PreBuffer(**{name: sizes[name] for name in BLOCKS} | own, backend=model.backend)
-    return PatchEmbedding(hidden_size=sizes["hidden_size"], **asdict(model.patch_embedding)), pre_buffer
+    taken = {name: sizes[name] for name in ("hidden_size", *TAKEN, *SHARED) if name in sizes}
+    pre_buffer = PreBuffer(**taken | own | {"backend": model.backend})
+    return PATCH_EMBEDDINGS.make(model.patch_embedding, hidden_size=sizes["hidden_size"]), pre_buffer
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
-    """An asset on a language model that counts positions and masks as the asset does, unless the recipe says else."""
+    """An asset on a language model that counts positions and masks as the asset does, unless the recipe differs."""
     pre_buffer = PreBuffer.from_pretrained(asset.from_pretrained, dtype=model.dtype)
     if asset.reset:
         pre_buffer = _with_new_weights(pre_buffer).to(as_dtype(model.dtype))
     pre_buffer.backend = model.backend
-    sizes = llm_arguments(model, *counting_of(model, asset, pre_buffer))
-    return attach(pre_buffer, _post_llm(model, sizes), bridge=model.bridge, text=model.text)
+    model = with_choices_of(model, pre_buffer)
+    llm = _post_llm(model, llm_arguments(model))
+    return attach(pre_buffer, llm, bridge=model.bridge, text=model.text)
 
 
-def counting_of(model: Compose, asset: PreBufferAsset, pre_buffer: PreBuffer) -> tuple[Rope, str]:
-    """Rope and attention of a language model under an asset: those of the recipe, else the asset's own.
+def with_choices_of(model: Compose, pre_buffer: PreBuffer) -> Compose:
+    """The recipe for a language model under an asset: what it does not choose for the blocks is the asset's own.
 
     Raises:
-        ValueError: if the recipe names another rope than the asset was trained with.
+        ValueError: if the recipe chooses another rope than the asset was trained with.
     """
-    h: Any = pre_buffer.hparams
-    rope = model.rope or Rope(kind=h.rope, base_h=h.base_h, base_w=h.base_w)
-    if rope.kind != h.rope:
-        raise ValueError(
-            f"model.rope.kind is {rope.kind!r}, but the pre-Buffer {asset.from_pretrained} was trained with "
-            f"{h.rope!r}; take model.rope away"
-        )
-    return rope, model.attention or h.attention
+    assert isinstance(model.pre_buffer, PreBufferAsset)
+    chosen: dict[str, Any] = {}
+    for name, part in CHOICES.items():
+        theirs = part.of_arguments(name, pre_buffer.hparams)
+        chosen[name] = theirs if getattr(model, name) is None else getattr(model, name)
+        ours, trained = (split_beside(choice, part.beside)[0] for choice in (chosen[name], theirs))
+        if name == "rope" and ours != trained:
+            raise ValueError(
+                f"model.rope is {ours!r}, but the pre-Buffer {model.pre_buffer.from_pretrained} was trained with "
+                f"{trained!r}; take model.rope away"
+            )
+    return replace(model, **chosen)
 
 
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:
-    """A pre-Buffer of the same shapes with random weights; what it is told about its language model stays."""
+    """A pre-Buffer of the same shapes with random weights; what it knows of its language model stays."""
     assert trained.patch_embedding is not None
     with torch.random.fork_rng(devices=[]), new_weights():
         # By the run's own seed they could be the very weights that the asset's training began with.
         torch.manual_seed(torch.initial_seed() ^ RESET)
         new = PreBuffer(**trained.hparams)
-        new.adopt(PatchEmbedding(**trained.patch_embedding.hparams))
+        old = trained.patch_embedding
+        new.adopt(type(old)(**old.hparams))
     new.anchors, new.info = trained.anchors, trained.info
     return new
 
 
 def config_of(source: str) -> tuple[dict[str, Any], Path]:
-    """A language model's config, and the folder that it lies in."""
+    """A language model's config, and its folder."""
     folder = resolve(source, weights=False)
     return read_config(folder), folder
 
 
 def llm_arguments(
-    model: Compose, rope: Rope, attention: str, config_of: Callable[[str], tuple[dict[str, Any], Path]] = config_of
+    model: Compose, config_of: Callable[[str], tuple[dict[str, Any], Path]] = config_of
 ) -> dict[str, Any]:
     """Arguments of the post-LLM; of a pretrained one those that its config gives.
 
     Raises:
         ValueError: if a pretrained one was trained with another base than the recipe's.
     """
-    said = {"rope": rope.kind, "base_h": rope.base_h, "base_w": rope.base_w, "attention": attention}
-    base_t = {} if rope.base_t is None else {"base_t": rope.base_t}
+    chosen = block_choices(vars(model))
     if not isinstance(model.post_llm, PretrainedLLM):
-        return asdict(model.post_llm) | said | base_t
-    source = model.post_llm.from_pretrained
+        return asdict(model.post_llm) | chosen
+    source, base_t = model.post_llm.from_pretrained, chosen.pop("base_t", None)
     config, folder = config_of(source)
-    sizes = arguments_of(family_of(config), config, folder)
-    if rope.base_t not in (None, sizes["base_t"]):
+    sizes = arguments_of(config, folder, signature(PostLLM).parameters)
+    if base_t not in (None, sizes["base_t"]):
         raise ValueError(
-            f"model.rope.base_t is {rope.base_t}, but the language model {source} was trained with {sizes['base_t']}; "
+            f"model.rope.base_t is {base_t}, but the language model {source} was trained with {sizes['base_t']}; "
             "take base_t away, or give that value"
         )
-    return sizes | said
+    return sizes | chosen
 
 
 def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
@@ -141,5 +154,5 @@ def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
         with new_weights():
             new = PostLLM(**arguments, backend=model.backend)
         return new.to(as_dtype(model.dtype))
-    said = {name: arguments[name] for name in ("rope", "base_h", "base_w", "attention")}
-    return PostLLM.from_pretrained(model.post_llm.from_pretrained, **said, backend=model.backend, dtype=model.dtype)
+    chosen = {name: value for name, value in block_choices(vars(model)).items() if name != "base_t"}
+    return PostLLM.from_pretrained(model.post_llm.from_pretrained, **chosen, backend=model.backend, dtype=model.dtype)

@@ -1,22 +1,34 @@
-"""What no single key of a recipe can say: whether its parts fit together. No weights are loaded for it."""
+"""What no single key of a recipe can show: whether its parts fit together. No weights are loaded for it."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-
-from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import BLOCK, NativePrimitive
-from neo_components.components.rotary import Rotary
-from neo_components.recipe.hints import default_of, hints_of
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.errors import ArgumentError, ArgumentErrors
+from neo_components.recipe.hints import required, required_arguments
+from neo_components.recipe.parts import Part
 from neo_components.recipe.reader import Reader
-from neo_components.recipe.schema import FROM, Checkpoint, PreBufferAsset, PretrainedLLM, Rope
+from neo_components.recipe.schema import (
+    BRIDGE,
+    CHOICES,
+    FROM,
+    PATCH_EMBEDDING,
+    TAKEN,
+    Checkpoint,
+    NewPostLLM,
+    NewPreBuffer,
+    PreBufferAsset,
+    block_choices,
+)
+from neo_components.registry import KIND
+from neo_components.storage.deferred import unfilled
 
-SIZES = ("num_heads", "num_kv_heads", "head_width", "feed_forward_size")
-"""Sizes of a block that the components check."""
+ANY_WIDTH = 4
+"""Stands for a width that does not matter for what is checked."""
 
 
 def check_combinations(reader: Reader) -> None:
@@ -27,8 +39,8 @@ def check_combinations(reader: Reader) -> None:
     if form is Checkpoint:
         return
     _check_blocks(reader)
-    if "model.patch_embedding" in reader.sections:
-        _try(reader, "model.patch_embedding", PatchEmbedding, hidden_size=4, **_good(reader, "model.patch_embedding"))
+    _check_part(reader, "model.patch_embedding", PATCH_EMBEDDING, hidden_size=ANY_WIDTH)
+    _check_part(reader, "model.bridge", BRIDGE, in_width=ANY_WIDTH, out_width=ANY_WIDTH)
     asset = reader.sections.get("model.pre_buffer", (None, {}))[0]
     if asset is PreBufferAsset and "model.patch_embedding" in reader.sections:
         text = f"cannot stand beside model.pre_buffer.{FROM}: the asset has its own patch embedding; take it away"
@@ -48,35 +60,39 @@ def _check_data(reader: Reader) -> None:
 
     if "data" in reader.sections:
         lacking: dict[str, Any] = {"tokenizer": "", "train": []}
-        _try(reader, "data", NEODataModule, **lacking | _good(reader, "data"))
+        _try(reader, ["data"], NEODataModule, lacking | _good(reader, "data"))
 
 
 def _check_whitening(reader: Reader) -> None:
-    """A patch embedding is whitened before it learns, not after."""
+    """A patch embedding is whitened before training, not after."""
     form, _ = reader.sections.get("model", (None, {}))
     asset, given = reader.sections.get("model.pre_buffer", (None, {}))
     trained = form is Checkpoint or (asset is PreBufferAsset and not given.get("reset"))
     if trained and reader.sections.get("stage", (None, {}))[1].get("whiten_patches"):
-        reader.fault("stage.whiten_patches", "would undo what this model's patch embedding has learnt; take it away")
+        reader.fault("stage.whiten_patches", "would undo the training of this model's patch embedding; take it away")
 
 
 def _check_blocks(reader: Reader) -> None:
-    """Head counts and widths of new blocks, and the RoPE on them."""
-    rope = {name: default_of(PostLLM, name) for name in ("base_t", "base_h", "base_w")} | {"kind": Rope().kind}
-    rope |= {key: value for key, value in _good(reader, "model.rope").items() if value is not None}
-    sizes: dict[str, Any] = {}
-    for key in ("model.post_llm", "model.pre_buffer"):
-        values = {name: value for name, value in _good(reader, key).items() if value is not None}
-        # What a new pre-Buffer does not say, it takes from the post-LLM, which comes first here.
-        sizes |= {name: value for name, value in values.items() if name in SIZES}
-        own = {name: value for name, value in values.items() if name in BLOCK and name not in (*SIZES, "hidden_size")}
-        new = set(reader.given.get(key, {})).intersection(BLOCK) and FROM not in hints_of(
-            reader.sections.get(key, (PretrainedLLM, {}))[0]
-        )
-        if new and set(SIZES) <= set(sizes):
-            _try(reader, key, NativePrimitive, hidden_size=1, **sizes, **own)
-            turning = {name: own[name] for name in ("rope_scaling", "rotary_width") if name in own}
-            _try(reader, key, Rotary, device="cpu", head_width=sizes["head_width"], **rope, **turning)
+    """Sizes and settings of new blocks, and the choices for all of them, by the components themselves."""
+    shared = block_choices(reader.sections["model"][1])
+    around = [*(f"model.{name}" for name in CHOICES), "model"]
+    llm: dict[str, Any] = {}
+    if reader.sections.get("model.post_llm", (None,))[0] is NewPostLLM:
+        llm = _good(reader, "model.post_llm")
+        _try(reader, ["model.post_llm", *around], PostLLM, shared | llm)
+    if reader.sections.get("model.pre_buffer", (None,))[0] is NewPreBuffer:
+        own = {name: value for name, value in _good(reader, "model.pre_buffer").items() if value is not None}
+        taken = {"hidden_size": ANY_WIDTH} | {name: llm[name] for name in TAKEN if name in llm}
+        _try(reader, ["model.pre_buffer", *around, "model.post_llm"], PreBuffer, shared | taken | own)
+
+
+def _check_part(reader: Reader, key: str, part: Part, **given: Any) -> None:
+    """The options of a part, by the part itself."""
+    form, _ = reader.sections.get(key, (None, {}))
+    good = _good(reader, key)
+    if form is not None and good.get(KIND) not in part.also and good.keys() >= set(required(form)):
+        options = {name: value for name, value in good.items() if name not in part.beside}
+        _try(reader, [key], partial(part.registry.make, {KIND: part.default, **options}), given)
 
 
 def _good(reader: Reader, key: str) -> dict[str, Any]:
@@ -88,21 +104,41 @@ def _good(reader: Reader, key: str) -> dict[str, Any]:
     }
 
 
-def _try(reader: Reader, key: str, component: Any, device: str = "meta", **arguments: Any) -> None:
-    """Lets the component itself look at the arguments; what it says are faults of the section.
+def _try(reader: Reader, keys: Sequence[str], component: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Lets the component itself look at its arguments, without weights, and notes what it refuses.
 
-    On the meta device, where nothing takes room. A message that speaks of an argument with a fault of its own is left
-    out, as that argument was not passed on.
+    Args:
+        reader: takes the faults.
+        keys: sections that the arguments come from, that of the component first.
+        component: class or function.
+        arguments: of it; if a required one is not known, nothing is done.
     """
+    if not arguments.keys() >= set(required_arguments(component)):
+        return
     try:
-        with torch.device(device):
+        with unfilled():
             component(**arguments)
+    except ArgumentErrors as several:
+        for error in several.errors:
+            _note(reader, keys, error)
+    except ArgumentError as error:
+        _note(reader, keys, error)
     except ValueError as error:
-        faulty = {fault.key.rpartition(".")[2] for fault in reader.faults if fault.key.startswith(f"{key}.")}
-        for text in str(error).split("; "):
-            words = re.findall(r"\w+", text)
-            if not faulty.isdisjoint(words):
-                continue
-            # The first argument that it speaks of and that the recipe gives is the one to look at.
-            name = next((word for word in words if word in reader.given[key]), "")
-            reader.fault(f"{key}.{name}" if name else key, text.removeprefix(name).strip())
+        reader.fault(keys[0], str(error))
+
+
+def _note(reader: Reader, keys: Sequence[str], error: ArgumentError) -> None:
+    """Notes an error of an argument at the first section that gives it, or another that it does not go together with.
+
+    One of an argument that has a fault already is left out: it was not passed on.
+    """
+    names = (error.argument, *error.others)
+    faulty = {fault.key for fault in reader.faults}
+    if faulty.intersection(f"{key}.{name}" for key in keys for name in names):
+        return
+    for key in keys:
+        for name in names:
+            if name.partition(".")[0] in reader.given.get(key, {}):
+                reader.fault(f"{key}.{name}", error.text if name == error.argument else str(error))
+                return
+    reader.fault(keys[0], str(error))

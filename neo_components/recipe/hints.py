@@ -59,8 +59,7 @@ def arguments(
         replace: (type, default) of arguments, instead of those of the signature; also adds arguments.
         namespace: attributes of the dataclass.
     """
-    call = function.__init__ if inspect.isclass(function) else function
-    hints = get_type_hints(call, include_extras=True)
+    hints = hints_of_arguments(function)
     found: dict[str, tuple[Any, Any]] = {}
     for parameter in inspect.signature(function).parameters.values():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -75,7 +74,7 @@ def arguments(
         "__doc__": f"Arguments of ``{function.__qualname__}``.",
         **(namespace or {}),
     }
-    columns = [(key, hint, _field(default)) for key, (hint, default) in found.items()]
+    columns = [(key, hint, column(default)) for key, (hint, default) in found.items()]
     return make_dataclass(name, columns, namespace=inside, frozen=True, kw_only=True)
 
 
@@ -84,7 +83,21 @@ def default_of(function: Callable[..., Any], argument: str) -> Any:
     return inspect.signature(function).parameters[argument].default
 
 
-def _field(default: Any) -> Any:
+def hints_of_arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """The type of each argument, from its signature; one that is written as text is looked up."""
+    written = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: written[p.name] if isinstance(p.annotation, str) else p.annotation for p in parameters}
+
+
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that have no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def column(default: Any) -> Any:
+    """A dataclass field with that default, ``MISSING`` for none."""
     if default is MISSING:
         return field()
     if isinstance(default, (list, dict, set)):
@@ -131,7 +144,7 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin is Annotated:
-        return "a name"
+        return "a name" if get_args(hint)[0] is str else "a name or a mapping (kind: name, option: value)"
     if origin is tuple and inner[-1] is not ...:
         return f"a list of {len(inner)}: {', '.join(map(describe, inner))}"
     if origin in (list, tuple, Sequence):

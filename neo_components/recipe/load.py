@@ -16,12 +16,12 @@ from neo_components.recipe.files import file_layers, lay, resolve
 from neo_components.recipe.hints import default_of
 from neo_components.recipe.reader import Reader
 from neo_components.recipe.schema import (
+    CHOICES,
+    PATCH_EMBEDDING,
     Compose,
     ModelRecipe,
-    NewPatchEmbedding,
     PreBufferAsset,
     PretrainedLLM,
-    Rope,
     schema,
 )
 from neo_components.recipe.shipped import find_recipe
@@ -157,15 +157,13 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[Recipe | None, li
 
 
 def complete(model: ModelRecipe) -> ModelRecipe:
-    """The model section with everything said that is known without looking into an asset or a language model."""
+    """The model section with every default that is known without looking into an asset or a language model."""
     if not isinstance(model, Compose) or isinstance(model.pre_buffer, PreBufferAsset):
         return model
-    rope = model.rope or Rope()
-    if rope.base_t is None and not isinstance(model.post_llm, PretrainedLLM):
-        rope = replace(rope, base_t=default_of(PostLLM, "base_t"))
-    return replace(
-        model,
-        patch_embedding=model.patch_embedding or NewPatchEmbedding(),
-        rope=rope,
-        attention=model.attention or default_of(PostLLM, "attention"),
-    )
+    parts = CHOICES | {"patch_embedding": PATCH_EMBEDDING}
+    chosen: dict[str, Any] = {
+        name: part.choice() if getattr(model, name) is None else getattr(model, name) for name, part in parts.items()
+    }
+    if chosen["rope"]["base_t"] is None and not isinstance(model.post_llm, PretrainedLLM):
+        chosen["rope"] = {**chosen["rope"], "base_t": default_of(PostLLM, "base_t")}
+    return replace(model, **chosen)

@@ -1,4 +1,4 @@
-"""Turns the plain values of a recipe into the dataclasses of the schema, and notes everything that is wrong."""
+"""Reads the plain values of a recipe into the dataclasses of the schema, and notes everything that is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from neo_components.recipe.hints import (
     required,
     sections_of,
 )
+from neo_components.recipe.parts import Part, part_of
 from neo_components.recipe.schema import FROM, keys
+from neo_components.registry import KIND
 
 FAULTY: Any = object()
 """What :meth:`Reader.read` returns for a value that it had to refuse."""
@@ -60,8 +62,8 @@ class Reader:
             return self._union(value, hint, key)
         origin = get_origin(hint)
         if origin is Annotated:
-            names = next(extra for extra in hint.__metadata__ if isinstance(extra, Names))
-            return self._name(value, names, key)
+            part = part_of(hint)
+            return self._name(value, names_of(hint), key) if part is None else self._part(value, part, hint, key)
         if origin is Literal:
             return value if is_choice(value, get_args(hint)) else self._refuse(value, hint, key)
         if origin in (list, tuple, Sequence):
@@ -74,8 +76,6 @@ class Reader:
     def section(self, value: Any, forms: list[Any], key: str) -> Any:
         """A dataclass, from a mapping; of several forms the one that fits the keys given."""
         hints = [hints_of(form) for form in forms]
-        if isinstance(value, str) and "kind" in hints[0]:
-            value = {"kind": value}
         if not isinstance(value, Mapping):
             return self._refuse(value, forms[0], key)
         given = {name: v for name, v in value.items() if not self._removed(v, name, hints, key)}
@@ -97,7 +97,7 @@ class Reader:
         return self._make(forms[choice], good, key, before)
 
     def _removed(self, value: Any, name: str, hints: list[dict[str, Any]], key: str) -> bool:
-        """Whether ``null`` takes away what an earlier file said, instead of being a value."""
+        """Whether ``null`` takes away what an earlier file has, instead of being a value."""
         allowed = any(name in hint and accepts_none(hint[name]) for hint in hints)
         return value is None and not allowed and self.origins.replaced(_join(key, name))
 
@@ -106,6 +106,10 @@ class Reader:
         owned = getattr(form, "owned", {})
         if name in owned:
             return f"cannot be set here: {owned[name]}"
+        if label := getattr(form, "label", None):
+            options = [option for option in known if option != KIND]
+            near = f"; nearest: {_join(key, _nearest(name, options))}" if options else ""
+            return f"is no option of {label}{near} (valid here: {', '.join(known)})"
         if name in known:
             if FROM in hints_of(form):
                 return f"cannot stand beside {_join(key, FROM)}, which brings its own; take one of them away"
@@ -130,10 +134,8 @@ class Reader:
             self.fault(_join(key, name), text)
         if len(self.faults) > before or not good.keys() >= set(required(form)):
             return FAULTY
-        if getattr(form, "given_only", False):
-            return good
         try:
-            return form(**good)
+            return getattr(form, "finish", form)(**good)
         except (ValueError, TypeError) as error:
             self.fault(key, str(error))
             return FAULTY
@@ -141,16 +143,33 @@ class Reader:
     def _union(self, value: Any, hint: Any, key: str) -> Any:
         """The first alternative that takes the value; one of the value's very type comes first."""
         for member in sorted(members(hint), key=lambda member: member is not type(value)):
-            reader = Reader(self.origins)
+            reader = Reader(self.origins, self.unreadable)
             read = reader.read(value, member, key)
-            if not reader.faults:
-                return read
-            lists = isinstance(value, list) and get_origin(member) in (list, tuple, Sequence)
-            if lists or (get_origin(member) is Annotated and isinstance(value, str)):
-                # The value is of this alternative's kind, so its faults say more than that no alternative fits.
+            if not reader.faults or _is_meant(value, member):
+                # Faults of the alternative that is meant are better help than that no alternative fits.
                 self.faults += reader.faults
-                return FAULTY
+                self.sections |= reader.sections
+                self.given |= reader.given
+                return read
         return self._refuse(value, hint, key)
+
+    def _part(self, value: Any, part: Part, hint: Any, key: str) -> Any:
+        """A choice of a part: its name, or a mapping with the options that the part of that ``kind`` has."""
+        if not isinstance(value, (str, Mapping)):
+            return self._refuse(value, hint, key)
+        given = {KIND: value} if isinstance(value, str) else dict(value)
+        where = key if isinstance(value, str) else _join(key, KIND)
+        if KIND not in given or self._removed(given[KIND], KIND, [], key):
+            given[KIND] = part.default
+        name = self._name(given[KIND], Names(part.kind, part.names()), where)
+        if name is FAULTY:
+            return FAULTY
+        try:
+            form = part.form(name)
+        except TypeError as error:
+            self.fault(where, str(error))
+            return FAULTY
+        return self.section(given, [form], key)
 
     def _name(self, value: Any, names: Names, key: str) -> Any:
         if isinstance(value, str) and value in names.registry:
@@ -190,6 +209,18 @@ class Reader:
         brackets = f"; write [{value}]" if single else ""
         self.fault(key, f"got {shown}, wanted {describe(hint)}{near}{brackets}")
         return FAULTY
+
+
+def names_of(hint: Any) -> Names:
+    """The names that an ``Annotated`` hint stands for."""
+    return next(extra for extra in hint.__metadata__ if isinstance(extra, Names))
+
+
+def _is_meant(value: Any, member: Any) -> bool:
+    """Whether a value is of the kind of an alternative, so that it is faulty rather than of another alternative."""
+    if get_origin(member) is Annotated:
+        return isinstance(value, str) or (isinstance(value, Mapping) and part_of(member) is not None)
+    return isinstance(value, list) and get_origin(member) in (list, tuple, Sequence)
 
 
 def _scalar(value: Any, hint: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a recipe may say: one dataclass per section, derived from the signatures of what the section builds.
+"""The keys of a recipe: one dataclass per section, derived from the signatures of what the section builds.
 
 A key that is added to a component is a key of the recipe at once; its type and default are those of the signature.
 """
@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args,
 import lightning
 
 from neo_components.components.backends import BACKENDS
-from neo_components.components.masks import MASK_RULES
-from neo_components.components.patch_embedding import POSITIONS, PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.rotary import ROPE_VARIANTS
-from neo_components.model.attach import BRIDGES
-from neo_components.model.neo import TEXT
-from neo_components.recipe.hints import Names, arguments, default_of, hints_of, sections_of
+from neo_components.components.text_route import TEXT
+from neo_components.model.attach import AUTO
+from neo_components.recipe.hints import (
+    Names,
+    arguments,
+    default_of,
+    hints_of,
+    hints_of_arguments,
+    members,
+    required_arguments,
+    sections_of,
+)
+from neo_components.recipe.parts import Part, keys_of, part_of, split_beside
+from neo_components.registry import BRIDGES, EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES, Choice
 from neo_components.storage.weights import DTYPES
 
 FROM = "from_pretrained"
@@ -31,8 +39,10 @@ MAY_BE_ZERO = ("depth", "init_std", "rotary_width")
 
 
 def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with a component's numbers: all are positive, but ids and the arguments of ``MAY_BE_ZERO`` may be
-    0."""
+    """What is wrong with numbers of a component, by argument.
+
+    All must be positive, but ids of tokens and the arguments of ``MAY_BE_ZERO`` may be 0.
+    """
     found = {}
     for key, value in values.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -42,37 +52,47 @@ def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-_CHECKED: dict[str, Any] = {"problems": staticmethod(sizes_in_range)}
-_SHARED = ("rope", "base_t", "base_h", "base_w", "attention", "backend")
+CHOICES = {
+    "rope": Part(
+        ROPES,
+        default=default_of(PostLLM, "rope"),
+        # A pretrained language model brings its own base of the T frequencies.
+        beside={"base_t": (float | None, None)} | {n: (float, default_of(PostLLM, n)) for n in ("base_h", "base_w")},
+        problems=sizes_in_range,
+    ),
+    "attention": Part(MASKS, default=default_of(PostLLM, "attention")),
+    "experts": Part(EXPERTS, default=default_of(PostLLM, "experts")),
+}
+"""Parts that the model section chooses for the blocks of pre-Buffer and post-LLM alike."""
+
+SHARED = (*CHOICES, "backend", *(key for part in CHOICES.values() for key in part.beside))
 """Arguments of pre-Buffer and post-LLM that the model section gives to both."""
 
+PATCH_EMBEDDING = Part(PATCH_EMBEDDINGS, default="neo")
+BRIDGE = Part(BRIDGES, default=AUTO, also=(AUTO,))
+
+Backend = Annotated[str, Names("attention backend", BACKENDS)]
+Text = Annotated[str, Names("text", TEXT)]
+Dtype = Annotated[str, Names("dtype", DTYPES)]
+
+
+TAKEN = ("norm_eps", *(name for name in required_arguments(PreBuffer) if name not in ("depth", "hidden_size")))
+"""Arguments of a new pre-Buffer that are the post-LLM's where the recipe gives it none of its own."""
+
+_CHECKED: dict[str, Any] = {"problems": staticmethod(sizes_in_range)}
+
 if TYPE_CHECKING:
-    NewPatchEmbedding: TypeAlias = Any
     NewPreBuffer: TypeAlias = Any
     NewPostLLM: TypeAlias = Any
 else:
-    NewPatchEmbedding = arguments(
-        "NewPatchEmbedding",
-        PatchEmbedding,
-        omit=["hidden_size"],
-        replace={"position": (Annotated[str, Names("position", POSITIONS)], default_of(PatchEmbedding, "position"))},
-        namespace=_CHECKED,
-    )
     NewPreBuffer = arguments(
         "NewPreBuffer",
         PreBuffer,
-        omit=["hidden_size", *_SHARED],
-        # Where nothing is said, the blocks have the sizes of the post-LLM's.
-        replace={
-            "num_heads": (int | None, None),
-            "num_kv_heads": (int | None, None),
-            "head_width": (int | None, None),
-            "feed_forward_size": (int | None, None),
-            "norm_eps": (float | None, None),
-        },
+        omit=["hidden_size", *SHARED],
+        replace={name: (hints_of_arguments(PreBuffer)[name] | None, None) for name in TAKEN},
         namespace=_CHECKED,
     )
-    NewPostLLM = arguments("NewPostLLM", PostLLM, omit=_SHARED, namespace=_CHECKED)
+    NewPostLLM = arguments("NewPostLLM", PostLLM, omit=SHARED, namespace=_CHECKED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,60 +120,50 @@ class PretrainedLLM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions of all blocks.
-
-    Args:
-        kind: registered name of the variant.
-        base_t: base of the T frequencies; a pretrained language model brings its own, which this must then equal.
-        base_h: base of the H frequencies.
-        base_w: base of the W frequencies.
-    """
-
-    kind: Annotated[str, Names("rope", ROPE_VARIANTS)] = default_of(PostLLM, "rope")
-    base_t: float | None = None
-    base_h: float = default_of(PostLLM, "base_h")
-    base_w: float = default_of(PostLLM, "base_w")
-
-    problems = staticmethod(sizes_in_range)
-
-
-Attention = Annotated[str, Names("attention", MASK_RULES)]
-Backend = Annotated[str, Names("attention backend", BACKENDS)]
-Bridge = Annotated[str, Names("bridge", BRIDGES)]
-Text = Annotated[str, Names("text", TEXT)]
-Dtype = Annotated[str, Names("dtype", DTYPES)]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Compose:
     """A model from its parts.
 
     Args:
-        patch_embedding: ``None`` if the pre-Buffer is an asset, which has its own.
+        patch_embedding: choice of the patch embedding; ``None`` if the pre-Buffer is an asset, which has its own.
         pre_buffer: sizes of a new one, or an asset.
         post_llm: a pretrained language model, or sizes of a new one.
-        rope: ``None``: native, or that of the asset.
-        attention: registered name of the mask rule; ``None``: mixed, or that of the asset.
+        rope: choice of the RoPE variant, with the bases of its frequencies; ``None``: native, or that of the asset.
+        attention: choice of the mask rule; ``None``: mixed, or that of the asset.
+        experts: choice of the expert routing by modality; ``None``: none, or that of the asset.
         backend: how attention is computed.
-        bridge: how an asset is attached.
-        text: where words go, through the pre-Buffer or around it.
+        bridge: choice of how an asset is attached.
+        text: the way of text tokens, through the pre-Buffer or around it.
         dtype: of all weights in memory.
 
     ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
     """
 
-    patch_embedding: NewPatchEmbedding | None = None
+    patch_embedding: Annotated[Choice, PATCH_EMBEDDING] | None = None
     pre_buffer: NewPreBuffer | PreBufferAsset
     post_llm: NewPostLLM | PretrainedLLM
-    rope: Rope | None = None
-    attention: Attention | None = None
+    rope: Annotated[Choice, CHOICES["rope"]] | None = None
+    attention: Annotated[Choice, CHOICES["attention"]] | None = None
+    experts: Annotated[Choice, CHOICES["experts"]] | None = None
     backend: Backend = "auto"
-    bridge: Bridge = "auto"
+    bridge: Annotated[Choice, BRIDGE] = "auto"
     text: Text = "shared"
     dtype: Dtype = "float32"
 
     from_pretrained: ClassVar[None] = None
+
+
+def block_choices(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the blocks that a model section chooses for pre-Buffer and post-LLM alike.
+
+    Args:
+        model: values of the section; one that is ``None`` or missing is left to the components.
+    """
+    found: dict[str, Any] = {}
+    for name, part in CHOICES.items():
+        if (choice := model.get(name)) is not None:
+            found[name], beside = split_beside(choice, part.beside)
+            found |= {key: value for key, value in beside.items() if value is not None}
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +207,10 @@ def schema() -> Any:
     data = arguments("DataRecipe", NEODataModule, omit=owned, namespace={"owned": owned})
     # Only what is given is passed on, so Lightning's defaults stay Lightning's.
     trainer = arguments(
-        "TrainerRecipe", lightning.Trainer, omit=TRAINER_OWNED, namespace={"owned": TRAINER_OWNED, "given_only": True}
+        "TrainerRecipe",
+        lightning.Trainer,
+        omit=TRAINER_OWNED,
+        namespace={"owned": TRAINER_OWNED, "finish": staticmethod(dict)},
     )
     return make_dataclass(
         "RecipeSchema",
@@ -215,7 +228,6 @@ def schema() -> Any:
     )
 
 
-@lru_cache
 def keys() -> tuple[str, ...]:
     """Every dotted key that a recipe may have, sections included; ``[]`` stands for the items of a list."""
     return tuple(dict.fromkeys(_keys(schema(), "")))
@@ -226,6 +238,8 @@ def _keys(section: Any, prefix: str) -> Iterator[str]:
         yield prefix + name
         for inner in sections_of(hint):
             yield from _keys(inner, f"{prefix}{name}.")
+        for part in filter(None, map(part_of, members(hint))):
+            yield from (f"{prefix}{name}.{key}" for key in keys_of(part))
         for item in get_args(hint) if get_origin(hint) in (list, tuple, Sequence) else ():
             for inner in sections_of(item):
                 yield from _keys(inner, f"{prefix}{name}[].")

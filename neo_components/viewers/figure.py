@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, ImageSource, open_image
+from neo_components.data.image.files import ImageSource, open_image
+from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

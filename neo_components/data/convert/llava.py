@@ -1,151 +1,88 @@
-"""From a LLaVA-style JSON or JSONL file and its images or videos to shards."""
+"""LLaVA-style JSON or JSONL with its images or videos."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neo_components.data.convert.engine import Records, Samples, by_record, convert, file_facts, in_parts, read_image
-from neo_components.data.convert.video import read_frames
+from neo_components.data.convert.base import Converter, check_folder, image_path, parse_record, read_lines
+from neo_components.data.convert.video import check_rate, read_frames
 from neo_components.data.shards.format import RawSample
-from neo_components.data.skip_counts import SampleError, SkipCounts
-from neo_components.data.text.conversation import IMAGE_TAG, check_conversation
+from neo_components.data.skip_counts import SampleError
+from neo_components.data.text.turns import IMAGE_TAG
+from neo_components.registry import CONVERTERS
 
 VIDEO_TAG = "<video>"
 
+_OWN = ("image", "video", "image_sizes", "frames", "conversations", "images", "key", "__key__")
 
-def llava_to_shards(
-    source: str | PathLike[str],
-    image_folder: str | PathLike[str] | None,
-    folder: str | PathLike[str],
-    max_per_shard: int = 10_000,
-    *,
-    workers: int = 0,
-    frames: int | None = 8,
-    fps: float | None = None,
-    title: str | None = None,
-) -> SkipCounts:
-    """Writes a LLaVA-style data set as shards.
 
-    Each record is ``{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [...]}``; ``image`` is missing for
-    text alone. ``video`` instead of ``image`` names a video file or a folder of frames, which stands behind one
-    ``<video>`` or ``<image>`` tag. ``id`` and any further values are kept in the sample's JSON. Records that cannot be
-    learnt from (no JSON, a missing or unreadable image, more or fewer ``<image>`` tags than images, no answer) are left
-    out, counted and named in the log. Pixels of images are not decoded here, so a truncated one shows in training only.
+@CONVERTERS.register("llava")
+@dataclass
+class Llava(Converter):
+    """Convert LLaVA-style conversations with images or videos into shards.
 
-    An interrupted conversion goes on when it is started again.
+    Each record is ``{"id": ..., "image": "a.jpg" | ["a.jpg", ...], "conversations": [...]}``; a record of text alone
+    has no ``image``. ``video`` instead of ``image`` names a video file or a folder of frames, which stands behind one
+    ``<video>`` or ``<image>`` tag. ``id`` and any further values are kept in the sample's JSON.
 
     Args:
-        source: ``.jsonl`` with one record per line, or ``.json`` with a list of records.
-        image_folder: images and videos are looked up here; ``None`` if there are none.
-        folder: the new folder of shards.
-        max_per_shard: records in one shard.
-        workers: processes that write; 0 writes in this one.
-        frames: frames of each video, evenly spaced; see :func:`~neo_components.data.convert.video.read_frames`.
-        fps: frames per second of a video file instead.
-        title: of the progress; ``None`` shows none.
-
-    Returns:
-        how many records were ``read``, ``kept`` (written), and ``skipped`` by reason.
+        conversations: LLaVA-style JSON file with a list of records, or JSONL file with one record per line.
+        images: Folder that the names of images and videos are relative to.
+        frames: Frames of each video, evenly spaced.
+        fps: Frames per second of each video file instead.
 
     Raises:
-        FileNotFoundError: if the file or the image folder does not exist.
-        FileExistsError: if the new folder holds something.
-        ValueError: if the file is neither a list of records nor lines of them, or no record can be used.
+        FileNotFoundError: if the file or the folder does not exist.
+        ValueError: if a number is not positive.
     """
-    source, images = Path(source), Path(image_folder) if image_folder is not None else None
-    if not source.is_file():
-        raise FileNotFoundError(f"no such file: {source}")
-    if images is not None and not images.is_dir():
-        raise FileNotFoundError(f"no such image folder: {images}")
-    reader = _Reader(str(source), images, frames, fps)
-    job = {**file_facts(source), "kind": "llava", "size": max_per_shard, "reader": repr(asdict(reader))}
-    parts = in_parts(records_of(source), max_per_shard)
-    total = count_records(source) if title else 0
-    return convert(parts, reader, folder, job, workers=workers, title=title, total=total)
 
+    conversations: Path
+    images: Path | None = None
+    frames: int = 8
+    fps: float | None = None
 
-def records_of(source: Path) -> Iterator[Any]:
-    """Records of a JSON list, or the lines of JSONL as bytes.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_folder(self.images, "images")
+        check_rate(self.frames, self.fps)
 
-    Raises:
-        ValueError: if the file is no list of records.
-    """
-    if source.suffix == ".jsonl":
-        with source.open("rb") as lines:
-            yield from (line for line in lines if line.strip())
-        return
-    try:
-        records = json.loads(source.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{source} is no JSON ({error}); name it .jsonl if it has one record per line") from None
-    if not isinstance(records, list):
-        raise ValueError(f"{source} must hold a list of records, got {type(records).__name__}")
-    yield from records
+    def records(self) -> Iterator[Any]:
+        """The records of a JSON list, or the lines of JSONL as bytes.
 
-
-def count_records(source: Path) -> int:
-    """Number of the records, for the progress."""
-    return sum(1 for _ in records_of(source))
-
-
-def parse_record(record: Any) -> dict[str, Any]:
-    """A record from its line.
-
-    Raises:
-        SampleError: (a ``ValueError``) if it is no object.
-    """
-    if isinstance(record, bytes):
+        Raises:
+            ValueError: if the file is no list of records.
+        """
+        source = self.conversations
+        if source.suffix == ".jsonl":
+            yield from read_lines(source)
+            return
         try:
-            record = json.loads(record)
+            records = json.loads(source.read_bytes())
         except ValueError as error:
-            raise SampleError(f"no JSON ({error})", "json") from None
-    if not isinstance(record, dict):
-        raise SampleError(f"a record must be an object, got {type(record).__name__}", "json")
-    return record
+            raise ValueError(f"{source} is no JSON ({error}); name it .jsonl if it has one record per line") from None
+        if not isinstance(records, list):
+            raise ValueError(f"{source} must hold a list of records, got {type(records).__name__}")
+        yield from records
 
-
-@dataclass
-class _Reader:
-    """Makes samples of a part."""
-
-    source: str
-    images: Path | None
-    frames: int | None
-    fps: float | None
-
-    def __call__(self, part: Records) -> Samples:
-        return by_record(self.source, part, self._sample)
-
-    def _sample(self, key: str, line: Any) -> RawSample:
-        record = parse_record(line)
+    def sample(self, record: Any) -> RawSample:
+        """See :meth:`Converter.sample`; pixels are not decoded, so a truncated image shows in training only."""
+        record = parse_record(record)
         names, videos = _names(record, "image"), _names(record, "video")
         if names and videos:
             raise SampleError("a record has images or videos, not both", "images")
-        turns = record.get("conversations", ())
+        sample = {name: value for name, value in record.items() if name not in _OWN}
+        sample["conversations"] = record.get("conversations", ())
+        sample["images"] = [image_path(self.images, name) for name in names]
         if videos:
-            turns = _as_images(turns)
-        check_conversation(turns, len(names) + len(videos))
-        extra = {name: value for name, value in record.items() if name not in _OWN}
-        if videos:
-            clips = [read_frames(self._path(name), self.frames, self.fps) for name in videos]
-            files = [frame for clip in clips for frame in clip]
-            extra["frames"] = [len(clip) for clip in clips]
-        else:
-            files = [read_image(self._path(name), name) for name in names]
-        return {**extra, "key": key, "conversations": turns, "images": files}
-
-    def _path(self, name: str) -> Path:
-        if self.images is None:
-            raise SampleError(f"no image {name!r}: no image folder was given", "missing_image")
-        return self.images / name
-
-
-_OWN = ("image", "video", "image_sizes", "frames", "conversations", "images", "key", "__key__")
+            sample["conversations"] = _with_image_tags(sample["conversations"])
+            clips = [read_frames(image_path(self.images, name), self.frames, self.fps) for name in videos]
+            sample["images"] = [frame for clip in clips for frame in clip]
+            sample["frames"] = [len(clip) for clip in clips]
+        return sample
 
 
 def _names(record: dict[str, Any], kind: str) -> list[str]:
@@ -156,7 +93,7 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
     return names
 
 
-def _as_images(turns: Any) -> Any:
+def _with_image_tags(turns: Any) -> Any:
     """Turns whose ``<video>`` tags are ``<image>`` tags; the frames of a video stand behind one."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns

@@ -1,12 +1,12 @@
-"""Synthetic scenes that test where things are: coloured shapes, captions, and questions whose answers are computed.
+"""Synthetic scenes that test where things are: colored shapes, captions, and questions whose answers are computed.
 
-A scene is drawn on a grid of three by three cells, at most one shape in a cell, none in two ways alike. Four kinds of
-questions: ``place`` (in which cell), ``relation`` (left, right, above or below of another, yes or no), ``nearest``
-(colour of the shape next to one), ``count`` (how many of a colour or shape). For each question the answer is drawn
-first, evenly, and the scene is drawn until it gives that answer, so a reader who does not see the picture is at chance.
+A scene is drawn on a grid of three by three cells, at most one shape in a cell, no two alike in color and shape. Four
+kinds of questions: ``place`` (in which cell), ``relation`` (left, right, above or below of another, yes or no),
+``nearest`` (color of the shape next to one), ``count`` (how many of a color or shape). For each question the answer is
+drawn first, evenly, and the scene is drawn until it gives that answer, so a model that ignores the image is at chance.
 
-Background, shades and sizes vary from scene to scene: what learns on one background and six exact colours sees little
-on other pictures.
+Background, shades and sizes vary from scene to scene: a model trained on one background and six exact colors
+generalizes little to other images.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from neo_components.data.shards.format import RawSample, write_shards
+from neo_components.data.convert.base import Converter
+from neo_components.data.shards.format import RawSample
+from neo_components.errors import ArgumentError, one_of
+from neo_components.registry import CONVERTERS
 
 COLORS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 210, 50),
@@ -31,7 +33,7 @@ SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": (0.2, 0.27), "large": (0.36, 0.45)}
 """Least and largest half of the side of a shape, in cells."""
 SHADE = 20
-"""By how much a channel of a shape's colour, of 0 to 255, is above or below that of :data:`COLORS`."""
+"""By how much a channel of a shape's color, of 0 to 255, is above or below that of :data:`COLORS`."""
 PALE = (222, 255)
 """Least and largest channel of a background."""
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
@@ -70,12 +72,12 @@ class Thing:
 
 
 def draw_scene(rng: random.Random, least: int = 2, most: int = 5) -> list[Thing]:
-    """Random things in different cells, no two of the same colour and shape."""
+    """Random things in different cells, no two of the same color and shape."""
     number = rng.randint(least, most)
     cells = rng.sample([(x, y) for x in range(3) for y in range(3)], number)
-    looks = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
+    styles = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], number)
     things = []
-    for (x, y), (color, shape) in zip(cells, looks, strict=True):
+    for (x, y), (color, shape) in zip(cells, styles, strict=True):
         size = rng.choice(tuple(SIZES))
         half = rng.uniform(*SIZES[size])
         room = 0.5 - half
@@ -85,7 +87,7 @@ def draw_scene(rng: random.Random, least: int = 2, most: int = 5) -> list[Thing]
     return things
 
 
-def picture(things: Sequence[Thing], background: tuple[int, ...] = (245, 245, 245), side: int = 96) -> bytes:
+def draw_image(things: Sequence[Thing], background: tuple[int, ...] = (245, 245, 245), side: int = 96) -> bytes:
     """The scene as a PNG file of ``side`` x ``side`` pixels."""
     image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
@@ -105,7 +107,7 @@ def picture(things: Sequence[Thing], background: tuple[int, ...] = (245, 245, 24
 
 
 def caption(things: Sequence[Thing]) -> str:
-    """All things of a scene with size and place, row by row."""
+    """All things of a scene with size and cell, from top left to bottom right."""
     ordered = sorted(things, key=lambda thing: (int(thing.y), int(thing.x)))
     return ", ".join(f"a {thing.size} {thing.name} at the {thing.place}" for thing in ordered)
 
@@ -143,14 +145,14 @@ def _nearest(rng: random.Random) -> tuple[list[Thing], str, str]:
         things = draw_scene(rng, least=3)
         thing = rng.choice(things)
         found = nearest(thing, things)
-        # The colour that the question itself names is never the answer, so it tells nothing but that.
+        # The color that the question itself names is never the answer, so it reveals nothing but that.
         if found is not None and found.color == wanted and wanted != thing.color:
             return things, f"what color is the shape nearest to the {thing.name}?", wanted
 
 
 def _count(rng: random.Random) -> tuple[list[Thing], str, str]:
     what = rng.choice((*SHAPES, *COLORS))
-    # A colour comes in three shapes, and no thing is there twice.
+    # A color comes in three shapes, and no thing is there twice.
     wanted = rng.randint(0, len(SHAPES) if what in COLORS else MOST)
     while True:
         things = draw_scene(rng, least=max(wanted, 2), most=6)
@@ -162,8 +164,49 @@ def _count(rng: random.Random) -> tuple[list[Thing], str, str]:
 _ASK = {"place": _place, "relation": _relation, "nearest": _nearest, "count": _count}
 
 
+@CONVERTERS.register("synth")
+@dataclass
+class Scenes(Converter):
+    """Draw scenes of small shapes, with questions on place, relation, nearest and count, as shards.
+
+    Args:
+        count: Number of samples; the kinds take turns.
+        seed: The same seed gives the same samples.
+        kind: Kind of questions: place, relation, nearest or count; repeat it for several; by default all.
+        captions: Descriptions instead of questions.
+
+    Raises:
+        ValueError: if a number or kind is not possible.
+    """
+
+    count: int = 10_000
+    seed: int = 0
+    kind: list[str] | None = None
+    captions: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.count, self._kinds)
+
+    @property
+    def _kinds(self) -> Sequence[str]:
+        return KINDS if self.kind is None else self.kind
+
+    def records(self) -> Iterator[RawSample]:
+        """The samples: one stream of random numbers draws them in order."""
+        return scenes(self.count, self.seed, self._kinds, self.captions)
+
+    def sample(self, record: RawSample) -> RawSample:
+        """The record itself."""
+        return record
+
+    def total(self) -> int:
+        """Number of the samples."""
+        return self.count
+
+
 def scenes(count: int, seed: int = 0, kinds: Sequence[str] = KINDS, captions: bool = False) -> Iterator[RawSample]:
-    """Samples for ``write_shards``: a picture with one question, or with its caption.
+    """Yields samples for ``write_shards``: an image with one question, or with its caption.
 
     Args:
         count: number of samples; the kinds take turns.
@@ -174,12 +217,7 @@ def scenes(count: int, seed: int = 0, kinds: Sequence[str] = KINDS, captions: bo
     Raises:
         ValueError: if a number or kind is not possible.
     """
-    if count < 1:
-        raise ValueError(f"count must be 1 or more, got {count}")
-    if wrong := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"kind {wrong[0]!r} is unknown; choose from {', '.join(KINDS)}")
-    if not kinds:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}")
+    _check(count, kinds)
     rng = random.Random(f"scenes {seed}")
     for number in range(count):
         kind = "caption" if captions else kinds[number % len(kinds)]
@@ -188,18 +226,20 @@ def scenes(count: int, seed: int = 0, kinds: Sequence[str] = KINDS, captions: bo
             question, answer = "describe the picture.", caption(things)
         else:
             things, question, answer = _ASK[kind](rng)
-        image = picture(things, tuple(rng.randint(*PALE) for _ in range(3)))
+        image = draw_image(things, tuple(rng.randint(*PALE) for _ in range(3)))
         yield _sample(f"{seed}-{number:06d}", kind, things, image, question, answer)
 
 
 def _sample(key: str, kind: str, things: Sequence[Thing], image: bytes, question: str, answer: str) -> dict[str, Any]:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    told = [{"name": t.name, "size": t.size, "x": round(t.x, 3), "y": round(t.y, 3)} for t in things]
-    return {"key": key, "conversations": turns, "images": [image], "kind": kind, "scene": told}
+    scene = [{"name": t.name, "size": t.size, "x": round(t.x, 3), "y": round(t.y, 3)} for t in things]
+    return {"key": key, "conversations": turns, "images": [image], "kind": kind, "scene": scene}
 
 
-def write_scenes(
-    folder: str | PathLike[str], count: int, seed: int = 0, kinds: Sequence[str] = KINDS, captions: bool = False
-) -> dict[str, Any]:
-    """Writes :func:`scenes` as shards; the result is that of ``write_shards``."""
-    return write_shards(scenes(count, seed, kinds, captions), folder)
+def _check(count: int, kinds: Sequence[str]) -> None:
+    if count < 1:
+        raise ArgumentError("count", f"must be 1 or more, got {count}")
+    for kind in kinds:
+        one_of("kind", kind, KINDS)
+    if not kinds:
+        raise ArgumentError("kind", f"must name at least one of {', '.join(KINDS)}")

@@ -1,90 +1,77 @@
-"""From text alone, in JSONL or Parquet, to shards."""
+"""Texts, question-answer pairs or chat messages in JSONL or Parquet."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from neo_components.data.convert.engine import Records, Samples, by_record, convert, file_facts, in_parts
-from neo_components.data.convert.llava import parse_record
+from neo_components.data.convert.base import Converter, parse_record, read_lines
 from neo_components.data.shards.format import RawSample
-from neo_components.data.skip_counts import SampleError, SkipCounts
-from neo_components.data.text.conversation import check_conversation
+from neo_components.data.skip_counts import SampleError
+from neo_components.registry import CONVERTERS
 
 ROLES = {"system": "system", "user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt"}
-"""Who speaks in chat messages, and in conversations here."""
+"""Roles of chat messages, and of the turns that they become."""
 
 
-def texts_to_shards(
-    source: str | PathLike[str],
-    folder: str | PathLike[str],
-    max_per_shard: int = 10_000,
-    *,
-    text: str = "text",
-    question: str | None = None,
-    workers: int = 0,
-    title: str | None = None,
-) -> SkipCounts:
-    """Writes texts as shards.
+@CONVERTERS.register("text")
+@dataclass
+class Texts(Converter):
+    """Convert texts, question-answer pairs or chat messages into shards.
 
     A record with ``conversations`` (LLaVA's form) or ``messages`` (``role`` and ``content``) keeps its turns. Of any
-    other, the column ``text`` is learnt whole, as an answer to nothing or to the column ``question``.
+    other record one column is the target as a whole: an answer to nothing, or to another column.
 
     Args:
-        source: ``.jsonl`` with one record per line, or ``.parquet``.
-        folder: the new folder of shards.
-        max_per_shard: records in one shard.
-        text: column of what is learnt.
-        question: column of what is asked, if any.
-        workers: processes that write; 0 writes in this one.
-        title: of the progress; ``None`` shows none.
-
-    Returns:
-        how many records were ``read``, ``kept`` (written), and ``skipped`` by reason.
+        texts: JSONL file with one record per line, or Parquet file.
+        column: Column of the target text.
+        question: Column of the question, if any.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        FileExistsError: if the new folder holds something.
-        ModuleNotFoundError: if it is Parquet and pyarrow is not installed.
-        ValueError: if the file is of another kind, or no record can be used.
+        ValueError: if the file is of another kind.
     """
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"no such file: {source}")
-    if source.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"texts are read from .jsonl or .parquet, got {source.name!r}")
-    reader = _Reader(str(source), text, question)
-    job = {**file_facts(source), "kind": "text", "size": max_per_shard, "columns": [text, question]}
-    total = _count(source) if title else 0
-    parts = in_parts(_records(source), max_per_shard)
-    return convert(parts, reader, folder, job, workers=workers, title=title, total=total)
 
+    texts: Path
+    column: str = "text"
+    question: str | None = None
 
-@dataclass
-class _Reader:
-    source: str
-    text: str
-    question: str | None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.texts.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"texts are read from .jsonl or .parquet, got {self.texts.name!r}")
 
-    def __call__(self, part: Records) -> Samples:
-        return by_record(self.source, part, self._sample)
+    def records(self) -> Iterator[bytes]:
+        """The records as lines of JSON.
 
-    def _sample(self, key: str, line: Any) -> RawSample:
-        record = parse_record(line)
-        turns = record.get("conversations")
-        if turns is None and "messages" in record:
-            turns = _from_messages(record["messages"])
+        Raises:
+            ModuleNotFoundError: if the file is Parquet and pyarrow is not installed.
+            ValueError: if the file is no Parquet.
+        """
+        if self.texts.suffix == ".jsonl":
+            yield from read_lines(self.texts)
+            return
+        for batch in _parquet(self.texts).iter_batches(batch_size=1000):
+            # As text, so that what is no JSON (dates, bytes) shows here and not when the shard is written.
+            yield from (json.dumps(record, default=str).encode() for record in batch.to_pylist())
+
+    def total(self) -> int:
+        """Number of the records."""
+        return int(_parquet(self.texts).metadata.num_rows) if self.texts.suffix == ".parquet" else super().total()
+
+    def sample(self, record: bytes) -> RawSample:
+        """See :meth:`Converter.sample`."""
+        fields = parse_record(record)
+        turns = fields.get("conversations")
         if turns is None:
-            turns = self._turns(record)
-        check_conversation(turns, 0)
-        return {"key": key, "conversations": turns, "images": []}
+            turns = _from_messages(fields["messages"]) if "messages" in fields else self._turns(fields)
+        return {"conversations": turns}
 
     def _turns(self, record: dict[str, Any]) -> list[dict[str, str]]:
-        wanted = [name for name in (self.question, self.text) if name is not None]
+        wanted = [name for name in (self.question, self.column) if name is not None]
         values = [record.get(name) for name in wanted]
         if not all(isinstance(value, str) for value in values):
             raise SampleError(f"the record has no text in {' and '.join(wanted)}; it has {sorted(record)}", "json")
@@ -99,23 +86,6 @@ def _from_messages(messages: Any) -> list[dict[str, str]]:
     if not good:
         raise SampleError(f"messages must be {{'role': str, 'content': str}} each, got {messages!r:.100}", "turns")
     return [{"from": ROLES.get(m["role"], m["role"]), "value": m["content"]} for m in messages]
-
-
-def _records(source: Path) -> Iterator[Any]:
-    if source.suffix == ".jsonl":
-        with source.open("rb") as lines:
-            yield from (line for line in lines if line.strip())
-        return
-    for batch in _parquet(source).iter_batches(batch_size=1000):
-        # As text, so that what is no JSON (dates, bytes) shows here and not when the shard is written.
-        yield from (json.dumps(record, default=str).encode() for record in batch.to_pylist())
-
-
-def _count(source: Path) -> int:
-    if source.suffix == ".parquet":
-        return int(_parquet(source).metadata.num_rows)
-    with source.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
 
 
 def _parquet(source: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Frames of a video: of a file, decoded by PyAV (the extra ``video``), or of a folder that holds them as images.
+"""Reads frames of a video: a file, which PyAV decodes (the extra ``video``), or a folder that holds them as images.
 
 The frames of one video stand behind one image tag, without boundary tokens between them, so that T advances by one for
 each frame (NEO paper, section 3.2).
@@ -10,11 +10,21 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from neo_components.data.image.images import open_image
+from neo_components.data.image.files import open_image
 from neo_components.data.skip_counts import SampleError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 QUALITY = 95
+
+
+def check_rate(frames: int | None, fps: float | None) -> None:
+    """Checks how many frames are taken.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+    if (frames is not None and frames < 1) or (fps is not None and not fps > 0):
+        raise ValueError(f"frames and fps must be positive or None, got frames={frames}, fps={fps}")
 
 
 def read_frames(path: Path, frames: int | None = 8, fps: float | None = None) -> list[bytes]:
@@ -34,15 +44,14 @@ def read_frames(path: Path, frames: int | None = 8, fps: float | None = None) ->
         SampleError: (a ``ValueError``) if there is no such video, or it cannot be decoded.
         ValueError: if the numbers are not positive.
     """
-    if (frames is not None and frames < 1) or (fps is not None and not fps > 0):
-        raise ValueError(f"frames and fps must be positive or None, got frames={frames}, fps={fps}")
+    check_rate(frames, fps)
     if path.is_dir():
         images = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
         if not images:
             raise SampleError(f"no frames in {path}", "video")
         if fps is not None:
             raise ValueError(f"fps needs a video file; {path} is a folder of frames, whose rate is not known")
-        chosen = [images[place].read_bytes() for place in evenly(len(images), frames)]
+        chosen = [images[position].read_bytes() for position in evenly(len(images), frames)]
         for number, data in enumerate(chosen):
             open_image(data, f"frame {number} of {path}")
         return chosen
@@ -55,10 +64,10 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def evenly(count: int, wanted: int | None) -> Sequence[int]:
-    """Places of ``wanted`` frames of ``count``, each in the middle of its part."""
+    """Indices of ``wanted`` frames of ``count``, each in the middle of its part."""
     if wanted is None or wanted >= count:
         return range(count)
-    return [(2 * place + 1) * count // (2 * wanted) for place in range(wanted)]
+    return [(2 * position + 1) * count // (2 * wanted) for position in range(wanted)]
 
 
 def _decode(path: Path, frames: int | None, fps: float | None) -> list[bytes]:

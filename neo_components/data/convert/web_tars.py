@@ -1,4 +1,4 @@
-"""From webdataset tars of image-text pairs, as img2dataset writes them, to shards.
+"""Webdataset tars of image-text pairs, as img2dataset writes them.
 
 Each sample has an image (``KEY.jpg``, ``png``, ``webp``) and its caption in ``KEY.txt``, or in ``KEY.json`` under
 ``caption`` or ``text``. A ``KEY.json`` with ``conversations`` is taken as it is. Nothing is unpacked to disk.
@@ -11,84 +11,73 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from neo_components.data.convert.captions import caption_sample
-from neo_components.data.convert.engine import Samples, convert, file_facts
-from neo_components.data.image.images import open_image
+from neo_components.data.convert.base import Converter, Samples, file_facts
+from neo_components.data.convert.captions import caption_turns
 from neo_components.data.shards.format import RawSample, check_end, image_order, member_end, shard_files, split_member
-from neo_components.data.skip_counts import SampleError, SkipCounts
-from neo_components.data.text.conversation import check_conversation
+from neo_components.data.skip_counts import SampleError
+from neo_components.registry import CONVERTERS
 
-Part = tuple[int, Path]
 Members = dict[str, bytes]
 
 
-def tars_to_shards(
-    source: str | PathLike[str],
-    folder: str | PathLike[str],
-    *,
-    prompt: str = "",
-    workers: int = 0,
-    title: str | None = None,
-) -> SkipCounts:
-    """Writes each tar of a folder as one shard.
+@CONVERTERS.register("webdataset")
+@dataclass
+class WebTars(Converter):
+    """Convert image-text tars (jpg with txt or json) into shards, one for each tar.
 
     Args:
-        source: folder of ``*.tar``.
-        folder: the new folder of shards.
-        prompt: text behind each image, for example a request to describe it.
-        workers: processes that write; 0 writes in this one.
-        title: of the progress; ``None`` shows none.
-
-    Returns:
-        how many samples were ``read``, ``kept`` (written), and ``skipped`` by reason; the rest of a damaged tar is one.
+        tars: Folder of image-text tars, as img2dataset writes them.
+        prompt: Text behind each image, for example a request to describe it.
 
     Raises:
         FileNotFoundError: if there are no tars.
-        FileExistsError: if the new folder holds something.
-        ValueError: if a tar holds a pickle or a path that leads out of it, or nothing can be used.
     """
-    files = shard_files(source)
-    job = {"source": str(source), "kind": "webdataset", "prompt": prompt, "files": [file_facts(file) for file in files]}
-    parts = enumerate(files)
-    return convert(
-        parts, _Reader(prompt), folder, job, workers=workers, title=title, total=len(files), count_parts=True
-    )
+
+    shard_size = 1
+    fixed_size = True
+    tars: Path
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shard_files(self.tars)
+
+    def records(self) -> list[Path]:
+        """The tars."""
+        return shard_files(self.tars)
+
+    def identity(self) -> dict[str, Any]:
+        """See :meth:`Converter.identity`; every tar counts."""
+        return {**super().identity(), "tars": [file_facts(file) for file in self.records()]}
+
+    def samples(self, number: int, record: Path) -> Samples:
+        """The samples of a tar; what follows damaged bytes counts as one that cannot be used.
+
+        Raises:
+            ValueError: if the tar holds a pickle or a path that leads out of it.
+        """
+        for position, (key, members) in enumerate(_groups(record)):
+            make = partial(_sample, f"{number:06d}{position:08d}", key, members, self.prompt)
+            yield f"{record}, {key}", make
 
 
-@dataclass
-class _Reader:
-    prompt: str
-
-    def __call__(self, part: Part) -> Samples:
-        number, path = part
-        for place, (key, members) in enumerate(_groups(path)):
-            name = f"{path}, {key}"
-            if isinstance(members, SampleError):
-                yield name, partial(_fail, members)
-            else:
-                yield name, partial(self._sample, f"{number:06d}{place:08d}", key, members)
-
-    def _sample(self, key: str, name: str, members: Members) -> RawSample:
-        images = [members[suffix] for suffix in image_order(name, [s for s in members if s not in ("txt", "json")])]
-        record = _record(members.get("json"))
-        for number, data in enumerate(images):
-            open_image(data, f"image {number}")
-        if "conversations" in record:
-            check_conversation(record["conversations"], len(images))
-            extra = {n: v for n, v in record.items() if n not in ("key", "__key__", "images", "image_sizes", "id")}
-            return {"id": name, **extra, "key": key, "images": images}
-        if len(images) != 1:
-            raise SampleError(f"a caption needs one image, found {len(images)}", "missing_image")
-        text = (
-            members["txt"].decode("utf-8", "replace") if "txt" in members else record.get("caption", record.get("text"))
-        )
-        if not isinstance(text, str):
-            raise SampleError("no caption: neither KEY.txt, nor caption or text in KEY.json", "caption")
-        return caption_sample(key, text.strip(), self.prompt, images[0], id=name)
+def _sample(key: str, name: str, members: Members | SampleError, prompt: str) -> RawSample:
+    if isinstance(members, SampleError):
+        raise members
+    images = [members[suffix] for suffix in image_order(name, [s for s in members if s not in ("txt", "json")])]
+    record = _record(members.get("json"))
+    if "conversations" in record:
+        extra = {n: v for n, v in record.items() if n not in ("key", "__key__", "images", "image_sizes", "id")}
+        return {"id": name, **extra, "key": key, "images": images}
+    if len(images) != 1:
+        raise SampleError(f"a caption needs one image, found {len(images)}", "missing_image")
+    text = members["txt"].decode("utf-8", "replace") if "txt" in members else record.get("caption", record.get("text"))
+    if not isinstance(text, str):
+        raise SampleError("no caption: neither KEY.txt, nor caption or text in KEY.json", "caption")
+    return {"id": name, "key": key, "conversations": caption_turns(text.strip(), prompt), "images": images}
 
 
 def _record(content: bytes | None) -> dict[str, Any]:
@@ -101,12 +90,8 @@ def _record(content: bytes | None) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _fail(error: SampleError) -> RawSample:
-    raise error
-
-
 def _groups(path: Path) -> Iterator[tuple[str, Members | SampleError]]:
-    """Neighbouring files of one key, by suffix; a fault where the tar is damaged, which ends it."""
+    """Neighboring files of one key, by suffix; a fault where the tar is damaged, which ends it."""
     key, members, end = "", Members(), 0
     try:
         with tarfile.open(path, "r:") as tar:

@@ -15,7 +15,7 @@ class Augment:
     """Changes each image of training at random, before it is resized. All images of a sample are changed alike.
 
     Args:
-        flip: chance of a mirrored image. Left and right change places, and writing becomes unreadable.
+        flip: chance of a mirrored image. Left and right are swapped, and writing becomes unreadable.
         color: brightness, contrast and saturation change by a factor between ``1 - color`` and ``1 + color``.
         jpeg_quality: least and greatest quality of a JPEG compression, 1 to 100; ``None`` compresses none.
 

@@ -33,7 +33,7 @@ def decode(image: Image.Image, name: str = "image") -> np.ndarray:
 def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
     """The pixels of a JPEG file by torchvision, which is faster and gives the same; ``None`` leaves it to Pillow.
 
-    Pillow also tells what is wrong with a file that cannot be decoded.
+    Pillow also reports what is wrong with a file that cannot be decoded.
     """
     file = getattr(image, "fp", None)
     if image.format != "JPEG" or image.mode != "RGB" or not isinstance(file, io.BytesIO):

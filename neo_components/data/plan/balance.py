@@ -1,11 +1,12 @@
-"""Equal visual tokens on all ranks at every step: planned rows trade places, and samples of nearly the same length.
+"""Equal visual tokens on all ranks at every step: sequences trade slots, and samples of nearly the same length.
 
-No trade changes which samples a block of steps holds, or how full its rows are on the whole. What changes is how many
-visual tokens each rank has at each step. The cost of a step is the sum over its ranks of the fourth power of (visual
-tokens / mean of the step): lowest where all are equal, and what is far above the mean counts most.
+A slot is what one rank has at one step. No trade changes which samples a block of steps holds, or how full its packed
+sequences are on the whole. What changes is how many visual tokens each rank has at each step. The cost of a step is the
+sum over its ranks of the fourth power of (visual tokens / mean of the step): lowest where all are equal, and what is
+far above the mean counts most.
 
-Every worker of every rank must come to the same trades, on whatever processor, so there are only integers here and such
-arithmetic on floats as is exact by IEEE 754 and has a fixed order.
+Every worker of every rank must come to the same trades, on whatever processor, so the arithmetic is that of integers
+and of floats in a fixed order, which IEEE 754 makes exact.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ TRADES = 8
 """At most so many for each rank of a step, and on average one."""
 
 PAIRED = 8
-"""Of how many samples of a row pairs are made."""
+"""Of how many samples of a sequence pairs are made."""
 
 FLOOR = 0.05
-"""Where a step has less than this share of the average, its cost counts in units of that instead of its own mean.
+"""Where a step has less than this fraction of the average, its cost counts in units of that instead of its own mean.
 
-So a step of nearly nothing but text gives its few pictures away, rather than seek as many for every rank.
+So a step of nearly nothing but text gives its few images away, rather than seek as many for every rank.
 """
 
 
 class _Bundles(NamedTuple):
-    """Samples that can go from one row to another together.
+    """Samples that can go from one sequence to another together.
 
     Args:
         members: [bundles, 1 or 2] their samples; -1 is none.
-        row: [bundles] where they are.
+        sequence: [bundles] the packed sequence that holds them.
         length: [bundles] tokens of them together.
         visual: [bundles] how many of them are visual.
         by_length: [bundles] the bundles in order of length.
@@ -46,7 +47,7 @@ class _Bundles(NamedTuple):
     """
 
     members: np.ndarray
-    row: np.ndarray
+    sequence: np.ndarray
     length: np.ndarray
     visual: np.ndarray
     by_length: np.ndarray
@@ -54,44 +55,44 @@ class _Bundles(NamedTuple):
 
 
 class Balance:
-    """Rows of some steps, and who is where.
+    """The packed sequences of some steps, and which samples and slots they have.
 
-    A place is what one rank has at one step; its number is the step times the ranks, plus the rank.
+    The number of a slot is the step times the ranks, plus the rank.
 
     Args:
         lengths: [members] tokens of each sample.
         visual: [members] how many of them are visual.
-        row_of: [members] the row of each, ascending.
-        place_of: [rows] the place of each.
-        part_of: [rows] rows of different parts trade nothing.
-        ranks: places of a step.
-        seq_len: tokens of a row, L.
+        sequence_of: [members] the sequence of each, ascending.
+        slot_of: [sequences] the slot of each.
+        part_of: [sequences] sequences of different parts trade nothing.
+        ranks: slots of a step.
+        seq_len: tokens of a packed sequence, L.
     """
 
     def __init__(
         self,
         lengths: np.ndarray,
         visual: np.ndarray,
-        row_of: np.ndarray,
-        place_of: np.ndarray,
+        sequence_of: np.ndarray,
+        slot_of: np.ndarray,
         part_of: np.ndarray,
         ranks: int,
         seq_len: int,
     ) -> None:
-        self.row_of, self.place_of, self._part_of = row_of.copy(), place_of.copy(), part_of
+        self.sequence_of, self.slot_of, self._part_of = sequence_of.copy(), slot_of.copy(), part_of
         self._lengths, self._visual, self._ranks = lengths, visual, ranks
-        self._gaps = seq_len - _sums(lengths, row_of, len(place_of))
-        self._row_visual = _sums(visual, row_of, len(place_of))
-        self._loads = _sums(self._row_visual, place_of, int(place_of.max()) + 1)
+        self._gaps = seq_len - _sums(lengths, sequence_of, len(slot_of))
+        self._sequence_visual = _sums(visual, sequence_of, len(slot_of))
+        self._loads = _sums(self._sequence_visual, slot_of, int(slot_of.max()) + 1)
         steps = self._loads.reshape(-1, ranks).astype(np.float64)
         self._powers, self._totals = _in_order(_fourth(steps)), _in_order(steps)
         self._tops = steps.max(axis=1)
         self._floor = max(FLOOR * float(self._totals.sum()) / len(self._loads), 1.0)
-        # Longer ones are not sought: nearly every row is full.
+        # Longer ones are not sought: nearly every sequence is full.
         self._usual_gap = int(np.sort(self._gaps)[len(self._gaps) * 9 // 10])
         by_length = np.argsort(lengths, kind="stable")
         members = np.arange(len(lengths))[:, None]
-        self._samples = _Bundles(members, self.row_of, lengths, visual, by_length, lengths[by_length])
+        self._samples = _Bundles(members, self.sequence_of, lengths, visual, by_length, lengths[by_length])
         self._pairs: _Bundles | None = None  # made when sought, until samples are traded
 
     def excess(self) -> np.ndarray:
@@ -123,55 +124,55 @@ class Balance:
     def _trade(self, step: int, alone: bool) -> bool:
         """Makes the best trade for the slowest rank of a step, or for the fastest one; False if none helps."""
         loads = self._loads[step * self._ranks : (step + 1) * self._ranks]
-        places = [step * self._ranks + int(loads.argmax()), step * self._ranks + int(loads.argmin())]
-        for place in places:
-            rows, samples = self._best_rows(place, alone), self._best_samples(place, self._samples, alone)
-            if rows[0] >= samples[0] > 0 or samples[0] <= 0 < rows[0]:
-                self._trade_rows(*rows[1:])
+        slots = [step * self._ranks + int(loads.argmax()), step * self._ranks + int(loads.argmin())]
+        for slot in slots:
+            sequences, samples = self._best_sequences(slot, alone), self._best_samples(slot, self._samples, alone)
+            if sequences[0] >= samples[0] > 0 or samples[0] <= 0 < sequences[0]:
+                self._trade_sequences(*sequences[1:])
                 return True
             if samples[0] > 0:
                 self._trade_samples(self._samples, *samples[1:])
                 return True
         pairs = self._pairs = self._pairs or self._make_pairs()
-        for place in places:
-            samples = self._best_samples(place, pairs, alone)
+        for slot in slots:
+            samples = self._best_samples(slot, pairs, alone)
             if samples[0] > 0:
                 self._trade_samples(pairs, *samples[1:])
                 return True
         return False
 
-    def _best_rows(self, place: int, alone: bool) -> tuple[float, int, int]:
-        """Gain, a row of this place, and the row elsewhere for which it should be given; gain 0 if none helps."""
-        ones, others = np.flatnonzero(self.place_of == place), np.flatnonzero(self.place_of != place)
+    def _best_sequences(self, slot: int, alone: bool) -> tuple[float, int, int]:
+        """Gain, a sequence of this slot, and the one elsewhere for which it should be given; gain 0 if none helps."""
+        ones, others = np.flatnonzero(self.slot_of == slot), np.flatnonzero(self.slot_of != slot)
         one, other = np.repeat(ones, len(others)), np.tile(others, len(ones))
         fits = self._part_of[one] == self._part_of[other]
         one, other = one[fits], other[fits]
-        moved = self._row_visual[one] - self._row_visual[other]
-        return _best(self._gain(place, self.place_of[other], moved, alone), one, other)
+        moved = self._sequence_visual[one] - self._sequence_visual[other]
+        return _best(self._gain(slot, self.slot_of[other], moved, alone), one, other)
 
-    def _best_samples(self, place: int, bundles: _Bundles, alone: bool) -> tuple[float, int, int]:
+    def _best_samples(self, slot: int, bundles: _Bundles, alone: bool) -> tuple[float, int, int]:
         """The same for bundles of samples, given for one of about the same length that fits."""
-        ones = np.flatnonzero(self.place_of[bundles.row] == place)
+        ones = np.flatnonzero(self.slot_of[bundles.sequence] == slot)
         first = np.searchsorted(bundles.sorted, bundles.length[ones] - self._usual_gap)
-        last = np.searchsorted(bundles.sorted, bundles.length[ones] + self._gaps[bundles.row[ones]], side="right")
+        last = np.searchsorted(bundles.sorted, bundles.length[ones] + self._gaps[bundles.sequence[ones]], side="right")
         count = np.minimum(last - first, CANDIDATES)
         which = np.repeat(np.arange(len(ones)), count)
         nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
         one, other = ones[which], bundles.by_length[first[which] + nth * (last - first)[which] // count[which]]
-        places = self.place_of[bundles.row[other]]
-        fits = bundles.length[one] - bundles.length[other] <= self._gaps[bundles.row[other]]
-        fits &= (self._part_of[bundles.row[one]] == self._part_of[bundles.row[other]]) & (places != place)
+        slots = self.slot_of[bundles.sequence[other]]
+        fits = bundles.length[one] - bundles.length[other] <= self._gaps[bundles.sequence[other]]
+        fits &= (self._part_of[bundles.sequence[one]] == self._part_of[bundles.sequence[other]]) & (slots != slot)
         one, other = one[fits], other[fits]
-        return _best(self._gain(place, places[fits], bundles.visual[one] - bundles.visual[other], alone), one, other)
+        return _best(self._gain(slot, slots[fits], bundles.visual[one] - bundles.visual[other], alone), one, other)
 
     def _make_pairs(self) -> _Bundles:
-        """One or two of the first samples of each row."""
-        order = np.argsort(self.row_of, kind="stable")
-        rows = self.row_of[order]
-        nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        """One or two of the first samples of each sequence."""
+        order = np.argsort(self.sequence_of, kind="stable")
+        sequences = self.sequence_of[order]
+        nth = np.arange(len(sequences)) - np.searchsorted(sequences, sequences)
         few = nth < PAIRED
-        table = np.full((len(self.place_of), PAIRED), -1)
-        table[rows[few], nth[few]] = order[few]
+        table = np.full((len(self.slot_of), PAIRED), -1)
+        table[sequences[few], nth[few]] = order[few]
         a, b = np.triu_indices(PAIRED)  # a sample with itself stands for that sample alone
         whole = (table[:, a] >= 0) & (table[:, b] >= 0)
         members = np.stack([table[:, a], np.where(a == b, -1, table[:, b])], axis=-1)[whole]
@@ -180,15 +181,15 @@ class Balance:
         by_length = np.argsort(length, kind="stable")
         return _Bundles(members, np.nonzero(whole)[0], length, visual, by_length, length[by_length])
 
-    def _gain(self, place: int, places: np.ndarray, moved: np.ndarray, alone: bool) -> np.ndarray:
-        """How much the costs of the steps fall if so many visual tokens move from one place to each of others.
+    def _gain(self, slot: int, slots: np.ndarray, moved: np.ndarray, alone: bool) -> np.ndarray:
+        """How much the costs of the steps fall if so many visual tokens move from one slot to each of others.
 
-        Alone, it is the cost of the first place's step, and minus infinity where another step would leave the
+        Alone, it is the cost of the first slot's step, and minus infinity where another step would leave the
         tolerance or get further away from it.
         """
-        here, there = place // self._ranks, places // self._ranks
+        here, there = slot // self._ranks, slots // self._ranks
         within = there == here
-        mine, theirs = self._loads[[place]].astype(np.float64), self._loads[places].astype(np.float64)
+        mine, theirs = self._loads[[slot]].astype(np.float64), self._loads[slots].astype(np.float64)
         out, into = _fourth(mine - moved) - _fourth(mine), _fourth(theirs + moved) - _fourth(theirs)
         power, total, powers, totals = self._powers[here], self._totals[here], self._powers[there], self._totals[there]
         after = self._cost(power + out + np.where(within, into, 0.0), total - np.where(within, 0, moved))
@@ -203,27 +204,27 @@ class Balance:
     def _cost(self, powers: np.ndarray, totals: np.ndarray) -> np.ndarray:
         return powers / _fourth(np.maximum(totals / self._ranks, self._floor))
 
-    def _trade_rows(self, one: int, other: int) -> None:
-        a, b = int(self.place_of[one]), int(self.place_of[other])
-        self._move(a, b, int(self._row_visual[one] - self._row_visual[other]))
-        self.place_of[one], self.place_of[other] = b, a
+    def _trade_sequences(self, one: int, other: int) -> None:
+        a, b = int(self.slot_of[one]), int(self.slot_of[other])
+        self._move(a, b, int(self._sequence_visual[one] - self._sequence_visual[other]))
+        self.slot_of[one], self.slot_of[other] = b, a
 
     def _trade_samples(self, bundles: _Bundles, one: int, other: int) -> None:
         self._pairs = None
-        a, b = int(bundles.row[one]), int(bundles.row[other])
+        a, b = int(bundles.sequence[one]), int(bundles.sequence[other])
         longer = int(bundles.length[other] - bundles.length[one])
         moved = int(bundles.visual[one] - bundles.visual[other])
         self._gaps[a] -= longer
         self._gaps[b] += longer
-        self._row_visual[a] -= moved
-        self._row_visual[b] += moved
-        self._move(int(self.place_of[a]), int(self.place_of[b]), moved)
-        for bundle, row in ((one, b), (other, a)):
+        self._sequence_visual[a] -= moved
+        self._sequence_visual[b] += moved
+        self._move(int(self.slot_of[a]), int(self.slot_of[b]), moved)
+        for bundle, sequence in ((one, b), (other, a)):
             members = bundles.members[bundle]
-            self.row_of[members[members >= 0]] = row
+            self.sequence_of[members[members >= 0]] = sequence
 
     def _move(self, giver: int, taker: int, moved: int) -> None:
-        """Moves visual tokens from one place to another."""
+        """Moves visual tokens from one slot to another."""
         self._loads[giver] -= moved
         self._loads[taker] += moved
         for step in {giver // self._ranks, taker // self._ranks}:
@@ -250,5 +251,5 @@ def _fourth(values: np.ndarray) -> np.ndarray:
 
 
 def _in_order(values: np.ndarray) -> np.ndarray:
-    """[rows] sums of [rows, columns], added from left to right."""
+    """[sequences] sums of [sequences, columns], added from left to right."""
     return np.cumsum(values, axis=1)[:, -1]

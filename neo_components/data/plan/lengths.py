@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from neo_components.data.plan.row_plan import Supply
+from neo_components.data.plan.pack_plan import Supply
 from neo_components.data.samples import SampleMaker
 from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.shards.remote import cache_folder
@@ -61,11 +61,11 @@ class Lengths:
 
     @property
     def supply(self) -> Supply:
-        """What rows are planned from."""
+        """What packing is planned from."""
         return Supply(self.name, self.table[0], self.table[1], self.shard_sizes)
 
-    def tally(self, seq_len: int) -> SkipCounts:
-        """All samples and why some of them cannot be used, those longer than a row included."""
+    def counts(self, seq_len: int) -> SkipCounts:
+        """All samples and why some of them cannot be used, those longer than a packed sequence included."""
         counts = np.bincount(self.table[2], minlength=len(_REASONS) + 1)
         skipped = Counter({_REASONS[code - 1]: int(counts[code]) for code in np.flatnonzero(counts[1:]) + 1})
         if too_long := int((self.table[0] > seq_len).sum()):
@@ -92,13 +92,13 @@ def folder_lengths(folder: ShardFolder, maker: SampleMaker, workers: int = 0) ->
         if file is not None and file.is_file() and (known := _read(file, len(folder))) is not None:
             return Lengths(folder.address, known, folder.shard_sizes)
     table = _count(folder, maker, workers)
-    for place in (folder.folder, elsewhere):
+    for target in (folder.folder, elsewhere):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            _write(place / name, table)
+            target.mkdir(parents=True, exist_ok=True)
+            _write(target / name, table)
             break
         except OSError as error:
-            logger.warning("the lengths of %s cannot be kept in %s (%s)", folder.folder, place, error)
+            logger.warning("the lengths of %s cannot be kept in %s (%s)", folder.folder, target, error)
     return Lengths(folder.address, table, folder.shard_sizes)
 
 
@@ -130,7 +130,7 @@ def _read(file: Path, samples: int) -> np.ndarray | None:
         table = np.zeros(0)
     if table.shape == (3, samples) and table.dtype == np.int32:
         return table
-    logger.warning("%s is damaged; the lengths are counted anew", file)
+    logger.warning("%s is damaged; the lengths are counted again", file)
     return None
 
 
@@ -149,7 +149,7 @@ def _count(folder: ShardFolder, maker: SampleMaker, workers: int) -> np.ndarray:
     table = np.zeros((3, len(folder)), np.int32)
     chunks = _Chunks(folder, maker)
     few = len(folder) < SHOWN_FROM
-    # A generator of its own: counting must not draw from the random numbers of a run.
+    # Its own generator: counting must not draw from the random numbers of a run.
     options: dict[str, Any] = {"collate_fn": _as_it_is, "generator": torch.Generator()}
     loader = DataLoader(chunks, batch_size=None, num_workers=0 if few else workers, **options)
     with progress(None if few else f"lengths of {folder.folder}", total=len(folder)) as bar:
@@ -168,7 +168,7 @@ def _as_it_is(chunk: Any) -> Any:
 
 
 class _Chunks(Dataset[tuple[np.ndarray, list[_Fault]]]):
-    """Some neighbouring samples at a time."""
+    """Some neighboring samples at a time."""
 
     def __init__(self, folder: ShardFolder, maker: SampleMaker) -> None:
         self._folder, self._maker = folder, maker
@@ -181,11 +181,11 @@ class _Chunks(Dataset[tuple[np.ndarray, list[_Fault]]]):
             raise IndexError(chunk)
         numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self._folder)))
         table, faults = np.zeros((3, len(numbers)), np.int32), []
-        for place, number in enumerate(numbers):
+        for column, number in enumerate(numbers):
             try:
-                table[:2, place] = self._length(number)
+                table[:2, column] = self._length(number)
             except SampleError as error:
-                table[2, place] = 1 + _REASONS.index(error.reason)
+                table[2, column] = 1 + _REASONS.index(error.reason)
                 faults.append((number, str(error), error.reason))
         return table, faults
 

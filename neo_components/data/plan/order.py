@@ -1,4 +1,4 @@
-"""The order of a folder's samples in each epoch, worked out piece by piece, so that its size does not matter.
+"""The order of a folder's samples in each epoch, computed piece by piece, so that its size does not matter.
 
 Shards come in random order, one after the other, and samples are mixed within blocks of ``shuffle`` samples of that
 sequence. The blocks begin elsewhere in every epoch. A piece is computed from a few numbers, without the rest.
@@ -31,7 +31,7 @@ class EpochOrder:
         self._numbers = np.zeros(0, np.int64)
 
     def take(self, epoch: int, position: int, count: int) -> np.ndarray:
-        """Numbers of the samples at some places of an epoch.
+        """Numbers of the samples at some positions of an epoch.
 
         Args:
             epoch: from 0.
@@ -69,9 +69,9 @@ class EpochOrder:
         if block != self._block:
             stop = min((block + 1) * self._shuffle - self._offset, self.count)
             random = np.random.default_rng([*self._seed, self._epoch, 1 + block])
-            places = first + random.permutation(stop - first)
-            shard = np.searchsorted(self._ends, places, side="right")
-            inside = places - self._ends[shard] + self._sizes[self._shards[shard]]
+            positions = first + random.permutation(stop - first)
+            shard = np.searchsorted(self._ends, positions, side="right")
+            inside = positions - self._ends[shard] + self._sizes[self._shards[shard]]
             self._numbers = self._starts[self._shards[shard]] + inside
             self._block = block
         return self._numbers

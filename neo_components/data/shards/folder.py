@@ -23,7 +23,7 @@ from neo_components.data.shards.format import (
     shard_files,
     split_member,
 )
-from neo_components.data.shards.index import IndexRow, ShardIndex, read_index
+from neo_components.data.shards.index import IndexEntry, ShardIndex, read_index
 from neo_components.data.shards.remote import PIPE, RemoteFolder, is_address, run_pipe
 from neo_components.data.skip_counts import SampleError
 
@@ -60,13 +60,13 @@ class ShardFolder:
                 _check_shards(self.folder, self._index)
         else:
             sizes: dict[str, int] = {}
-            self._index = ShardIndex.of_rows(sizes, self._scan_all(sizes))
+            self._index = ShardIndex.of_entries(sizes, self._scan_all(sizes))
         self._paths = [self.folder / name for name in self._index.sizes]
         self._files: dict[int, IO[bytes]] = {}
         self._process = -1
 
-    def _scan_all(self, sizes: dict[str, int]) -> Iterator[IndexRow]:
-        """The rows of all shards, from their headers; remote ones are fetched one after the other for that."""
+    def _scan_all(self, sizes: dict[str, int]) -> Iterator[IndexEntry]:
+        """The index entries of all shards, from their headers; remote ones are fetched one after the other for that."""
         remote = self._remote
         names = [path.name for path in shard_files(self.folder)] if remote is None else remote.shards()
         for number, name in enumerate(names):
@@ -144,7 +144,7 @@ class ShardFolder:
     def _members(self, number: int, members: list[list[int]]) -> list[bytes]:
         start = min(offset for offset, _ in members)
         stop = max(offset + size for offset, size in members)
-        block = self._block(int(self._index.shards[number]), start, stop)  # a sample's files are neighbours
+        block = self._block(int(self._index.shards[number]), start, stop)  # a sample's files are neighbors
         return [block[offset - start : offset - start + size] for offset, size in members]
 
     def _block(self, shard: int, start: int, stop: int) -> bytes:
@@ -201,7 +201,7 @@ def open_folder(
     Args:
         address: a local folder, an address that fsspec knows, or ``pipe:COMMAND`` for the tar that a command writes.
         cache: folder of local copies; ``None`` is ``NEO_COMPONENTS_CACHE`` or ``~/.cache/neo_components``.
-        cache_limit: bytes of copies of this folder to keep at most; 0 keeps none and fetches each sample by itself.
+        cache_limit: bytes of copies of this folder to keep at most; 0 keeps none and fetches each sample alone.
         allow_pipe: run the command of a ``pipe:`` address.
 
     Raises:
@@ -238,7 +238,7 @@ def _check_shards(folder: Path, index: ShardIndex) -> None:
         }
     if wrong:
         raise ValueError(
-            f"{folder / INDEX_NAME} does not fit {', '.join(sorted(wrong))}; delete it to index the shards anew"
+            f"{folder / INDEX_NAME} does not fit {', '.join(sorted(wrong))}; delete it to index the shards again"
         )
 
 
@@ -249,8 +249,8 @@ def _lies_there(path: Path, key: str, members: Sequence[Sequence[int]]) -> bool:
         return file.read(100).rstrip(b"\0") == f"{key}.json".encode()
 
 
-def _scan(path: Path, shard: int) -> Iterator[IndexRow]:
-    """The rows of one shard, from its headers."""
+def _scan(path: Path, shard: int) -> Iterator[IndexEntry]:
+    """The index entries of one shard, from its headers."""
     found: dict[str, dict[str, list[int]]] = {}
     try:
         end = 0
@@ -287,7 +287,7 @@ def read_shards(folder: str | PathLike[str]) -> Iterator[RawSample]:
         with path.open("rb") as stream:
             files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=split_member)
             try:
-                _check_headers(path)  # told before any of its samples; webdataset takes a cut header for the end
+                _check_headers(path)  # reported before any of its samples; webdataset takes a cut header for the end
                 yield from (_from_webdataset(sample) for sample in group_by_keys(files))
             except tarfile.TarError as error:
                 raise ValueError(f"{path}: the shard is damaged ({error}); write it again") from None

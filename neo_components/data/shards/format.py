@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neo_components.data.image.images import ImageError, open_image
+from neo_components.data.image.files import ImageError, open_image
 from neo_components.data.skip_counts import SampleError
 
 FORMAT_VERSION = 1
@@ -48,8 +48,8 @@ def write_shards(
 
     Args:
         samples: mappings with ``key`` (unique, without dots and slashes), ``conversations`` (see
-            ``data/conversation.py``), ``images`` (a list of paths or file contents; may be empty or missing) and any
-            further values that JSON can hold.
+            ``data/text/conversation.py``), ``images`` (a list of paths or file contents; may be empty or missing) and
+            any further values that JSON can hold.
         folder: must not exist, or be empty.
         max_per_shard: samples in one shard.
 
@@ -87,16 +87,16 @@ def write_shards(
 
 
 def _write_all(samples: Iterable[Mapping[str, Any]], folder: Path, max_per_shard: int) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     shards: list[dict[str, Any]] = []
     keys: set[str] = set()
     left = iter(samples)
     while some := list(islice(left, 1)):
         path = folder / f"shard-{len(shards):06d}.tar"
         written = write_shard(path, chain(some, islice(left, max_per_shard - 1)), keys)
-        rows += [{"key": row.pop("key"), "shard": len(shards), **row} for row in written]
+        entries += [{"key": entry.pop("key"), "shard": len(shards), **entry} for entry in written]
         shards.append({"name": path.name, "bytes": path.stat().st_size})
-    return {"format_version": FORMAT_VERSION, "shards": shards, "samples": rows}
+    return {"format_version": FORMAT_VERSION, "shards": shards, "samples": entries}
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], known: set[str]) -> list[dict[str, Any]]:
@@ -114,12 +114,12 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], known: set[str
         OSError: if it cannot be written, for example because the disk is full.
         ValueError: see :func:`write_shards`.
     """
-    rows = []
+    entries = []
     with tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             key = _checked_key(sample.get("key"), known)
-            rows.append({"key": key, **_add_sample(tar, key, sample)})
-    return rows
+            entries.append({"key": key, **_add_sample(tar, key, sample)})
+    return entries
 
 
 def _checked_key(key: Any, known: set[str]) -> str:
@@ -214,7 +214,7 @@ def shard_files(folder: str | PathLike[str]) -> list[Path]:
 
 
 def check_end(path: Path, end: int) -> None:
-    """Checks that a tar ends where its last member does, and says so: to ``tarfile`` a cut looks like the end.
+    """Checks that a tar ends where its last member does: to ``tarfile`` a cut looks like the end.
 
     Args:
         path: of the tar.

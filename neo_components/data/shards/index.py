@@ -33,7 +33,7 @@ ARRAYS_VERSION = 1
 PIECE = 1 << 20
 """Characters that are read at a time."""
 
-IndexRow = tuple[str, int, Sequence[Sequence[int]]]
+IndexEntry = tuple[str, int, Sequence[Sequence[int]]]
 """key, number of the shard, [offset, size] of the JSON and of each image"""
 
 _SAMPLES = re.compile(r'"samples"\s*:\s*\[')
@@ -62,10 +62,10 @@ class ShardIndex:
     signature: str
 
     @classmethod
-    def of_rows(cls, sizes: Mapping[str, int], rows: Iterable[IndexRow]) -> ShardIndex:
-        """The index of these samples. ``sizes`` may still be filled while the rows are read."""
+    def of_entries(cls, sizes: Mapping[str, int], entries: Iterable[IndexEntry]) -> ShardIndex:
+        """The index of these samples. ``sizes`` may still be filled while the entries are read."""
         keys, some, shards, ends, spans = [np.zeros(0, "S1")], list[bytes](), array("i"), array("q"), array("q")
-        for key, shard, members in rows:
+        for key, shard, members in entries:
             some.append(key.encode())
             shards.append(shard)
             for offset, size in members:
@@ -107,26 +107,26 @@ def read_index(folder: Path) -> ShardIndex:
     facts = path.stat()
     name = hashlib.sha256(repr((facts.st_size, facts.st_mtime_ns, FORMAT_VERSION, ARRAYS_VERSION)).encode()).hexdigest()
     elsewhere = cache_folder() / "indexes" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    places = [place / f"index-{name[:20]}" for place in (folder, elsewhere)]
-    for place in places:
-        if (known := _load(place)) is not None:
+    folders = [candidate / f"index-{name[:20]}" for candidate in (folder, elsewhere)]
+    for candidate in folders:
+        if (known := _load(candidate)) is not None:
             return known
     sizes: dict[str, int] = {}
-    index = ShardIndex.of_rows(sizes, _rows(path, sizes))
-    if len(index.keys) < KEPT_FROM or (place_kept := _keep(index, places)) is None:
+    index = ShardIndex.of_entries(sizes, _entries(path, sizes))
+    if len(index.keys) < KEPT_FROM or (kept := _keep(index, folders)) is None:
         return index
-    return _load(place_kept) or index
+    return _load(kept) or index
 
 
-def _rows(path: Path, sizes: dict[str, int]) -> Iterator[IndexRow]:
-    """The rows of the samples, which come last in the file; fills in the bytes of the shards first."""
+def _entries(path: Path, sizes: dict[str, int]) -> Iterator[IndexEntry]:
+    """The entries of the samples, which come last in the file; fills in the bytes of the shards first."""
     try:
         with path.open(encoding="utf-8") as file:
             text = _read_shards(path, file, sizes)
-            for row in _objects(file, text):
-                yield row["key"], row["shard"], row["members"]
+            for entry in _objects(file, text):
+                yield entry["key"], entry["shard"], entry["members"]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no index of shards ({error!r}); delete it to index the shards anew") from None
+        raise ValueError(f"{path} is no index of shards ({error!r}); delete it to index the shards again") from None
 
 
 def _read_shards(path: Path, file: IO[str], sizes: dict[str, int]) -> str:
@@ -150,54 +150,54 @@ def _read_shards(path: Path, file: IO[str], sizes: dict[str, int]) -> str:
 
 def _objects(file: IO[str], text: str) -> Iterator[Any]:
     """The objects of a list whose beginning was read, up to the end of the file."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, position = json.JSONDecoder(), 0
     while True:
-        between = _BETWEEN.match(text, place)
-        place = between.end() if between else place
-        if text.startswith("]", place):
+        between = _BETWEEN.match(text, position)
+        position = between.end() if between else position
+        if text.startswith("]", position):
             break
         try:
-            found, place = decoder.raw_decode(text, place)
+            found, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError:
             if not (more := file.read(PIECE)):
                 raise
-            text, place = text[place:] + more, 0
+            text, position = text[position:] + more, 0
             continue
         yield found
-    if (text[place + 1 :] + file.read()).strip() != "}":
+    if (text[position + 1 :] + file.read()).strip() != "}":
         raise KeyError("samples, which must come last")
 
 
-def _load(place: Path) -> ShardIndex | None:
+def _load(candidate: Path) -> ShardIndex | None:
     """The arrays of an index, mapped; ``None`` if they are not kept there or damaged."""
-    if not os.path.isdir(place):  # False also where it may not be looked at
+    if not os.path.isdir(candidate):  # False also where it may not be read
         return None
     try:
-        facts = json.loads((place / "index.json").read_bytes())
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        facts = json.loads((candidate / "index.json").read_bytes())
+        arrays = {name: np.load(candidate / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         return ShardIndex(facts["sizes"], **arrays, signature=facts["signature"])
     except (ValueError, KeyError, OSError, EOFError) as error:
-        logger.warning("%s is damaged (%s); the index is read anew", place, error)
-        shutil.rmtree(place, ignore_errors=True)
+        logger.warning("%s is damaged (%s); the index is read again", candidate, error)
+        shutil.rmtree(candidate, ignore_errors=True)
         return None
 
 
-def _keep(index: ShardIndex, places: Sequence[Path]) -> Path | None:
-    """Writes the arrays in the first of these places that can be written; all or nothing, as others may do the same."""
-    for place in places:
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+def _keep(index: ShardIndex, folders: Sequence[Path]) -> Path | None:
+    """Writes the arrays in the first of these folders that can be written; all or nothing, as others may do it too."""
+    for candidate in folders:
+        part = candidate.with_name(f"{candidate.name}.{os.getpid()}.part")
         try:
             part.mkdir(parents=True, exist_ok=True)
             for name in _ARRAYS:
                 np.save(part / f"{name}.npy", getattr(index, name), allow_pickle=False)
             facts = {"sizes": dict(index.sizes), "signature": index.signature}
             (part / "index.json").write_text(json.dumps(facts), encoding="utf-8")
-            part.rename(place)
-            return place
+            part.rename(candidate)
+            return candidate
         except OSError as error:
-            if os.path.isdir(place):  # another process was faster
-                return place
-            logger.warning("the arrays of the index cannot be kept in %s (%s)", place, error)
+            if os.path.isdir(candidate):  # another process was faster
+                return candidate
+            logger.warning("the arrays of the index cannot be kept in %s (%s)", candidate, error)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neo_components.data.image.images import open_image
+from neo_components.data.image.files import open_image
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.plan.lengths import Lengths, folder_lengths
 from neo_components.data.samples import SampleMaker
@@ -90,7 +90,7 @@ def inspect_folder(
         folder: of shards.
         tokenizer: from ``load_tokenizer``.
         spec: of the model that is to be trained.
-        seq_len: tokens of a row, L: longer samples would be skipped.
+        seq_len: tokens of a packed sequence, L: longer samples would be skipped.
         min_pixels: smallest area of an image after resizing, in pixels.
         max_pixels: largest area of a single image, in pixels.
         max_length: longer samples are cut to this many tokens.
@@ -110,9 +110,10 @@ def inspect_folder(
     tokens = np.asarray(lengths.table[0])
     usable = np.flatnonzero((tokens > 0) & (tokens <= seq_len))
     found.lengths, found.visual = tokens[usable], np.asarray(lengths.table[1])[usable]
-    for place in np.unique(np.linspace(0, len(usable) - 1, min(show, len(usable))).astype(int)) if len(usable) else ():
+    few = min(show, len(usable))
+    for position in sorted(set(np.linspace(0, len(usable) - 1, few).astype(int).tolist())) if few else ():
         try:
-            found.shown.append(maker.finish(maker.draft(shards.read(int(usable[place])))))
+            found.shown.append(maker.finish(maker.draft(shards.read(int(usable[position])))))
         except SampleError:
             continue  # counted already, if pixels were decoded
     return found

@@ -1,13 +1,12 @@
 """Folders of shards that lie elsewhere: read through fsspec, kept in a local cache, fetched again when that fails.
 
 A shard is fetched when its first sample is read. One process fetches it, others of the same machine wait for it. Where
-no copies are to be kept, each sample is fetched by itself instead. The index is fetched first; lengths that lie beside
+no copies are to be kept, each sample is fetched alone instead. The index is fetched first; lengths that lie beside
 it are used, so that nothing has to be read to plan a run.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -15,10 +14,11 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ FIRST_WAIT = 0.5
 PIPE = "pipe:"
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-"""What has to be installed for addresses of a kind; fsspec says it of others."""
+"""What has to be installed for addresses of a kind; fsspec names it for others."""
 
 
 class RemoteError(OSError):
@@ -57,7 +57,7 @@ class RemoteFolder:
         self._filesystem()
 
     def _filesystem(self) -> tuple[Any, str]:
-        """The filesystem and the folder's path in it; asked for anew in each process."""
+        """The filesystem and the folder's path in it; asked for again in each process."""
         import fsspec
 
         try:
@@ -108,7 +108,7 @@ class RemoteFolder:
         """
         copy = self.local / name
         if not copy.is_file():
-            with _locked(self.local / f"{name}.lock"):
+            with FileLock(self.local / f"{name}.lock"):
                 if not copy.is_file():  # another process may have fetched it meanwhile
                     self._make_room(size or 0)
                     _patiently(lambda: self._get(name, copy, size), f"{self.address}/{name}")
@@ -153,7 +153,7 @@ class RemoteFolder:
             RemoteError: (an ``OSError``) if it cannot be fetched.
         """
         copy, new = self.local / name, self.local / f"{name}.new"
-        with _locked(self.local / "refresh.lock"):
+        with FileLock(self.local / "refresh.lock"):
             try:
                 _patiently(lambda: self._get(name, new, None), f"{self.address}/{name}")
             except FileNotFoundError:
@@ -215,7 +215,7 @@ def run_pipe(address: str, cache: str | os.PathLike[str] | None = None) -> Path:
     folder = cache_folder(cache) / "pipes" / hashlib.sha256(address.encode()).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     shard = folder / "shard-000000.tar"
-    with _locked(folder / "lock"):
+    with FileLock(folder / "lock"):
         if not shard.is_file():
             part = shard.with_suffix(".part")
             with part.open("wb") as file:
@@ -249,14 +249,3 @@ def _patiently(action: Callable[[], Any], what: str) -> Any:
         time.sleep(wait * (1 + random.random() / 2))
         wait *= 2
     raise AssertionError
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)

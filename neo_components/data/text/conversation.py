@@ -10,41 +10,33 @@ has none, in ChatML, as NEO is trained::
     <|im_start|>assistant
     An apple.<|im_end|>
 
-What is learnt of a conversation is each answer with the token that ends it (in plain ChatML ``<|im_end|>`` and the line
-break after it); an answer marked ``"is_input": true`` is read, not learnt. The text is tokenised in pieces that are cut
-where an answer begins and after its end, in training and at inference alike, so a model is asked exactly what it was
-taught. The beginning-of-text token stands where the template writes it, and nowhere else.
+The targets of a conversation are its answers, each with the token that ends it (in plain ChatML ``<|im_end|>`` and the
+line break after it); an answer marked ``"is_input": true`` is input, no target. The text is tokenized in pieces that
+are cut where an answer begins and after its end, in training and at inference alike, so the prompt of a model is
+exactly the beginning of what it was trained on. The beginning-of-text token stands where the template writes it, and
+nowhere else.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from neo_components.data.text.templates import (
-    CHATML,
-    ROLES,
-    TURN_END,
-    TURN_START,
-    ConversationError,
-    Said,
-    template_of,
-)
-from neo_components.data.text.token_ids import (
-    IMAGE_END,
-    IMAGE_START,
-    IMAGE_TOKEN,
+from neo_components.data.text.templates import CHATML, TURN_END, TURN_START, template_of
+from neo_components.data.text.token_ids import cut, image_token_ids, tokenize
+from neo_components.data.text.turns import (
     IMAGE_TOKENS,
-    cut,
-    image_token_ids,
-    tokenise,
+    ConversationError,
+    Turn,
+    checked_turns,
+    known_turns,
+    with_images,
 )
 from neo_components.storage.hub import resolve
 from neo_components.types import IGNORED
@@ -53,11 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-IMAGE_TAG = "<image>"
-Turn = Mapping[str, Any]
-
-_RESERVED = re.compile("|".join(map(re.escape, IMAGE_TOKENS)))
 
 
 def encode_conversation(
@@ -85,30 +72,21 @@ def encode_conversation(
             (``InputSpec.image_special_token_ids``) if they differ from the tokenizer's.
 
     Returns:
-        token_ids [L] and labels [L], int64, unshifted; labels are -100 where nothing is learnt.
+        token_ids [L] and labels [L], int64, unshifted; labels are -100 where there is no target.
 
     Raises:
         ConversationError: (a ``ValueError``) if a turn is malformed, there are fewer tags than images, the length limit
-            cuts an image, or, with ``strict``, for the cases above; ``error.reason`` tells which.
+            cuts an image, or, with ``strict``, for the cases above; ``error.reason`` names it.
     """
-    said = _said(turns, len(image_tokens), strict)
-    ids, labels = tokenise(template_of(tokenizer).pieces(said), tokenizer, image_tokens, image_ids)
+    checked = checked_turns(turns, len(image_tokens), strict)
+    ids, labels = tokenize(template_of(tokenizer).pieces(checked), tokenizer, image_tokens, image_ids)
     if max_length is not None and len(ids) > max_length:
         ids, labels = cut(ids, labels, max_length, sum(image_tokens), (image_ids or image_token_ids(tokenizer))[0])
         if strict and not (labels != IGNORED).any():
             raise ConversationError(
-                f"the limit of {max_length} tokens cuts the answer away, nothing is left to learn", "too_long"
+                f"the limit of {max_length} tokens cuts the answer away, no target is left", "too_long"
             )
     return torch.from_numpy(ids), torch.from_numpy(labels)
-
-
-def check_conversation(turns: Sequence[Turn], images: int) -> None:
-    """What a strict :func:`encode_conversation` checks, without a tokenizer.
-
-    Raises:
-        ConversationError: (a ``ValueError``) if the conversation with so many images cannot be learnt from.
-    """
-    _said(turns, images, strict=True)
 
 
 def encode_prompt(
@@ -133,11 +111,11 @@ def encode_prompt(
         ConversationError: (a ``ValueError``) if a turn is malformed or of an unknown role, the last turn is not a
             question, or the number of ``<image>`` tags is not the number of images.
     """
-    known = _known_turns(turns, strict=True)
+    known = known_turns(turns, strict=True)
     if not known or known[-1][0] != "human":
         raise ConversationError("the last turn of a prompt must be from 'human'")
-    pieces = template_of(tokenizer).prompt(_with_images(known, len(image_tokens), strict=True))
-    return torch.from_numpy(tokenise(pieces, tokenizer, image_tokens, image_ids)[0])
+    pieces = template_of(tokenizer).prompt(with_images(known, len(image_tokens), strict=True))
+    return torch.from_numpy(tokenize(pieces, tokenizer, image_tokens, image_ids)[0])
 
 
 def load_tokenizer(folder_or_hub_id: str, chat_template: str = "auto") -> PreTrainedTokenizerBase:
@@ -146,8 +124,8 @@ def load_tokenizer(folder_or_hub_id: str, chat_template: str = "auto") -> PreTra
     Args:
         folder_or_hub_id: where it lies.
         chat_template: ``auto``: its own; ChatML if it has none, or if it lies beside a released NEO model, as those are
-            trained in ChatML whatever their tokenizer says. ``chatml``: plain ChatML. A path that ends with ``.jinja``:
-            the template in that file. The choice goes with the tokenizer when it is saved.
+            trained in ChatML, whatever template their tokenizer has. ``chatml``: plain ChatML. A path that ends with
+            ``.jinja``: the template in that file. The choice goes with the tokenizer when it is saved.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or no such template.
@@ -202,58 +180,5 @@ def _is_released(folder: Path) -> bool:
     try:
         found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except ValueError:
-        return False  # whoever reads the model says that its config is damaged
+        return False  # reading the model reports that its config is damaged
     return isinstance(found, dict) and found.get("model_type") == "neo_chat"
-
-
-def _known_turns(turns: Sequence[Turn], strict: bool) -> list[Said]:
-    """(role, text, is learnt) of each turn with a known role."""
-    if isinstance(turns, str | Mapping) or not isinstance(turns, Sequence):
-        raise ConversationError(f"a conversation is a list of turns, got {type(turns).__name__}")
-    known = []
-    for number, turn in enumerate(turns):
-        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise ConversationError(f"turn {number} must be {{'from': str, 'value': str}}, got {turn!r:.100}")
-        if role in ROLES:
-            if role != "system" or text:
-                known.append((role, text, role == "gpt" and not turn.get("is_input", False)))
-        elif strict:
-            raise ConversationError(f"turn {number} is from {role!r}; known are {', '.join(ROLES)}", "role")
-    return known
-
-
-def _said(turns: Sequence[Turn], images: int, strict: bool) -> list[Said]:
-    """The turns of a conversation to learn from, checked, with their images in place."""
-    said = _with_images(_known_turns(turns, strict), images, strict)
-    if strict and not any(learnt and text.strip() for _, text, learnt in said):
-        raise ConversationError("the conversation has no answer to learn: add a 'gpt' turn with text", "no_answer")
-    return said
-
-
-def _with_images(turns: list[Said], images: int, strict: bool) -> list[Said]:
-    """The turns with each image's tag replaced by a single visual token between its boundary tokens."""
-    turns = _place_images(turns, images)
-    tags = sum(text.count(IMAGE_TAG) for _, text, _ in turns)
-    if tags < images or (strict and tags > images):
-        raise ConversationError(
-            f"{tags} {IMAGE_TAG} tags for {images} images; write one tag for each image", "image_tags"
-        )
-    placed = []
-    for role, text, learnt in turns:
-        # A visual token that belongs to no image would take another image's place; the other two merely mislead.
-        if IMAGE_TOKEN in text or (strict and _RESERVED.search(text)):
-            raise ConversationError(f"the text holds one of the reserved {', '.join(IMAGE_TOKENS)}", "reserved")
-        count = min(images, text.count(IMAGE_TAG))
-        placed.append((role, text.replace(IMAGE_TAG, IMAGE_START + IMAGE_TOKEN + IMAGE_END, count), learnt))
-        images -= count
-    return placed
-
-
-def _place_images(turns: list[Said], images: int) -> list[Said]:
-    """Puts the tag of a single image in front of the first human turn if there is none at all."""
-    first = next((i for i, turn in enumerate(turns) if turn[0] == "human"), None)
-    if images != 1 or first is None or any(IMAGE_TAG in text for _, text, _ in turns):
-        return turns
-    role, text, learnt = turns[first]
-    return [*turns[:first], (role, f"{IMAGE_TAG}\n{text}", learnt), *turns[first + 1 :]]

@@ -1,8 +1,8 @@
 """How a tokenizer's chat template writes a conversation: the text in pieces, cut where answers begin and end.
 
-Where the answers stand is found by writing the conversation twice, once with marks in their places. What lies between
-the marks must be in the real text too, with each answer, whole or without its outer blanks, between. Whatever cannot be
-matched that way is an error: an answer in an unknown place would be learnt wrongly, or not at all.
+The answers are located by writing the conversation twice, once with marks in place of the answers. What lies between
+the marks must be in the real text too, with each answer between, complete or without its outer whitespace. Anything
+that does not match is an error: an answer at an unknown position would be supervised wrongly, or not at all.
 
 Source of the form: Jinja templates of Hugging Face tokenizers (https://huggingface.co/docs/transformers/chat_templating).
 """
@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from neo_components.data.skip_counts import SampleError
+from neo_components.data.text.turns import ROLES, CheckedTurn, ConversationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-"""Who speaks, in LLaVA's words and in those of chat templates."""
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -37,7 +34,7 @@ CHATML = (
 """The plain form, which NEO is trained in; used where a tokenizer has no template."""
 
 TODAY = datetime.datetime(2024, 7, 26)
-"""The day in templates that write one, so that a run is the same tomorrow. Llama 3 takes this day if not told."""
+"""The day in templates that write one, so that a run is the same tomorrow. It is the default of Llama 3's template."""
 
 KEPT_PIECES, KEPT_LENGTH = 4096, 256
 """Pieces of at most so many characters whose token ids are remembered: questions and headers come again and again."""
@@ -46,34 +43,18 @@ _HEADER = {role: f"{TURN_START}{name}\n" for role, name in ROLES.items()}
 _FOOTER = f"{TURN_END}\n"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Said = tuple[str, str, bool]
-"""One turn: who (``system``, ``human``, ``gpt``), the text, whether it is learnt."""
-
-
-class ConversationError(SampleError):
-    """A conversation that cannot be used.
-
-    Args:
-        message: what is wrong and what to do.
-        reason: one word for counting: ``turns``, ``role``, ``image_tags``, ``reserved``, ``no_answer``, ``template`` or
-            ``too_long``.
-    """
-
-    def __init__(self, message: str, reason: str = "turns") -> None:
-        super().__init__(message, reason)
-
 
 @dataclass
 class Piece:
-    """A stretch of the text that the model sees.
+    """A stretch of the text that the model reads.
 
     Args:
-        text: what it says.
-        learnt: whether it is an answer to learn, with what ends it.
+        text: the characters.
+        target: whether it is a supervised answer, with what ends it.
     """
 
     text: str
-    learnt: bool = False
+    target: bool = False
 
 
 class Template:
@@ -83,11 +64,11 @@ class Template:
         tokenizer: with a chat template, or without one: then plain ChatML.
 
     Attributes:
-        plain: whether it writes plain ChatML, byte for byte. Then the line break behind ``<|im_end|>`` is learnt too,
-            as the released models learnt it.
-        end: the text that ends an answer and is learnt with it: an added token of the tokenizer, with what stands
+        plain: whether it writes plain ChatML, byte for byte. Then the line break behind ``<|im_end|>`` is a target too,
+            as in the training of the released models.
+        end: the text that ends an answer and is a target with it: an added token of the tokenizer, with what stands
             before it, or ordinary text; empty if the template has none.
-        blank: whether the tokenizer puts a blank before a text.
+        adds_space: whether the tokenizer puts a space before a text.
 
     Raises:
         ValueError: if the template cannot write a question and an answer so that the answer is found again.
@@ -99,13 +80,13 @@ class Template:
         self.has_blocks = _GENERATION.search(self.text) is not None
         added = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        self.blank = "".join(tokenizer.tokenize("x")).startswith(("▁", "Ġ"))
+        self.adds_space = "".join(tokenizer.tokenize("x")).startswith(("▁", "Ġ"))
         self.checked: set[tuple[str, ...]] = set()
         self._known: dict[str, list[int]] = {}
         self.plain = self.text == CHATML or self._writes_chatml()
         self.end = _FOOTER if self.plain else self._find_end()
 
-    def pieces(self, turns: Sequence[Said]) -> list[Piece]:
+    def pieces(self, turns: Sequence[CheckedTurn]) -> list[Piece]:
         """The text of a conversation: what is read and each answer in turn, what is read last.
 
         Raises:
@@ -117,14 +98,14 @@ class Template:
             return [Piece("")]
         self._check_roles(tuple(role for role, _, _ in turns))
         text, spans = self._spans(turns)
-        pieces, place = [], 0
-        answers = [learnt for role, _, learnt in turns if role == "gpt"]
-        for (start, end), learnt in zip(spans, answers, strict=True):
-            pieces += [Piece(text[place:start]), Piece(text[start:end], learnt)]
-            place = end
-        return [*pieces, Piece(text[place:])]
+        pieces, position = [], 0
+        answers = [target for role, _, target in turns if role == "gpt"]
+        for (start, end), target in zip(spans, answers, strict=True):
+            pieces += [Piece(text[position:start]), Piece(text[start:end], target)]
+            position = end
+        return [*pieces, Piece(text[position:])]
 
-    def prompt(self, turns: Sequence[Said]) -> list[Piece]:
+    def prompt(self, turns: Sequence[CheckedTurn]) -> list[Piece]:
         """The same, up to where the next answer begins: what training shows before that answer.
 
         Raises:
@@ -133,7 +114,7 @@ class Template:
         return self.pieces([*turns, ("gpt", _mark(turns, 0), False)])[:-2]
 
     def encode(self, piece: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of a piece by itself; not to be changed, for they are remembered."""
+        """Token ids of a piece alone; they are cached, so callers must not change them."""
         ids = self._known.get(piece)
         if ids is None:
             ids = tokenizer.encode(piece, add_special_tokens=False)
@@ -164,8 +145,8 @@ class Template:
             ) from error
         return text, blocks[0] if blocks else []
 
-    def _spans(self, turns: Sequence[Said]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and from where to where each answer is to be learnt."""
+    def _spans(self, turns: Sequence[CheckedTurn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the range of each answer that is a target."""
         text, answers, blocks = self._answers(turns)
         if blocks and len(blocks) != len(answers):
             raise _changed(f"has {len(blocks)} generation blocks for {len(answers)} answers")
@@ -176,64 +157,64 @@ class Template:
                 raise _changed("has generation blocks that do not hold the answers")
             end += len(self.end) if text.startswith(self.end, end) else 0
             start, end = block[0], max(end, block[1])
-            # A blank before the answer is the model's to write: tokenizers join it with the first word.
+            # A space before the answer is the model's to write: tokenizers join it with the first word.
             spans.append((len(text[:start].rstrip(" ")), end))
         return text, spans
 
-    def _answers(self, turns: Sequence[Said]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+    def _answers(self, turns: Sequence[CheckedTurn]) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
         """The text, where the bare answers stand in it, and the template's own blocks."""
         between = self._between(turns)
         text, blocks = self._render([turn[:2] for turn in turns])
         if not text.startswith(between[0]):
             raise _changed("writes the text before an answer differently for another answer")
         answers: list[tuple[int, int]] = []
-        place = len(between[0])
-        for said, after in zip([said for role, said, _ in turns if role == "gpt"], between[1:], strict=True):
-            length = _length(text, place, said, after, last=len(answers) + 2 == len(between))
+        position = len(between[0])
+        for value, after in zip([value for role, value, _ in turns if role == "gpt"], between[1:], strict=True):
+            length = _length(text, position, value, after, last=len(answers) + 2 == len(between))
             if length is None:
-                raise _changed(f"does not write the answer {said!r:.60} as it is")
-            answers.append((place, place + length))
-            place += length + len(after)
+                raise _changed(f"does not write the answer {value!r:.60} as it is")
+            answers.append((position, position + length))
+            position += length + len(after)
         return text, answers, blocks
 
-    def _between(self, turns: Sequence[Said]) -> list[str]:
+    def _between(self, turns: Sequence[CheckedTurn]) -> list[str]:
         """The texts before, between and behind the answers, found by marks in place of the answers."""
         marked: list[tuple[str, str]] = []
         marks: list[str] = []
-        for role, said, _ in turns:
+        for role, value, _ in turns:
             if role == "gpt":
-                marks.append(said := _mark(turns, len(marks)))
-            marked.append((role, said))
+                marks.append(value := _mark(turns, len(marks)))
+            marked.append((role, value))
         text, _ = self._render(marked)
-        between, place = [], 0
+        between, position = [], 0
         for mark in marks:
-            start = text.find(mark, place)
+            start = text.find(mark, position)
             if start < 0 or text.count(mark) > 1:
                 raise _changed("leaves an answer out, writes it twice or in another order")
-            between.append(text[place:start])
-            place = start + len(mark)
-        return [*between, text[place:]]
+            between.append(text[position:start])
+            position = start + len(mark)
+        return [*between, text[position:]]
 
     def _check_roles(self, roles: tuple[str, ...]) -> None:
         """That the template writes each turn of such a conversation, once and in order."""
         if roles in self.checked:
             return
-        turns: list[Said] = [(role, f"turn{number}zq", False) for number, role in enumerate(roles)]
-        text, _ = self._render([(role, said) for role, said, _ in turns])
-        places = [text.find(said) for _, said, _ in turns]
-        for (role, said, _), place in zip(turns, places, strict=True):
-            if place < 0 or text.count(said) > 1:
+        turns: list[CheckedTurn] = [(role, f"turn{number}zq", False) for number, role in enumerate(roles)]
+        text, _ = self._render([(role, value) for role, value, _ in turns])
+        positions = [text.find(value) for _, value, _ in turns]
+        for (role, value, _), position in zip(turns, positions, strict=True):
+            if position < 0 or text.count(value) > 1:
                 raise _changed(f"leaves out the {ROLES[role]} turn, or writes it twice")
-        if places != sorted(places):
+        if positions != sorted(positions):
             raise _changed("writes the turns in another order")
         self.checked.add(roles)
 
     def _writes_chatml(self) -> bool:
-        """Whether three conversations, with blanks around their texts, come out as plain ChatML."""
+        """Whether three conversations, with whitespace around their texts, come out as plain ChatML."""
         for roles in (("human", "gpt"), ("system", "human", "gpt"), ("human", "gpt") * 2):
-            turns: list[Said] = [(role, f" {number}\n", False) for number, role in enumerate(roles)]
+            turns: list[CheckedTurn] = [(role, f" {number}\n", False) for number, role in enumerate(roles)]
             try:
-                text, blocks = self._render([(role, said) for role, said, _ in turns])
+                text, blocks = self._render([(role, value) for role, value, _ in turns])
             except ConversationError:
                 return False
             if blocks or text != "".join(piece.text for piece in _chatml(turns)):
@@ -242,7 +223,7 @@ class Template:
 
     def _find_end(self) -> str:
         """What stands behind an answer in the middle as well as behind the last one, up to the first added token."""
-        turns: list[Said] = [("human", "one", False), ("gpt", "two", False)]
+        turns: list[CheckedTurn] = [("human", "one", False), ("gpt", "two", False)]
         try:
             text, [(_, end)], _ = self._answers(turns)
         except ConversationError as error:
@@ -277,32 +258,32 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     return known[1]
 
 
-def _chatml(turns: Sequence[Said]) -> list[Piece]:
+def _chatml(turns: Sequence[CheckedTurn]) -> list[Piece]:
     """Plain ChatML; an answer's piece ends with ``<|im_end|>`` and a line break."""
     pieces = [Piece("")]
-    for role, text, learnt in turns:
+    for role, text, target in turns:
         pieces[-1].text += _HEADER[role]
         if role == "gpt":
-            pieces += [Piece(text + _FOOTER, learnt), Piece("")]
+            pieces += [Piece(text + _FOOTER, target), Piece("")]
         else:
             pieces[-1].text += text + _FOOTER
     return pieces
 
 
-def _mark(turns: Sequence[Said], number: int) -> str:
+def _mark(turns: Sequence[CheckedTurn], number: int) -> str:
     """A word that none of the turns holds."""
     mark, tail = f"answer{number}", "zq"
-    while any(mark + tail in said for _, said, _ in turns):
+    while any(mark + tail in value for _, value, _ in turns):
         tail += "zq"
     return mark + tail
 
 
-def _length(text: str, place: int, answer: str, after: str, last: bool) -> int | None:
-    """Length of an answer in the text, if one of its forms stands at that place with the right text behind it."""
+def _length(text: str, position: int, answer: str, after: str, last: bool) -> int | None:
+    """Length of an answer in the text, if one of its forms stands at that position with the right text behind it."""
     begins = {answer: None, answer.lstrip("\n"): None, answer.lstrip(): None}
     for written in [form for begin in begins for form in (begin, begin.rstrip("\n"), begin.rstrip())]:
-        end = place + len(written)
-        fits = text.startswith(written, place) and text.startswith(after, end)
+        end = position + len(written)
+        fits = text.startswith(written, position) and text.startswith(after, end)
         if fits and (not last or end + len(after) == len(text)):
             return len(written)
     return None
@@ -316,7 +297,7 @@ def _common(one: str, other: str) -> str:
 
 def _changed(what: str) -> ConversationError:
     return ConversationError(
-        f"the tokenizer's chat template {what}, so what is to be learnt cannot be found; use chat_template='chatml'",
+        f"the tokenizer's chat template {what}, so its targets cannot be located; use chat_template='chatml'",
         "template",
     )
 

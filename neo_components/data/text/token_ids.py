@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from neo_components.data.text.templates import ConversationError, Piece, template_of
+from neo_components.data.text.templates import Piece, template_of
+from neo_components.data.text.turns import IMAGE_TOKENS, ConversationError
 from neo_components.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IMAGE_TOKEN, IMAGE_START, IMAGE_END = IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
@@ -28,7 +27,7 @@ def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     return context, start, end
 
 
-def tokenise(
+def tokenize(
     pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerBase,
     image_tokens: Sequence[int],
@@ -48,29 +47,29 @@ def tokenise(
     """
     encoded = list(piece_ids([piece.text for piece in pieces], tokenizer))
     ids = np.array([i for part in encoded for i in part], np.int64)
-    learnt = np.repeat([piece.learnt for piece in pieces], [len(part) for part in encoded])
+    target = np.repeat([piece.target for piece in pieces], [len(part) for part in encoded])
     if image_tokens:
         if min(image_tokens) < 1:
             raise ValueError(f"each image needs at least one visual token, got {list(image_tokens)}")
         own_ids = image_token_ids(tokenizer)
-        places = ids == own_ids[0]
-        if places.sum() != len(image_tokens):
-            message = f"the chat template wrote {places.sum()} of {len(image_tokens)} images"
+        positions = ids == own_ids[0]
+        if positions.sum() != len(image_tokens):
+            message = f"the chat template wrote {positions.sum()} of {len(image_tokens)} images"
             raise ConversationError(f"{message}; use chat_template='chatml'", "template")
         repeats = np.ones(len(ids), np.int64)
-        repeats[places] = image_tokens
-        ids, learnt = np.repeat(ids, repeats), np.repeat(learnt, repeats)
+        repeats[positions] = image_tokens
+        ids, target = np.repeat(ids, repeats), np.repeat(target, repeats)
         if image_ids is not None:
             ids = _translate(ids, own_ids, image_ids)
-    return ids, np.where(learnt, ids, IGNORED)
+    return ids, np.where(target, ids, IGNORED)
 
 
 def piece_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of each piece of one text, so that those of the first pieces do not depend on what follows.
 
-    A byte-level tokenizer gives a piece alone the ids that it has behind others. One that puts a blank before a text
-    does not, so there the text so far is tokenised as a whole, and again with the next piece. Where the two do not
-    agree, because a token would reach across the cut, the next piece is tokenised behind a character that stays apart.
+    A byte-level tokenizer gives a piece alone the ids that it has behind others. One that puts a space before a text
+    does not, so there the text so far is tokenized as a whole, and then with the next piece. Where the two do not
+    agree, because a token would reach across the cut, the next piece is tokenized behind a character that stays apart.
     """
     template = template_of(tokenizer)
     text, ids = "", list[int]()
@@ -78,7 +77,7 @@ def piece_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Itera
         if not piece:
             yield []
             continue
-        if not template.blank:
+        if not template.adds_space:
             yield template.encode(piece, tokenizer)
             continue
         text += piece
@@ -89,15 +88,13 @@ def piece_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Itera
 
 
 def _behind(piece: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text that goes on: it is no beginning, so no blank is put before it."""
+    """Token ids of a text that continues another, so that no space is put before it."""
     for before in "\na0.。":
         head = tokenizer.encode(before, add_special_tokens=False)
         both = tokenizer.encode(before + piece, add_special_tokens=False)
         if both[: len(head)] == head:
             return both[len(head) :]
-    raise ConversationError(
-        f"the tokenizer joins {piece!r:.40} with whatever stands before; strip its blanks", "template"
-    )
+    raise ConversationError(f"the tokenizer joins {piece!r:.40} with any text before it; strip its spaces", "template")
 
 
 def _translate(ids: np.ndarray, old: tuple[int, int, int], new: tuple[int, int, int]) -> np.ndarray:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,17 @@ from torch import Tensor
 
 from neo_components.components.masks import dense_mask
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import rotary_of
+from neo_components.components.rotary import rotary_of
 from neo_components.export.hf.text import chat_template, write_text_side
-from neo_components.llms import FAMILIES, Family
+from neo_components.llms import Family, family_of
 from neo_components.llms.layout import to_stored
+from neo_components.registry import LLM_FAMILIES
 from neo_components.storage.weights import save_folder
-from neo_components.types import NO_IMAGE
+from neo_components.types import NO_IMAGE, DocumentTokens, kinds_of
 
 NEO_ONLY = {
-    "rope", "base_h", "base_w", "attention", "image_token_id", "image_start_id", "image_end_id", "source", "backend",
-    "init_std",
+    "rope", "base_h", "base_w", "attention", "experts", "image_token_id", "image_start_id", "image_end_id", "source",
+    "backend", "init_std",
 }  # fmt: skip
 """Arguments of a post-LLM that say nothing of its T path."""
 
@@ -55,6 +54,10 @@ def write_language_model(llm: PostLLM, tokenizer: Any, folder: str | Path, licen
     config, family = language_model_config(llm)
     _check_text(llm)
     template = chat_template(tokenizer, pictures=False)
+    if llm.expert_modules():
+        raise ValueError(
+            "an ordinary language model has no experts for visual tokens; export the whole model (--to hf)"
+        )
     new = {id(parameter) for part in llm.hw_modules() for parameter in part.parameters()}
     names = [name for name, parameter in llm.named_parameters() if id(parameter) not in new]
     whole, sizes = llm.state_dict(), dict(llm.hparams)
@@ -77,28 +80,15 @@ def language_model_config(llm: PostLLM) -> tuple[dict[str, Any], Family]:
             "is not known; build it by PostLLM.from_pretrained, or export the whole model by --to hf"
         )
     faults = []
-    for config in _forms(llm.hf_config):
+    for config in family_of(llm.hf_config).transformers_configs(llm.hf_config):
         kind = str(config["model_type"])
         fault = _differs(llm, config)
         if fault is None:
             dtype = str(llm.word_embedding.weight.dtype).removeprefix("torch.")
             own = {name: value for name, value in config.items() if name not in ("torch_dtype", "_name_or_path")}
-            return own | {"architectures": [_class_name(kind)], "dtype": dtype}, FAMILIES[kind]
+            return own | {"architectures": [_class_name(kind)], "dtype": dtype}, family_of(config)
         faults.append(f"as {kind}: {fault}")
     raise ValueError(f"transformers has no model that computes this language model; {'; '.join(faults)}")
-
-
-def _forms(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config itself, the text model inside it, and Llama under another name."""
-    yield config
-    if isinstance(inner := config.get("text_config"), dict):
-        tied = config.get("tie_word_embeddings", True)
-        kind = inner.get("model_type", f"{config['model_type']}_text")
-        yield inner | {"model_type": kind, "tie_word_embeddings": tied}
-    plain = {name: value for name, value in config.items() if name not in ("auto_map", "bias", "qkv_bias")}
-    biases = {"attention_bias": config.get("qkv_bias", config.get("bias", config["model_type"] == "internlm2"))}
-    biases["mlp_bias"] = config["model_type"] == "internlm3" and config.get("bias", False)
-    yield plain | biases | {"model_type": "llama"}
 
 
 def _class_name(kind: str) -> str | None:
@@ -110,13 +100,13 @@ def _class_name(kind: str) -> str | None:
 
 def _differs(llm: PostLLM, config: dict[str, Any]) -> str | None:
     """Why a config does not describe the T path; ``None`` if it does."""
-    kind, family = config["model_type"], FAMILIES.get(config["model_type"])
-    if family is None or _class_name(kind) is None:
+    kind = config["model_type"]
+    if kind not in LLM_FAMILIES or _class_name(kind) is None:
         return f"transformers has no causal language model of type {kind!r}"
     if "text_config" in config:
         return f"{_class_name(kind)} is more than a language model"
     try:
-        said = family.sizes(config)
+        said = family_of(config).arguments(config)
     except (KeyError, ValueError) as error:
         return str(error)
     defaults = {name: p.default for name, p in inspect.signature(PostLLM).parameters.items()}
@@ -134,26 +124,26 @@ def _plain(value: Any) -> str:
 
 
 def _check_text(llm: PostLLM) -> None:
-    """Refuses masks that do not read text causally, and RoPE that turns the T channels of text by other angles.
+    """Refuses masks that do not read text causally, and RoPE that rotates the T channels of text by other angles.
 
     Raises:
         ValueError: naming it.
     """
     none = torch.full((1, SEEN), NO_IMAGE)
     documents = torch.zeros_like(none)
-    positions = llm.rotary.index_rule(none[0], [])[None]
+    positions = llm.rotary.variant.positions(DocumentTokens(none[0], kinds_of(none[0]), []))[None]
     plain = torch.arange(SEEN)[None, :, None].expand(1, SEEN, 3)
-    for layer in llm.layers:
-        rule, window = layer.layer_rule  # type: ignore[misc]
+    for layer in llm.blocks:
+        rule, window = layer.layer_rule
         seen, usually = (dense_mask(documents, none, name, window) for name in (rule, "causal"))
         if not torch.equal(seen, usually):
             raise ValueError(f"attention {rule!r} does not read text causally, as a language model does")
-        own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})  # type: ignore[arg-type]
+        own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})
         half = llm.hparams.head_width // 2
         for turned, expected in zip(own(positions), usual(plain), strict=True):
             if not torch.equal(turned[..., :half], expected[..., :half]):
                 raise ValueError(
-                    f"rope {llm.hparams.rope!r} turns the T channels of text by other angles than a language model's"
+                    f"rope {llm.hparams.rope!r} rotates the T channels of text by other angles than a language model's"
                 )
 
 
@@ -188,17 +178,17 @@ def _check_names(config: dict[str, Any], family: Family, state: dict[str, Tensor
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**config))
     tied = set(model.all_tied_weights_keys)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    # Experts lie one by one in files and stacked in memory.
-    in_memory = replace(family, groups=tuple(group for group in family.groups if not group.optional))
     empty = {name: tensor.to("meta") for name, tensor in state.items()}
-    ours = {name: tuple(tensor.shape) for name, tensor in to_stored(empty, in_memory, sizes).items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in to_stored(empty, family, sizes, in_memory=True).items()}
     if differ := sorted(set(theirs.items()) ^ set(ours.items())):
-        raise ValueError(f"the {family.model_type} model of transformers has other tensors than this one: {differ[:5]}")
+        raise ValueError(
+            f"the {config['model_type']} model of transformers has other tensors than this one: {differ[:5]}"
+        )
 
 
 def hw_is_silent(llm: PostLLM) -> bool:
     """Whether the H/W keys are all zero, so that nothing is lost between words."""
-    return all(not bool(layer.self_attn.k_proj_hw.weight.any()) for layer in llm.layers)  # type: ignore[operator, union-attr]
+    return all(not bool(block.self_attn.k_proj_hw.weight.any()) for block in llm.blocks)
 
 
 def what_is_lost(llm: PostLLM) -> list[str]:

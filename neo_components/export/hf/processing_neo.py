@@ -13,11 +13,11 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs
 
-from neo_components.data.image.images import image_size, max_pixels_per_image, open_image, to_pixels
+from neo_components.data.image.files import open_image
+from neo_components.data.image.images import image_size, max_pixels_per_image, to_pixels
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.packing import cut_patches
-from neo_components.data.text.conversation import IMAGE_TAG
-from neo_components.data.text.token_ids import IMAGE_TOKENS
+from neo_components.data.text.turns import IMAGE_TAG, IMAGE_TOKENS
 
 
 class NEOImagesKwargs(ImagesKwargs, total=False):

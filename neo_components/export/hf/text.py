@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from neo_components.data.text.conversation import IMAGE_TAG, encode_prompt
+from neo_components.data.text.conversation import encode_prompt
 from neo_components.data.text.templates import CHATML, TODAY, stop_token_ids
+from neo_components.data.text.turns import IMAGE_TAG
 from neo_components.storage.weights import write_text
 
 PICTURES = (

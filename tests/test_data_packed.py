@@ -173,7 +173,7 @@ def test_a_cut_never_goes_through_a_question(tmp_path: Path) -> None:
 def test_too_many_skipped_stop_the_run(tmp_path: Path) -> None:
     images = {f"s{number:03d}": [png() if number % 10 else b"nonsense"] for number in range(200)}
     tar(tmp_path / "shard-000000.tar", raw_samples(images))
-    message = r"\d+ of \d+ samples had to be skipped \(unreadable: \d+\), over the share of 0.05"
+    message = r"\d+ of \d+ samples had to be skipped \(unreadable: \d+\), over the fraction of 0.05"
     for workers in (0, 1):
         data = module(tmp_path, validation=[tmp_path], max_skipped=0.05, workers=workers)
         with pytest.raises(TooManySkippedError, match=message):
@@ -201,7 +201,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "skipped", "share", "complete", "stops"),
+    ("read", "skipped", "allowed", "complete", "stops"),
     [
         (100, 1, 0.01, False, False),
         (100, 2, 0.01, False, True),
@@ -213,13 +213,13 @@ def test_nothing_usable(tmp_path: Path) -> None:
         (10, 10, 1.0, True, False),
     ],
 )
-def test_when_a_run_stops(read: int, skipped: int, share: float, complete: bool, stops: bool) -> None:
-    tally = SkipCounts(read, Counter({"truncated": skipped}))
+def test_when_a_run_stops(read: int, skipped: int, allowed: float, complete: bool, stops: bool) -> None:
+    counts = SkipCounts(read, Counter({"truncated": skipped}))
     if stops:
-        with pytest.raises(TooManySkippedError, match="over the share of"):
-            tally.check(share, complete)
+        with pytest.raises(TooManySkippedError, match="over the fraction of"):
+            counts.check(allowed, complete)
     else:
-        tally.check(share, complete)
+        counts.check(allowed, complete)
 
 
 def test_image_tokens_beyond_the_vocabulary_are_not_learnt(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
 
 
 def with_choices_of(model: Compose, pre_buffer: PreBuffer) -> Compose:
-    """The recipe for a language model under an asset: what it does not choose for the blocks is the asset's own.
+    """The recipe for a language model under an asset: a part that it does not choose for the blocks is the asset's.
 
     Raises:
         ValueError: if the recipe chooses another rope than the asset was trained with.

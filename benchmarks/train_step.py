@@ -52,7 +52,7 @@ def build(options: argparse.Namespace) -> NEO:
         "head_width": width, "feed_forward_size": 3 * options.hidden,
     }  # fmt: skip
     post = PostLLM(vocab_size=options.vocabulary, depth=options.post, **sizes)
-    post.init_hw_from_t()
+    post.init_new_from_llm()
     return NEO(PatchEmbedding(options.hidden), PreBuffer(depth=options.pre, **sizes), post)
 
 

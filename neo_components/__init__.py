@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from neo_components.components.bridge import Bridge
-    from neo_components.components.patch_embedding import PatchEmbedding
+    from neo_components.components.patch_embeddings.neo import PatchEmbedding
     from neo_components.components.post_llm import PostLLM
     from neo_components.components.pre_buffer import PreBuffer
     from neo_components.components.primitive import NativePrimitive
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "NEO": "model.neo",
-    "PatchEmbedding": "components.patch_embedding",
+    "PatchEmbedding": "components.patch_embeddings.neo",
     "NativePrimitive": "components.primitive",
     "PreBuffer": "components.pre_buffer",
     "PostLLM": "components.post_llm",

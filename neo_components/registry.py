@@ -194,14 +194,14 @@ ROPES = Registry("rope", "neo_components.components.ropes", given=("base_h", "ba
 MASKS = Registry("attention", "neo_components.components.mask_rules", given=("query", "key"))
 """Mask rules: functions of two :class:`~neo_components.components.masks.Tokens`, ``True`` where the query attends."""
 
-PATCH_EMBEDDINGS = Registry("patch_embedding", "neo_components.components.patch_embedding", given=("hidden_size",))
+PATCH_EMBEDDINGS = Registry("patch_embedding", "neo_components.components.patch_embeddings", given=("hidden_size",))
 """Patch embeddings: components that turn an image's patches into its tokens."""
 
 EXPERTS = Registry("experts", "neo_components.components.experts", given=("block",))
 """Expert routing by modality: functions that give a block parts of its own for visual tokens."""
 
-BRIDGES = Registry("bridge", "neo_components.model.bridges", given=("source", "target"))
-"""Bridges: ways to map between the widths of a pre-Buffer and of another language model."""
+BRIDGES = Registry("bridge", "neo_components.components.bridge", given=("in_width", "out_width"))
+"""Bridges: components that map between the widths of a pre-Buffer and of another language model."""
 
 LLM_FAMILIES = Registry("model_type", "neo_components.llms")
 """Language model families by the ``model_type`` of their config."""

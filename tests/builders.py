@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from neo_components import NEO, Batch, InputSpec, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
-from neo_components.components.rotary import H, PairTable, T, W
-from neo_components.types import IGNORED, NO_IMAGE
+from neo_components.components.block_inputs import Attend, BlockInputs
+from neo_components.components.rotary import H, PairTable, RopeVariant, T, W
+from neo_components.types import IGNORED, NO_IMAGE, DocumentTokens, ImageGrid, kinds_of
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -147,26 +148,39 @@ def by_section(x: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     return t, h, w
 
 
-def m_positions(image_ids: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-    """M-RoPE (Qwen2-VL): text (p, p, p), image (b, b + h, b + w), text goes on behind the largest index."""
-    positions, base, image = [], 0, 0
-    while len(positions) < len(image_ids):
-        if image_ids[len(positions)] == NO_IMAGE:
-            positions.append((base, base, base))
-            base += 1
-        else:
-            rows, columns = grids[image]
-            positions += [(base, base + h, base + w) for h in range(rows) for w in range(columns)]
-            base, image = base + max(rows, columns), image + 1
-    return torch.tensor(positions)
+def document_of(image_ids: Tensor, grids: Sequence[tuple[int, int]]) -> DocumentTokens:
+    """A document of words and visual tokens, as index rules see it."""
+    return DocumentTokens(image_ids, kinds_of(image_ids), [ImageGrid(*grid) for grid in grids])
 
 
-def m_table(frequency_t: Sequence[float], base_h: float, base_w: float) -> PairTable:
-    """Of every 8 pairs 2 on T, 3 on H and 3 on W, at the language model's frequencies; the new channels alike."""
-    share = len(frequency_t) // 8
-    axis = (T,) * 2 * share + (H,) * 3 * share + (W,) * 3 * share
-    own = PairTable(axis, tuple(frequency_t))
-    return own + own
+class MRope(RopeVariant):
+    """M-RoPE (Qwen2-VL)."""
+
+    def positions(self, document: DocumentTokens) -> Tensor:
+        """Text (p, p, p), image (b, b + h, b + w), text goes on behind the largest index."""
+        positions, base, image = [], 0, 0
+        while len(positions) < len(document.image_ids):
+            if document.image_ids[len(positions)] == NO_IMAGE:
+                positions.append((base, base, base))
+                base += 1
+            else:
+                rows, columns = document.images[image].rows, document.images[image].columns
+                positions += [(base, base + h, base + w) for h in range(rows) for w in range(columns)]
+                base, image = base + max(rows, columns), image + 1
+        return torch.tensor(positions)
+
+    def table(self, frequency_t: Sequence[float]) -> PairTable:
+        """Of every 8 pairs 2 on T, 3 on H and 3 on W, at the language model's frequencies; the new channels alike."""
+        share = len(frequency_t) // 8
+        axis = (T,) * 2 * share + (H,) * 3 * share + (W,) * 3 * share
+        own = PairTable(axis, tuple(frequency_t))
+        return own + own
+
+
+def text_inputs(tables: tuple[Tensor, Tensor], attend: Attend) -> BlockInputs:
+    """What a block reads beside x where all tokens are words."""
+    none = torch.full(tables[0].shape[:2], NO_IMAGE)
+    return BlockInputs(tables, attend, none, kinds_of(none))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:

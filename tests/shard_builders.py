@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from neo_components.data import NEODataModule, Source, write_shards
-from neo_components.types import Batch, InputSpec
+from neo_components.types import Batch, DocumentTokens, InputSpec
 
 TOKENIZER = str(Path(__file__).parent / "data" / "conversation" / "tokenizer")
 IMAGE_IDS = (389, 390, 391)
 
 
-def index_rule(image_ids: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+def index_rule(document: DocumentTokens) -> Tensor:
     """Positions do not matter here: T counts tokens."""
-    positions = torch.zeros(len(image_ids), 3, dtype=torch.int64)
-    positions[:, 0] = torch.arange(len(image_ids))
+    positions = torch.zeros(len(document.image_ids), 3, dtype=torch.int64)
+    positions[:, 0] = torch.arange(len(document.image_ids))
     return positions
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from builders import (
     VOCAB,
+    MRope,
     image_tokens,
-    m_positions,
-    m_table,
     random_batch,
     random_image,
     random_sample,
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from neo_components import NEO, Sample, pack
 from neo_components.components.backends import EagerAttention, FlexAttention, SpanAttention, prepare_attention
-from neo_components.components.rotary import ROPE_VARIANTS, RopeVariant, register_rope
+from neo_components.registry import ROPES
 from neo_components.types import PADDING
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -123,7 +122,7 @@ def test_choice_of_backend() -> None:
     assert isinstance(prepare_attention(ids, ids - 1), SpanAttention)
     assert isinstance(prepare_attention(ids, ids - 1, backend="eager"), EagerAttention)
     assert isinstance(prepare_attention(ids, ids - 1, backend="flex"), FlexAttention)
-    with pytest.raises(ValueError, match="'flash' is unknown; choose from auto, sdpa, flex, eager"):
+    with pytest.raises(ValueError, match="backend must be one of auto, sdpa, flex, eager, got 'flash'"):
         prepare_attention(ids, ids - 1, backend="flash")
 
 
@@ -220,9 +219,9 @@ def prompts_of(model: NEO, count: int = 5) -> list[Sample]:
 @pytest.fixture(scope="module")
 def m_rope() -> Iterator[str]:
     """A variant whose text goes on behind an image's larger side, so that its shape matters to what follows."""
-    register_rope("m-rope-of-generation")(lambda: RopeVariant(m_positions, m_table))
+    ROPES.register("m-rope-of-generation")(MRope)
     yield "m-rope-of-generation"
-    ROPE_VARIANTS.pop("m-rope-of-generation")
+    ROPES.remove("m-rope-of-generation")
 
 
 @pytest.mark.parametrize("kind", ["plain", "mha-fold3", "tied", "causal", "1d", "m", "window", "long", "dynamic"])

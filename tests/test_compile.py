@@ -96,8 +96,8 @@ def test_a_block_mask_is_built_once_per_batch_and_rule(monkeypatch: pytest.Monke
 
     made: list[Any] = []
 
-    def counted(*where: Any) -> BlockMask:
-        made.append(block_mask(*where))
+    def counted(*where: Any, **kinds: Any) -> BlockMask:
+        made.append(block_mask(*where, **kinds))
         return made[-1]
 
     monkeypatch.setattr(backends, "block_mask", counted)

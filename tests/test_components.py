@@ -10,7 +10,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import SIZES, VOCAB, by_section, random_batch, random_image, randomize, tiny_model
+from builders import SIZES, VOCAB, by_section, random_batch, random_image, randomize, text_inputs, tiny_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +28,7 @@ from neo_components import (
 from neo_components.components.backends import prepare_attention
 from neo_components.components.layers import NORMS, RMSNorm
 from neo_components.components.moe import SparseFeedForward
-from neo_components.components.rotary import native_positions
+from neo_components.components.ropes.native import Native
 from neo_components.data.packing import patchify
 
 # Patch embedding
@@ -62,7 +62,7 @@ def test_patch_embedding_is_two_convolutions(position: str, patch_size: int, fol
     """All images of a batch at once, of different sizes, against one convolution stack per image."""
     layer = PatchEmbedding(12, width=16, patch_size=patch_size, fold=fold, channels=channels, position=position)
     randomize(layer)
-    spec = InputSpec(0, 1, 2, 3, patch_size, fold, channels, native_positions)
+    spec = InputSpec(0, 1, 2, 3, patch_size, fold, channels, Native().positions)
     generator = torch.Generator().manual_seed(1)
     images = [random_image(spec, grid, generator) for grid in [(1, 1), (2, 5), (4, 3)]]
     with torch.no_grad():
@@ -142,7 +142,7 @@ def fresh_llm(**options: Any) -> PostLLM:
     """A random language model, widened as a pretrained one is."""
     llm = PostLLM(VOCAB, 2, **SIZES, **options)
     randomize(llm)
-    llm.init_hw_from_t()
+    llm.init_new_from_llm()
     return llm
 
 
@@ -173,7 +173,7 @@ def test_hw_score_is_zero_at_the_start() -> None:
         return v.new_zeros(*q.shape[:3], v.shape[-1])
 
     positions = torch.randint(0, 30, (1, 20, 3))
-    attention(torch.randn(1, 20, 32), llm.rotary(positions), attend)
+    attention(torch.randn(1, 20, 32), text_inputs(llm.rotary(positions), attend))
     (_, *q_hw), (k_t, *k_hw) = by_section(seen["q"], 8), by_section(seen["k"], 8)
     assert all(part.any() for part in (k_t, *q_hw))
     assert not any(part.any() for part in k_hw)
@@ -193,13 +193,13 @@ def test_queries_of_a_partly_turning_head_start_from_its_fastest_pairs() -> None
     """Of 16 channels 12 turn, pair k of them joining k and k + 6: the four fastest pairs are rows 0-3 and 6-9."""
     llm = PostLLM(VOCAB, 1, **(SIZES | {"head_width": 16}), rotary_width=12)
     randomize(llm)
-    llm.init_hw_from_t()
+    llm.init_new_from_llm()
     attention = llm.layers[0].self_attn
     t, hw = attention.q_proj.weight.view(4, 16, 32), attention.q_proj_hw.weight.view(4, 16, 32)
     rows = [0, 1, 2, 3, 6, 7, 8, 9]
     assert torch.equal(hw, t[:, rows + rows])
     few = PostLLM(VOCAB, 1, **SIZES, rotary_width=2)  # one pair turns; the second is the first of those that rest
-    few.init_hw_from_t()
+    few.init_new_from_llm()
     attention = few.layers[0].self_attn
     t, hw = attention.q_proj.weight.view(4, 8, 32), attention.q_proj_hw.weight.view(4, 8, 32)
     assert torch.equal(hw, t[:, [0, 2, 1, 5] * 2])
@@ -326,7 +326,7 @@ def test_usable_alone(name: str) -> None:
     where = (batch.positions, batch.document_ids, batch.image_ids)
     run: dict[str, Callable[[Any], Tensor]] = {
         "PatchEmbedding": lambda _: part(batch.patches, batch.patch_positions),
-        "NativePrimitive": lambda _: part(x, *part.prepare(*where)),
+        "NativePrimitive": lambda _: part(x, part.prepare(*where)),
         "PreBuffer": lambda _: part(x, *where),
         "PostLLM": lambda _: part.logits(part(part.embed(batch.token_ids), *where)),
         "Bridge": lambda _: part(x),
@@ -349,8 +349,8 @@ def test_primitive_alone_equals_itself_in_a_stack() -> None:
     where = (batch.positions, batch.document_ids, batch.image_ids)
     x = torch.randn(*batch.token_ids.shape, 32)
     block = stack.layers[0]
-    assert torch.equal(stack(x, *where), block(x, *block.prepare(*where)))
-    assert torch.equal(stack(x, *where), stack(x, *where, prepare_attention(*where[1:])))
+    assert torch.equal(stack(x, *where), block(x, block.prepare(*where)))
+    assert torch.equal(stack(x, *where), stack(x, *where, attend=prepare_attention(*where[1:])))
 
 
 @pytest.mark.parametrize(

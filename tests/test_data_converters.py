@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import document_of
 from commands import good, neo
 from PIL import Image
 from shard_builders import content, module, png, tar, turns, write
 
-from neo_components.components.rotary import native_positions
+from neo_components.components.ropes.native import Native
 from neo_components.data import convert_to_shards, encode_conversation, load_tokenizer, read_shards
 from neo_components.data.convert.captions import Captions
 from neo_components.data.convert.llava import Llava
@@ -288,7 +289,7 @@ def test_videos_become_samples_whose_time_advances_by_frame(tmp_path: Path) -> N
     first = int(image_ids[image_ids >= 0].min())
     assert [int(n) - first for n in image_ids[image_ids >= 0]] == [n for frame in range(6) for n in [frame] * 4]
     local = torch.where(image_ids >= 0, image_ids - first, -1)
-    times = native_positions(local, [(2, 2)] * 6)[:, 0]
+    times = Native().positions(document_of(local, [(2, 2)] * 6))[:, 0]
     starts = [int(times[local == frame][0]) for frame in range(6)]
     assert [starts[n + 1] - starts[n] for n in (0, 1, 3, 4)] == [1, 1, 1, 1]
     assert all((times[local == frame] == starts[frame]).all() for frame in range(6))

@@ -20,7 +20,7 @@ from neo_components.data.image.augment import Augment
 from neo_components.data.image.decoding import decode
 from neo_components.data.image.files import ImageError, open_image
 from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
-from neo_components.data.packing import normalise, patchify
+from neo_components.data.packing import normalize, patchify
 from neo_components.types import InputSpec
 
 LIMITS = {"min_pixels": 4096, "max_pixels": 16384}
@@ -225,7 +225,7 @@ def test_raw_pixels_are_cut_like_others(layout: tuple[int, int, int]) -> None:
         spec = InputSpec(9, 7, 8, 7, patch_size, fold, 3, lambda ids, grids: ids)
         raw = torch.randint(0, 256, (3, 2 * patch_size * fold, 3 * patch_size * fold), dtype=torch.uint8)
         lying = raw.permute(layout).contiguous().permute(tuple(np.argsort(layout)))
-        floats = normalise(raw.flatten(1).float()).view(raw.shape)
+        floats = normalize(raw.flatten(1).float()).view(raw.shape)
         assert torch.equal(patchify([lying], spec)[0], patchify([floats], spec)[0])
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from neo_components import NEO, Batch, load_recipe, pack
 from neo_components.components.moe import SparseFeedForward
 from neo_components.estimate.activations import Activations, Block, kept_activations
+from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.memory import Plan, step_memory
-from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import SavedBytes, Setting, evenly_routed
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.activation_checkpointing import blocks_of, fractions, resolve_auto, worst_batches
@@ -128,7 +128,7 @@ def test_tracing_leaves_the_model_alone() -> None:
 def test_a_gpu_is_traced_without_one() -> None:
     """FlexAttention keeps its inputs and output, so documents do not matter; bfloat16 keeps less than float32."""
     model = tiny_model()
-    few, many = (assumed_rows(model, Document(4, text), 1, 240) for text in (234, 6))
+    few, many = (assumed_batch(model, Document(4, text), 1, 240) for text in (234, 6))
     cuda = [kept_activations(model, batch, Setting("cuda")) for batch in (few, many)]
     assert cuda[0].post_llm == cuda[1].post_llm
     half = kept_activations(model, few, Setting("cuda", torch.bfloat16))
@@ -145,7 +145,7 @@ def test_a_gpu_is_traced_without_one() -> None:
 def test_kinds_by_hand() -> None:
     model = tiny_model()
     train_only(model, ONE)
-    batch = assumed_rows(model, Document(6, 10), 1, 60)
+    batch = assumed_batch(model, Document(6, 10), 1, 60)
     count = sum(p.numel() for p in model.parameters())
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = kept_activations(model, batch, CPU)
@@ -185,7 +185,7 @@ def test_assumed_rows_look_like_packed_ones() -> None:
     """The same ids, images and labels as ``pack`` gives for such documents."""
     model = tiny_model()
     spec = model.input_spec
-    batch = assumed_rows(model, Document(6, 4, 0.5), 2, 32)
+    batch = assumed_batch(model, Document(6, 4, 0.5), 2, 32)
     assert batch.token_ids[0, :12].tolist() == [58, *[57] * 6, 59, 0, 0, 0, 0]
     assert batch.document_ids[0].tolist() == [0] * 12 + [1] * 12 + [2] * 8
     assert batch.image_ids[0].unique().tolist() == [NO_IMAGE, 0, 1]
@@ -199,8 +199,10 @@ def test_assumed_rows_look_like_packed_ones() -> None:
     assert torch.equal(packed.image_ids[0], batch.image_ids[0])
     assert torch.equal(packed.labels[0], batch.labels[0])
     assert len(packed.patches) * 2 == len(batch.patches)
-    with pytest.raises(ValueError, match="a document of 40 visual and 4 other tokens does not fit a row of 32"):
-        assumed_rows(model, Document(40, 4), 1, 32)
+    with pytest.raises(
+        ValueError, match="a document of 40 visual and 4 other tokens does not fit a packed sequence of 32"
+    ):
+        assumed_batch(model, Document(40, 4), 1, 32)
 
 
 # --- the fraction of checkpointed blocks

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from builders import SIZES, random_batch, randomize, set_backend, tiny_model
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from neo_components import NEO, Batch, PatchEmbedding, PostLLM, PreBuffer
 from neo_components.components.bridge import Bridge
-from neo_components.components.masks import MASK_RULES, LayerRule, dense_mask, register_mask
-from neo_components.estimate.flops import Flops, seen_pairs, step_flops
+from neo_components.components.masks import LayerRule, Tokens, dense_mask
+from neo_components.estimate.flops import Flops, attended_pairs, step_flops
+from neo_components.registry import MASKS
 from neo_components.training.groups import train_only
 from neo_components.types import PADDING
 
@@ -21,15 +23,18 @@ from neo_components.types import PADDING
 @pytest.mark.parametrize("window", [None, 1, 3, 200])
 def test_pairs_are_those_of_the_mask(rule: str, window: int | None) -> None:
     batch, _ = random_batch(tiny_model().input_spec, seed=2, rows=3, documents=4)
-    if rule == "every-third":
-        register_mask(rule)(lambda q, k: MASK_RULES["causal"](q, k) & ((q.place - k.place) % 3 == 0))
+
+    def every_third(query: Tokens, key: Tokens) -> Tensor:
+        return MASKS["causal"](query, key) & ((query.position - key.position) % 3 == 0)
+
+    MASKS.register("every-third")(every_third)
     try:
         whole = dense_mask(batch.document_ids, batch.image_ids, rule, window)
         whole = whole & (batch.document_ids != PADDING)[:, :, None]
-        found = seen_pairs(batch.document_ids, batch.image_ids, LayerRule(rule, window))
+        found = attended_pairs(batch.document_ids, batch.image_ids, LayerRule(rule, window))
         assert found == int(whole.sum()) > 0
     finally:
-        MASK_RULES.pop("every-third", None)
+        MASKS.remove("every-third")
 
 
 def added(x: list[int], a: list[int], b: list[int], **_: Any) -> int:
@@ -88,17 +93,17 @@ def _hidden(model: NEO, number: int, square: int, batch: Batch) -> int:
     """What eager attention of a block computes for pairs that the mask hides."""
     blocks = [*model.pre_buffer.layers, *model.post_llm.layers]
     rule = model.layer_rules[number]
-    seen = seen_pairs(batch.document_ids, batch.image_ids, rule)
+    seen = attended_pairs(batch.document_ids, batch.image_ids, rule)
     before = step_flops(model, batch)
     with_rule = {n: b.layer_rule for n, b in enumerate(blocks)}
     try:
         # The same block, told that everything is seen: a rule of its own that shows all pairs.
-        register_mask("everything")(lambda q, k: q.document == k.document)
+        MASKS.register("everything")(lambda query, key: query.document == key.document)
         blocks[number].layer_rule = LayerRule("everything")
         after = step_flops(model, batch)
     finally:
         blocks[number].layer_rule = with_rule[number]
-        MASK_RULES.pop("everything")
+        MASKS.remove("everything")
     assert seen <= square
     return sum(part.model for part in after.values()) - sum(part.model for part in before.values())
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample, pack
 from neo_components.components.bridge import Bridge
-from neo_components.components.masks import MASK_RULES, register_mask
 from neo_components.data import load_tokenizer
 from neo_components.export.hf.folder import write_hf
 from neo_components.model.chat import Chat
+from neo_components.registry import MASKS
 
 CHILD = Path(__file__).parent / "hf_child.py"
 SIZES = {"a": (40, 24), "b": (24, 70), "c": (33, 47)}
@@ -214,7 +214,7 @@ def test_files(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
 
 
 def test_code_that_cannot_be_taken_along_is_refused(tmp_path: Path) -> None:
-    register_mask("everyone")(lambda query, key: query.document == key.document)
+    MASKS.register("everyone")(lambda query, key: query.document == key.document)
     try:
         model = tiny_model(post={"attention": "everyone"})
         with pytest.raises(
@@ -222,7 +222,7 @@ def test_code_that_cannot_be_taken_along_is_refused(tmp_path: Path) -> None:
         ):
             write_hf(model, None, tmp_path / "out", 64, 64)
     finally:
-        del MASK_RULES["everyone"]
+        MASKS.remove("everyone")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="3 channels, this model reads 1"):
         write_hf(tiny_model(patch={"channels": 1}), None, tmp_path / "out", 64, 64)

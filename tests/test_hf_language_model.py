@@ -13,16 +13,18 @@ from builders import randomize, tiny_model, weights_of
 from commands import good, neo
 from llm_builders import word_tokenizer
 from llm_references import CASES, LENGTH, reference
+from torch import Tensor
 
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer
-from neo_components.components.masks import MASK_RULES, register_mask
-from neo_components.components.rotary import ROPE_VARIANTS, RopeVariant, register_rope, rope_variant
+from neo_components.components.ropes.native import Native
 from neo_components.export.hf.language_model import (
     language_model_config,
     what_is_lost,
     write_language_model,
 )
 from neo_components.model.chat import Chat
+from neo_components.registry import MASKS, ROPES
+from neo_components.types import DocumentTokens
 
 WORDS = 60
 
@@ -183,18 +185,23 @@ def test_what_has_no_form_in_transformers_is_refused_by_name(tokenizer: Any, tmp
 
 def test_masks_and_ropes_that_read_text_otherwise_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     reference("qwen3", tmp_path / "llm")
-    native = rope_variant("native")
-    register_mask("everyone")(lambda query, key: query.document == key.document)
-    register_rope("swift")(lambda: RopeVariant(lambda ids, grids: 2 * native.index_rule(ids, grids), native.table))
+    MASKS.register("everyone")(lambda query, key: query.document == key.document)
+
+    @ROPES.register("swift")
+    class Swift(Native):
+        def positions(self, document: DocumentTokens) -> Tensor:
+            return 2 * super().positions(document)
+
     try:
         seeing = PostLLM.from_pretrained(tmp_path / "llm", attention="everyone")
         with pytest.raises(ValueError, match="attention 'everyone' does not read text causally"):
             write_language_model(seeing, tokenizer, tmp_path / "out")
         turning = PostLLM.from_pretrained(tmp_path / "llm", rope="swift")
-        with pytest.raises(ValueError, match="rope 'swift' turns the T channels of text by other angles"):
+        with pytest.raises(ValueError, match="rope 'swift' rotates the T channels of text by other angles"):
             write_language_model(turning, tokenizer, tmp_path / "out")
     finally:
-        del MASK_RULES["everyone"], ROPE_VARIANTS["swift"]
+        MASKS.remove("everyone")
+        ROPES.remove("swift")
     assert not (tmp_path / "out").exists()
     flat = PostLLM.from_pretrained(tmp_path / "llm", rope="1d", attention="causal")
     write_language_model(flat, tokenizer, tmp_path / "out")

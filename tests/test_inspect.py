@@ -16,8 +16,8 @@ from commands import good, neo
 from neo_components import NEO, attach, build, load_recipe
 from neo_components.components.pre_buffer import AssetInfo
 from neo_components.estimate.activations import kept_activations
+from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.flops import step_flops
-from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.inspection import Assumed, inspect_recipe
 from neo_components.inspection.shape import empty_model
@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_built_model(world: Path) -> None:
     found = inspect_recipe(recipe, Assumed(visual=16, text=10, device_memory=8))
     model = build(recipe.model)
     train_only(model, recipe.stage.train)
-    batch = assumed_rows(model, Document(16, 10), recipe.data["micro_batch_size"], recipe.data["seq_len"])
+    batch = assumed_batch(model, Document(16, 10), recipe.data["micro_batch_size"], recipe.data["seq_len"])
     assert found.flops == step_flops(model, batch)
     assert found.total == (
         sum(p.numel() for p in model.parameters()),

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from builders import (
+    MRope,
+    document_of,
     image_tokens,
-    m_positions,
-    m_table,
     plain_tokens,
     random_batch,
     random_image,
@@ -22,30 +22,11 @@ from torch.nn.attention.flex_attention import create_mask
 
 from neo_components import NEO, InputSpec, Sample, pack
 from neo_components.components.backends import make_buckets
-from neo_components.components.masks import (
-    MASK_RULES,
-    Span,
-    Tokens,
-    block_mask,
-    dense_mask,
-    document_spans,
-    mask_rule,
-    register_mask,
-    span_mask,
-)
-from neo_components.components.rotary import (
-    ROPE_VARIANTS,
-    H,
-    RopeVariant,
-    Rotary,
-    T,
-    W,
-    native_positions,
-    register_rope,
-    rope_variant,
-    section,
-    sequential_positions,
-)
+from neo_components.components.masks import Span, Tokens, block_mask, dense_mask, document_spans, span_mask
+from neo_components.components.ropes.native import Native
+from neo_components.components.ropes.one_dimensional import OneDimensional
+from neo_components.components.rotary import H, PairTable, Rotary, T, W, section
+from neo_components.registry import MASKS, ROPES
 from neo_components.types import NO_IMAGE, PADDING
 
 
@@ -151,9 +132,9 @@ def test_a_registered_rule_reaches_every_backend() -> None:
     """A rule of the user's own, only the nearest four tokens, is computed alike by all backends."""
     name = "window-of-four"
 
-    @register_mask(name)
+    @MASKS.register(name)
     def window(query: Tokens, key: Tokens) -> Tensor:
-        near = query.place - key.place
+        near = query.position - key.position
         return (query.document == key.document) & (near >= 0) & (near < 4)
 
     try:
@@ -169,9 +150,9 @@ def test_a_registered_rule_reaches_every_backend() -> None:
         weights = model.attention_maps(batch)[0]
         assert int((weights[0, 0, 10] > 0).sum()) <= 4
     finally:
-        MASK_RULES.pop(name)
+        MASKS.remove(name)
     with pytest.raises(ValueError, match=r"'window-of-four' is unknown; registered: .*causal, mixed"):
-        mask_rule(name)
+        MASKS[name]
     with pytest.raises(ValueError, match="'window-of-four' is unknown"):
         tiny_model(attention=name)
 
@@ -184,7 +165,7 @@ CELLS = [(h, w) for h in range(2) for w in range(3)]
 def test_native_positions_by_hand() -> None:
     text = [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
     expected = [*text, *((3, h, w) for h, w in CELLS), (4, 0, 0), (5, 0, 0)]
-    assert native_positions(WORKED, [(2, 3)]).tolist() == [list(p) for p in expected]
+    assert Native().positions(document_of(WORKED, [(2, 3)])).tolist() == [list(p) for p in expected]
 
 
 def test_native_positions_with_boundary_tokens_by_hand(model: NEO) -> None:
@@ -202,22 +183,22 @@ def test_native_positions_with_boundary_tokens_by_hand(model: NEO) -> None:
 
 
 def test_neighbouring_images_take_two_steps() -> None:
-    positions = native_positions(torch.tensor([0, 0, 1, 1, NO_IMAGE]), [(1, 2), (2, 1)])
+    positions = Native().positions(document_of(torch.tensor([0, 0, 1, 1, NO_IMAGE]), [(1, 2), (2, 1)]))
     assert positions.tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [2, 0, 0]]
 
 
 def test_sequential_positions_by_hand() -> None:
-    assert sequential_positions(WORKED, [(2, 3)]).tolist() == [[n] * 3 for n in range(11)]
+    assert OneDimensional().positions(document_of(WORKED, [(2, 3)])).tolist() == [[n] * 3 for n in range(11)]
 
 
 def test_native_frequencies_by_hand() -> None:
     """Head width 16, bases 1e6 and 1e4."""
     own = section(T, 16, 1e6).frequency
-    table = rope_variant("native").table(own, 1e4, 1e4)
+    table = Native(1e4, 1e4).table(own)
     assert table.axis == (T,) * 8 + (H,) * 4 + (W,) * 4
     t = [1, 0.17783, 0.031623, 0.0056234, 0.001, 1.7783e-4, 3.1623e-5, 5.6234e-6]
     assert table.frequency == pytest.approx([*t, *[1, 0.1, 0.01, 0.001] * 2], rel=1e-4)
-    other = rope_variant("native").table(own, 1e6, 1e4)
+    other = Native(1e6, 1e4).table(own)
     assert other.frequency[8:12] == pytest.approx([1, 0.031623, 0.001, 3.1623e-5], rel=1e-4)
 
 
@@ -225,15 +206,15 @@ def test_native_frequencies_by_hand() -> None:
 def m_rope() -> Iterator[str]:
     """M-RoPE, registered from here as data."""
     name = "m-rope-of-this-test"
-    register_rope(name)(lambda: RopeVariant(m_positions, m_table))
+    ROPES.register(name)(MRope)
     yield name
-    ROPE_VARIANTS.pop(name)
+    ROPES.remove(name)
 
 
 def test_another_rope_by_hand(m_rope: str) -> None:
     """The same content and head width under M-RoPE."""
     expected = [(n, n, n) for n in range(3)] + [(3, 3 + h, 3 + w) for h, w in CELLS] + [(6, 6, 6), (7, 7, 7)]
-    assert rope_variant(m_rope).index_rule(WORKED, [(2, 3)]).tolist() == [list(p) for p in expected]
+    assert ROPES[m_rope]().positions(document_of(WORKED, [(2, 3)])).tolist() == [list(p) for p in expected]
     rotary = Rotary(m_rope, 16, 1e6, 1e4, 1e4)
     assert rotary.axis.tolist() == [T, T, H, H, H, W, W, W] * 2
     cosines, _ = rotary(torch.tensor([[[3, 100, 1000]]]))
@@ -289,14 +270,19 @@ def test_unknown_rope_is_named() -> None:
 
 def test_a_table_of_the_wrong_length_is_refused() -> None:
     name = "short"
-    register_rope(name)(lambda: RopeVariant(native_positions, lambda t, *bases: section(T, 2 * len(t), 1e4)))
+
+    @ROPES.register(name)
+    class Short(Native):
+        def table(self, frequency_t: Sequence[float]) -> PairTable:
+            return section(T, 2 * len(frequency_t), 1e4)
+
     try:
         with pytest.raises(
             ValueError, match="rope 'short' gives 4 axes and 4 frequencies, not one each for the 8 pairs"
         ):
             tiny_model(rope=name)
     finally:
-        ROPE_VARIANTS.pop(name)
+        ROPES.remove(name)
 
 
 def test_native_places_equal_cells_of_two_images_alike(model: NEO) -> None:

@@ -10,13 +10,13 @@ from builders import image_tokens, random_batch, random_image, random_sample, ti
 from torch import Tensor
 
 from neo_components import Batch, InputSpec, Sample, pack
-from neo_components.components.rotary import native_positions
+from neo_components.components.ropes.native import Native
 from neo_components.data.packing import patchify
-from neo_components.types import TOLD
+from neo_components.types import LISTS
 
 SPEC = InputSpec(
     image_token_id=10, image_start_id=11, image_end_id=12, vocab_size=10, patch_size=2, fold=2, channels=1,
-    index_rule=native_positions,
+    index_rule=Native().positions,
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_patches_by_hand() -> None:
 @pytest.mark.parametrize("size", [(8, 1, 3), (14, 2, 3), (4, 3, 2)])
 def test_patches_hold_every_pixel_at_its_place(size: tuple[int, int, int]) -> None:
     patch_size, fold, channels = size
-    spec = InputSpec(0, 1, 2, 3, patch_size, fold, channels, native_positions)
+    spec = InputSpec(0, 1, 2, 3, patch_size, fold, channels, Native().positions)
     generator = torch.Generator().manual_seed(0)
     images = [random_image(spec, grid, generator) for grid in ((2, 3), (1, 1))]
     patches, places = patchify(images, spec)
@@ -103,7 +103,7 @@ ONE_IMAGE = torch.tensor([1, 11, 10, 10, 12, 2])
         ),
         (Sample(ONE_IMAGE, images=[image(1, 2)[0]]), r"image of shape \(4, 8\)"),
         (Sample(TEXT, torch.tensor([1, 2])), r"\(2,\) labels for \(3,\) token ids"),
-        (Sample(TEXT, torch.tensor([-100, 2, 10])), r"label 10 is out of range; .*image tokens cannot be learnt"),
+        (Sample(TEXT, torch.tensor([-100, 2, 10])), r"label 10 is out of range; .*image tokens cannot be targets"),
         (Sample(TEXT, torch.tensor([-100, -5, 3])), r"label -5 is out of range"),
     ],
 )
@@ -157,8 +157,8 @@ def test_stack_refuses_rows_of_different_lengths() -> None:
 def test_to_moves_every_tensor() -> None:
     batch, _ = random_batch(tiny_model().input_spec, seed=0)
     moved = batch.to("meta")
-    assert all(getattr(moved, field.name).is_meta for field in fields(Batch) if field.name not in TOLD)
-    assert all(getattr(moved, name) == getattr(batch, name) for name in TOLD)
+    assert all(getattr(moved, field.name).is_meta for field in fields(Batch) if field.name not in LISTS)
+    assert all(getattr(moved, name) == getattr(batch, name) for name in LISTS)
     assert moved.keys == batch.keys
     assert not batch.token_ids.is_meta
 

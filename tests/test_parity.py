@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import by_section, image_tokens
+from builders import by_section, image_tokens, text_inputs
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from neo_components import NEO, Batch, InputSpec, PatchEmbedding, PostLLM, PreBu
 from neo_components.components.attention import NativeAttention
 from neo_components.components.backends import prepare_attention
 from neo_components.components.masks import dense_mask
-from neo_components.components.patch_embedding import _turn
+from neo_components.components.patch_embeddings.neo import _rotated
 from neo_components.components.rotary import Rotary, rotate
 from neo_components.data.packing import patchify
 from neo_components.model.layouts import released_of
@@ -178,7 +178,7 @@ def test_native_attention(data_folder: Path, backend: str) -> None:
 
     with torch.no_grad():
         tables = Rotary("native", 16, settings["rope_theta"], settings["rope_theta_hw"], settings["rope_theta_hw"])
-        output = attention(reference["hidden_in"][None], tables(reference["positions"][None]), attend)
+        output = attention(reference["hidden_in"][None], text_inputs(tables(reference["positions"][None]), attend))
     assert seen["scale"] == pytest.approx(float(reference["softmax_scale"]))
     for name in ("query", "key"):
         assert far(torch.cat(by_section(seen[name][0].transpose(0, 1), 16), -1), reference[name]) < 1e-5
@@ -216,7 +216,7 @@ def test_patch_embedding_step_by_step(data_folder: Path) -> None:
     layer.token_proj.register_forward_pre_hook(lambda module, args: steps.update(after_rotary=args[0].view(-1, 32)))
     with torch.no_grad():
         output = layer(patches, places)
-        turned = _turn(reference["rotary_in"][order], layer._angles(places))
+        turned = _rotated(reference["rotary_in"][order], layer._angles(places))
     assert far(steps["after_conv1"], reference["after_conv1"][order]) < 1e-4
     assert far(F.gelu(steps["after_conv1"]), reference["after_gelu"][order]) < 1e-4
     assert far(steps["after_rotary"], reference["after_rotary"][order]) < 1e-4

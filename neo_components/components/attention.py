@@ -1,22 +1,22 @@
 """Native attention: queries and keys carry T, H and W channels, each with its own norm and rotation.
 
-What language models differ in (biases, norm of the T channels, scale, how many T channels turn) is a flat argument; the
-H and W channels are the same beside every one of them.
+What language models differ in (biases, norm of the T channels, scale, how many T channels rotate) is a flat argument;
+the H and W channels are the same beside every one of them.
 
 Source: NEO paper section 3.1 and equation 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from neo_components.components.backends import Attend, attend_over
-from neo_components.components.layers import RMSNorm, linears_after
+from neo_components.components.block_inputs import BlockInputs
+from neo_components.components.layers import RMSNorm
 from neo_components.components.rotary import rotate
+from neo_components.errors import ArgumentError, one_of
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -42,10 +42,10 @@ class NativeAttention(nn.Module):
         qkv_bias: whether the T projections and the values have a bias.
         output_bias: whether the output projection has one.
         attention_scale: factor of the scores; ``None``: ``1/sqrt(E)``.
-        rotary_width: how many T channels turn; ``None``: all.
+        rotary_width: how many T channels rotate; ``None``: all.
 
     Raises:
-        ValueError: if K does not divide N, or ``qk_norm`` is unknown.
+        ArgumentError: (a ``ValueError``) if K does not divide N, or ``qk_norm`` is unknown.
     """
 
     def __init__(
@@ -64,14 +64,15 @@ class NativeAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
-        if qk_norm not in QK_NORMS:
-            raise ValueError(f"qk_norm must be one of {', '.join(QK_NORMS)}, got {qk_norm!r}")
+            raise ArgumentError(
+                "num_kv_heads", f"must divide num_heads, got {num_kv_heads} and {num_heads}", "num_heads"
+            )
+        one_of("qk_norm", qk_norm, QK_NORMS)
         self.head_width = head_width
         self.scale = head_width**-0.5 if attention_scale is None else attention_scale
         self.qk_norm = qk_norm
-        turning = rotary_width or head_width
-        self.t_widths = [turning, head_width - turning] if turning < head_width else None
+        rotated = rotary_width or head_width
+        self.t_widths = [rotated, head_width - rotated] if rotated < head_width else [head_width]
         queries, keys = num_heads * head_width, num_kv_heads * head_width
         self.q_proj = nn.Linear(hidden_size, queries, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, keys, bias=qkv_bias)
@@ -88,63 +89,69 @@ class NativeAttention(nn.Module):
         self.k_norm_h = RMSNorm(head_width // 2, norm_eps)
         self.k_norm_w = RMSNorm(head_width // 2, norm_eps)
 
-    def hw_modules(self) -> list[nn.Module]:
-        """The parts that NEO adds to a language model's attention: H/W projections and norms."""
-        return [self.q_proj_hw, self.k_proj_hw, self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w]
+    @property
+    def q_norms(self) -> list[RMSNorm]:
+        """Norms of the queries' H, W and T channels; the last is missing where T has none."""
+        return [self.q_norm_h, self.q_norm_w, *([self.q_norm] if self.qk_norm != "none" else [])]
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, norm: nn.Module | None = None
-    ) -> Tensor:
+    @property
+    def k_norms(self) -> list[RMSNorm]:
+        """The same of the keys."""
+        return [self.k_norm_h, self.k_norm_w, *([self.k_norm] if self.qk_norm != "none" else [])]
+
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         """Attention over x.
 
         Args:
             x: [B, L, D].
-            rotary: cosines and sines, [B, L, 1, E] each.
-            attend: prepared backend.
-            norm: what x passes first, given here so that its output need not be kept; ``None``: nothing.
+            inputs: rotary tables and the attention backend.
 
         Returns:
             [B, L, D].
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.q_proj_hw, self.k_proj_hw)
-        q, k, v, q_hw, k_hw = linears_after(norm, x, projections)
-        v = v.unflatten(-1, (-1, self.head_width))
-        norms = [self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w]
-        if self.qk_norm != "none":
-            norms += [self.q_norm, self.k_norm]
+        q = self.rotated(self.q_proj(x), self.q_proj_hw(x), self.q_norms, inputs)
+        k = self.rotated(self.k_proj(x), self.k_proj_hw(x), self.k_norms, inputs)
+        v = self.heads(self.v_proj(x))
+        return self.o_proj(inputs.attend(q, k, v, self.scale).flatten(-2))
 
-        def turned(q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor]:
-            normed = [partial(norm.by, weight=gain) for norm, gain in zip(norms, gains, strict=True)]
-            q_h, q_w, k_h, k_w, *of_t = normed
-            q_norm, k_norm = of_t or (None, None)
-            return self._heads(q, q_hw, q_norm, q_h, q_w, rotary), self._heads(k, k_hw, k_norm, k_h, k_w, rotary)
+    def rotated(self, t: Tensor, hw: Tensor, norms: Sequence[Norm], inputs: BlockInputs) -> Tensor:
+        """Queries or keys, ``rotate(norm(projection))``.
 
-        out = attend_over(attend, turned, (q, q_hw, k, k_hw, *(norm.weight for norm in norms)), v, self.scale)
-        return self.o_proj(out.flatten(-2))
+        Args:
+            t: [B, L, heads * E], the projection to T channels.
+            hw: [B, L, heads * E], that to H and W channels.
+            norms: of H, of W, and of T where it has one.
+            inputs: rotary tables.
 
-    def _heads(
-        self, t: Tensor, hw: Tensor, norm: Norm | None, norm_h: Norm, norm_w: Norm, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Queries or keys: [B, L, heads * E] of T and of H/W -> [B, L, heads, 2E], normed and rotated."""
-        if norm is not None and self.qk_norm == "whole":
-            t, norm = norm(t), None
-        t = t.unflatten(-1, (-1, self.head_width))
-        if norm is not None:
-            t = norm(t)
-        h, w = hw.unflatten(-1, (-1, self.head_width)).chunk(2, dim=-1)
-        parts = [t] if self.t_widths is None else [*t.split(self.t_widths, dim=-1)]
-        return rotate([*parts, norm_h(h), norm_w(w)], *rotary)
+        Returns:
+            [B, L, heads, 2E].
+        """
+        norm_h, norm_w, *norm_t = norms
+        h, w = self.heads(hw).chunk(2, dim=-1)
+        if self.qk_norm == "whole":
+            t = self.heads(norm_t[0](t))
+        else:
+            t = self.heads(t) if self.qk_norm == "none" else norm_t[0](self.heads(t))
+        return rotate([*t.split(self.t_widths, dim=-1), norm_h(h), norm_w(w)], *inputs.rotary)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, heads * E] -> [B, L, heads, E]."""
+        return x.unflatten(-1, (-1, self.head_width))
+
+    def hw_modules(self) -> list[nn.Module]:
+        """The parts that NEO adds to a language model's attention: H/W projections and norms."""
+        return [self.q_proj_hw, self.k_proj_hw, self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w]
 
     @torch.no_grad()
     def init_hw_from_t(self) -> None:
         """Starts the H/W channels of a pretrained attention so that their score is exactly zero.
 
         Keys are zero. Queries are taken from the T query: of each head's E rows those of the first E/4 pairs, the ones
-        that turn fastest, once for H and once for W. Where all T channels turn these are the first and the third
+        that rotate fastest, once for H and once for W. Where all T channels rotate these are the first and the third
         quarter. Norms are 1. Source: released NEO code.
         """
         rows, start = [], 0
-        for width in self.t_widths or [self.head_width]:
+        for width in self.t_widths:
             first = torch.arange(start, start + width // 2)
             rows.append(torch.stack([first, first + width // 2], dim=1))
             start += width

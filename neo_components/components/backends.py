@@ -8,49 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neo_components.components.document_attention import HALF, Bucket, SpanAttention, make_buckets, sdpa
-from neo_components.components.masks import LayerRule, block_mask, dense_mask
-from neo_components.components.recompute import Compute, keeps_inputs
+from neo_components.components.block_inputs import Attend
+from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets, sdpa
+from neo_components.components.masks import LayerRule, RuleName, block_mask, dense_mask
+from neo_components.errors import one_of
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
-
-
-class Attend(Protocol):
-    """What a layer calls: q [B, L, N, 2E], k [B, L, K, 2E], v [B, L, K, E], scale -> [B, L, N, E]."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...
-
-
-def attend_over(attend: Attend, compute: Compute, inputs: Sequence[Tensor], v: Tensor, scale: float) -> Tensor:
-    """``attend(*compute(*inputs), v, scale)``; where the backend can, only ``inputs`` and ``v`` are kept for the
-    backward pass. In half precision queries and keys are kept too: they are small then, and computing them again is a
-    larger part of a step whose matrix products are fast.
-
-    Args:
-        attend: prepared backend.
-        compute: gives queries and keys; see ``recomputed.py``.
-        inputs: every tensor that it computes with and that may need a gradient.
-        v: [B, L, K, E].
-        scale: factor of the scores.
-    """
-    if keeps_inputs() and isinstance(attend, SpanAttention) and v.dtype not in HALF:
-        return attend.over(compute, inputs, v, scale)
-    q, k = compute(*inputs)
-    return attend(q, k, v, scale)
 
 
 def prepare_attention(
     document_ids: Tensor,
     image_ids: Tensor,
-    rule: str = "mixed",
+    rule: str | RuleName = "mixed",
     backend: str = "auto",
     window: int | None = None,
+    token_kinds: Tensor | None = None,
 ) -> Attend:
     """The backend for one batch.
 
@@ -60,17 +38,17 @@ def prepare_attention(
         rule: registered name of the mask rule.
         backend: ``sdpa``, ``flex``, ``eager``, or ``auto``: ``flex`` on CUDA, ``sdpa`` elsewhere (FlexAttention has
             no backward on CPU).
-        window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
+        window: how many tokens back a query attends (``masks.rule_of``); ``None``: all.
+        token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
 
     Raises:
-        ValueError: if the backend's name is unknown.
+        ArgumentError: (a ``ValueError``) if the backend's name is unknown.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
+    one_of("backend", backend, BACKENDS)
     if backend == "auto":
         backend = "flex" if document_ids.is_cuda else "sdpa"
     kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
-    return kinds[backend](document_ids, image_ids, rule, window)
+    return kinds[backend](document_ids, image_ids, rule, window, token_kinds)
 
 
 def flex_attention() -> Any:
@@ -87,13 +65,20 @@ def compiled_flex_attention() -> Any:
 
 
 class FlexAttention:
-    """FlexAttention with a BlockMask over the whole row; compiled on CUDA, eager (forward only) on CPU.
+    """FlexAttention with a BlockMask over the packed sequence; compiled on CUDA, eager (forward only) on CPU.
 
     Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
-        self.mask = block_mask(document_ids, image_ids, rule, window)
+    def __init__(
+        self,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        rule: str | RuleName = "mixed",
+        window: int | None = None,
+        token_kinds: Tensor | None = None,
+    ) -> None:
+        self.mask = block_mask(document_ids, image_ids, rule, window, token_kinds=token_kinds)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -105,13 +90,20 @@ class FlexAttention:
 
 
 class EagerAttention:
-    """Plain matrix products over the whole row; ``weights`` collects [B, N, L, L] of each layer that called.
+    """Plain matrix products over the packed sequence; ``weights`` collects [B, N, L, L] of each layer that called.
 
     Arguments as in :class:`SpanAttention`.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
-        self.mask = dense_mask(document_ids, image_ids, rule, window)[:, None]
+    def __init__(
+        self,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        rule: str | RuleName = "mixed",
+        window: int | None = None,
+        token_kinds: Tensor | None = None,
+    ) -> None:
+        self.mask = dense_mask(document_ids, image_ids, rule, window, token_kinds=token_kinds)[:, None]
         self.weights: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -129,15 +121,26 @@ class KVCache:
     Keys are twice as wide as values, as they hold T, H and W channels.
 
     Args:
-        document_ids: [1, L] one packed row of S prompts, without padding.
+        document_ids: [1, L] one packed sequence of S prompts, without padding.
         image_ids: [1, L].
         rules: mask rule and window of each layer; tokens after the prompt are causal, under the same windows.
         room: new tokens per document to make room for.
+        token_kinds: [1, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rules: Sequence[LayerRule], room: int) -> None:
+    def __init__(
+        self,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        rules: Sequence[LayerRule],
+        room: int,
+        token_kinds: Tensor | None = None,
+    ) -> None:
         causal = LayerRule("causal")
-        buckets = {rule: make_buckets(document_ids, image_ids, *rule, one=True)[0] for rule in {*rules, causal}}
+        buckets = {
+            rule: make_buckets(document_ids, image_ids, *rule, one=True, token_kinds=token_kinds)[0]
+            for rule in {*rules, causal}
+        }
         self.lengths = buckets[causal].lengths
         self.room = room
         self.layers = [_CachedLayer(self, buckets[rule], rule.window) for rule in rules]
@@ -180,8 +183,8 @@ class _CachedLayer:
         rows = torch.arange(len(lengths), device=lengths.device)
         self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
         used = int(lengths.max()) + 1
-        place = torch.arange(used, device=lengths.device)
-        seen = place <= lengths[:, None]
+        position = torch.arange(used, device=lengths.device)
+        seen = position <= lengths[:, None]
         if self.window is not None:
-            seen &= place > lengths[:, None] - self.window
+            seen &= position > lengths[:, None] - self.window
         return sdpa(q, self.k[:, :used], self.v[:, :used], seen[:, None, None], scale)

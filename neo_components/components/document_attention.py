@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.masks import Span, Tokens, document_spans, seeing, span_mask
+from neo_components.components.masks import RuleName, Span, Tokens, document_spans, rule_of, span_tokens
 from neo_components.components.recompute import Compute, again, spread
-from neo_components.types import NO_IMAGE, PADDING
+from neo_components.types import NO_IMAGE, TokenKind, kinds_of
 
 UNIT = 1 << 17
 """Pairs of query and key that are computed together, over one head."""
@@ -34,18 +34,25 @@ class Bucket:
     """Documents of similar length, to be computed together.
 
     Args:
-        index: [n, m] place of each token in the flattened [B * L] batch; filling points at the document's start.
+        index: [n, m] index of each token in the flattened [B * L] batch; filling points at the document's start.
         lengths: [n] tokens of each document.
         images: [n, m] image of each token.
-        rule: registered name of the mask rule.
-        window: how many tokens back a query sees; ``None``: all.
+        kinds: [n, m] kind of each token.
+        rule: mask rule.
+        window: how many tokens back a query attends; ``None``: all.
     """
 
     index: Tensor
     lengths: Tensor
     images: Tensor
-    rule: str
+    kinds: Tensor
+    rule: str | RuleName
     window: int | None
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """[n, m] each."""
+        return span_tokens(self.images, self.lengths, self.kinds)
 
     @property
     def valid(self) -> Tensor:
@@ -56,10 +63,11 @@ class Bucket:
     def mask(self) -> Tensor | None:
         """[n, 1, m, m] bool, or ``None`` where plain causal order says the same."""
         # Filling lies behind its document, so plain causal order hides it from every real token.
-        plain = self.rule == "causal" or (self.rule == "mixed" and bool((self.images == NO_IMAGE).all()))
-        if plain and self.window is None:
+        words = bool((self.tokens.kind == TokenKind.TEXT).all())
+        if words and reads_text_causally(self.rule, self.window, self.index.shape[1]):
             return None
-        return span_mask(self.images, self.lengths, self.rule, self.window)[:, None]
+        see = rule_of(self.rule, self.window)
+        return see(self.tokens.map(lambda x: x[..., :, None]), self.tokens.map(lambda x: x[..., None, :]))[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
         """[B * L, ...] -> [n, m, ...]."""
@@ -75,17 +83,24 @@ class Bucket:
                 yield self._unit(slice(document, document + together), slice(start, start + step))
 
     def _unit(self, documents: slice, queries: slice) -> Unit:
-        index, valid, images = self.index[documents], self.valid[documents], self.images[documents]
-        place = torch.arange(index.shape[1], device=index.device)
-        # A document number of its own for filling: it sees itself alone, so that no row of the softmax is empty.
-        tokens = torch.where(valid, PADDING, place), images.masked_fill(~valid, NO_IMAGE), place.expand_as(index)
-        query = Tokens(*(x[:, queries, None] for x in tokens))
-        see = seeing(self.rule, self.window)(query, Tokens(*(x[:, None] for x in tokens)))
+        index, valid = self.index[documents], self.valid[documents]
+        tokens = self.tokens.map(lambda x: x[documents])
+        query = tokens.map(lambda x: x[:, queries, None])
+        see = rule_of(self.rule, self.window)(query, tokens.map(lambda x: x[:, None]))
         used = see.flatten(0, 1).any(0).nonzero()[:, 0]
         keys = slice(int(used[0]), int(used[-1]) + 1)
         hidden = ~see[:, :, keys]
         return Unit(Part.of(index[:, queries], valid[:, queries]), Part.of(index[:, keys], valid[:, keys]),
                     hidden if bool(hidden.any()) else None)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def reads_text_causally(rule: str | RuleName, window: int | None, length: int) -> bool:
+    """Whether the rule is plain causal order in a document of ``length`` words."""
+    none = torch.full((1, length), NO_IMAGE, device="cpu")
+    words = span_tokens(none, torch.tensor([length], device="cpu"))
+    see = rule_of(rule, window)(words.map(lambda x: x[..., :, None]), words.map(lambda x: x[..., None, :]))
+    return bool((see == torch.ones(length, length, dtype=torch.bool, device="cpu").tril()).all())
 
 
 @dataclass(frozen=True)
@@ -177,11 +192,19 @@ class SpanAttention:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name of the mask rule.
-        window: how many tokens back a query sees (``masks.seeing``); ``None``: all.
+        window: how many tokens back a query attends (``masks.rule_of``); ``None``: all.
+        token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
 
-    def __init__(self, document_ids: Tensor, image_ids: Tensor, rule: str = "mixed", window: int | None = None) -> None:
-        self.buckets = make_buckets(document_ids, image_ids, rule, window)
+    def __init__(
+        self,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        rule: str | RuleName = "mixed",
+        window: int | None = None,
+        token_kinds: Tensor | None = None,
+    ) -> None:
+        self.buckets = make_buckets(document_ids, image_ids, rule, window, token_kinds=token_kinds)
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -238,8 +261,8 @@ class _Attention(torch.autograd.Function):
         v, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
         with torch.autocast(v.device.type, enabled=False):
-            turned, leaves = again(ctx.compute, inputs, needed)
-            q, k = (x.detach() for x in turned)
+            rotated, leaves = again(ctx.compute, inputs, needed)
+            q, k = (x.detach() for x in rotated)
             flat = [x.flatten(0, 1) for x in (q, k, v)]
             found = [torch.zeros_like(x, dtype=torch.float32 if x.dtype in HALF else x.dtype) for x in flat]
             for unit in ctx.spans.units:
@@ -247,8 +270,8 @@ class _Attention(torch.autograd.Function):
             of_q, of_k, of_v = (new.view_as(old).to(old.dtype) for new, old in zip(found, (q, k, v), strict=True))
             grads: Sequence[Tensor] = ()
             if leaves:
-                turned = [(x, g) for x, g in zip(turned, (of_q, of_k), strict=True) if x.requires_grad]
-                grads = torch.autograd.grad([x for x, _ in turned], leaves, [g for _, g in turned])
+                pairs = [(x, g) for x, g in zip(rotated, (of_q, of_k), strict=True) if x.requires_grad]
+                grads = torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])
         return None, None, None, of_v if ctx.needs_input_grad[3] else None, *spread(grads, needed)
 
 
@@ -266,7 +289,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 def make_buckets(
-    document_ids: Tensor, image_ids: Tensor, rule: str, window: int | None = None, one: bool = False
+    document_ids: Tensor,
+    image_ids: Tensor,
+    rule: str | RuleName,
+    window: int | None = None,
+    one: bool = False,
+    token_kinds: Tensor | None = None,
 ) -> list[Bucket]:
     """Groups the documents of a batch by length, so that filling stays below an eighth for those over 64 tokens.
 
@@ -276,11 +304,13 @@ def make_buckets(
         rule: registered name of the mask rule.
         window: how many tokens back a query sees; ``None``: all.
         one: put all documents into a single bucket, in order.
+        token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
     groups: dict[int, list[Span]] = {}
     for span in document_spans(document_ids):
         groups.setdefault(0 if one else _rounded(span.length), []).append(span)
-    return [_bucket(group, image_ids, rule, window) for group in groups.values()]
+    kinds = kinds_of(image_ids) if token_kinds is None else token_kinds
+    return [_bucket(group, image_ids, kinds, rule, window) for group in groups.values()]
 
 
 def _rounded(length: int) -> int:
@@ -289,12 +319,12 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _bucket(spans: list[Span], image_ids: Tensor, rule: str, window: int | None) -> Bucket:
+def _bucket(spans: list[Span], image_ids: Tensor, kinds: Tensor, rule: str | RuleName, window: int | None) -> Bucket:
     device, seq_len = image_ids.device, image_ids.shape[1]
-    starts = torch.tensor([span.row * seq_len + span.start for span in spans], device=device)
+    starts = torch.tensor([span.sequence * seq_len + span.start for span in spans], device=device)
     lengths = torch.tensor([span.length for span in spans], device=device)
     place = torch.arange(max(span.length for span in spans), device=device)
     index = starts[:, None] + torch.where(place < lengths[:, None], place, 0)
     if window is not None and window >= len(place):
         window = None
-    return Bucket(index, lengths, image_ids.flatten()[index], rule, window)
+    return Bucket(index, lengths, image_ids.flatten()[index], kinds.flatten()[index], rule, window)

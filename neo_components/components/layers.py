@@ -1,8 +1,8 @@
-"""Small layers shared by all components: the norm and the gated feed-forward."""
+"""Small layers of a block: the norm and the gated feed-forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.recompute import keeps_inputs, linears_of, plain
+from neo_components.components.block_inputs import BlockInputs
+from neo_components.errors import one_of
 
 NORMS = ("weight", "one_plus_weight")
 """How a norm's gain is kept: as the weight itself, or as its distance from 1 (Gemma)."""
@@ -25,10 +26,9 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     """The activation of that name.
 
     Raises:
-        ValueError: if there is none.
+        ArgumentError: (a ``ValueError``) if there is none.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    one_of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
@@ -48,38 +48,24 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6, norm: str = "weight") -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        one_of("norm", norm, NORMS)
         self.eps = eps
         self.offset = float(norm == "one_plus_weight")
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and type."""
-        return self.by(x, self.weight)
-
-    def by(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The same with the weight given, as a function of two tensors."""
-        gain = weight.float()
-        if self.offset:
-            gain = gain + self.offset
-        if x.is_cpu and not torch.compiler.is_compiling():
-            return _NormOnCPU.apply(x, gain, self.eps)
-        return F.rms_norm(x.float(), weight.shape, gain, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
-def linears_after(norm: nn.Module | None, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """``[linear(norm(x)) for linear in linears]``; what the norm gives is computed again in the backward pass.
-
-    Args:
-        norm: ``None``: x as it is.
-        x: [..., D].
-        linears: modules that take [..., D].
-    """
-    if keeps_inputs() and isinstance(norm, RMSNorm) and plain(norm):
-        return linears_of(norm.by, (x, norm.weight), linears)
-    x = x if norm is None else norm(x)
-    return tuple(linear(x) for linear in linears)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """:class:`RMSNorm` as a function: x [..., width] and weight [width] -> the same shape and type as x."""
+    gain = weight.float()
+    if offset:
+        gain = gain + offset
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return _NormOnCPU.apply(x, gain, eps)
+    return F.rms_norm(x.float(), weight.shape, gain, eps).to(x.dtype)
 
 
 class _NormOnCPU(torch.autograd.Function):
@@ -131,10 +117,6 @@ class GatedFeedForward(nn.Module):
         self.up_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
         self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """x [..., D] -> [..., D]; ``norm`` is what x passes first, given here so that its output need not be kept."""
-        gate, up = linears_after(norm, x, (self.gate_proj, self.up_proj))
-        return linears_of(self._gated, (gate, up), (self.down_proj,))[0]
-
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.activation(gate) * up
+    def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
+        """x [..., D] -> [..., D]. ``inputs`` is not looked at: a feed-forward that routes by modality takes it."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

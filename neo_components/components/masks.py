@@ -1,10 +1,10 @@
-"""Who sees whom: the mask rule, written once and rendered three ways.
+"""Who attends to whom: a mask rule, written once and rendered three ways.
 
-A rule says, elementwise, whether a query sees a key. It is rendered as a dense boolean matrix (:func:`dense_mask`),
-as a FlexAttention BlockMask (:func:`block_mask`), and per document (:func:`document_spans`, :func:`span_mask`), so
-that the cost of a packed row grows with the documents and not with the square of the row.
+A rule (``mask_rules.py``) says, elementwise, whether a query attends to a key. It is rendered as a dense boolean matrix
+(:func:`dense_mask`), as a FlexAttention BlockMask (:func:`block_mask`), and per document (:func:`document_spans`,
+:func:`span_mask`), so that the cost of a packed sequence grows with its documents, not with the square of its length.
 
-A layer may have a window: there a query sees only the last tokens of what its rule shows it (:func:`seeing`).
+A layer may have a window: there a query attends only to the last tokens of what its rule shows it (:func:`rule_of`).
 
 Source: NEO paper section 3.1 (mixed attention); sliding windows as in Mistral and Gemma 3.
 """
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from neo_components.types import NO_IMAGE, PADDING
+from neo_components.registry import MASKS, Choice, split
+from neo_components.types import NO_IMAGE, PADDING, TokenKind, kinds_of, tokens_around
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -27,76 +28,86 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a rule may ask of a token: its document, its image (``-1``: none) and its place in the row."""
+    """What a rule may ask of tokens; queries and keys come in shapes that broadcast to [..., queries, keys].
+
+    Args:
+        document: number of the document; ``-1`` for padding.
+        image: number of the image that a token belongs to, its boundary tokens included; ``-1``: none.
+        kind: of :class:`~neo_components.types.TokenKind`.
+        position: index in the packed sequence.
+    """
 
     document: Tensor
     image: Tensor
-    place: Tensor
+    kind: Tensor
+    position: Tensor
+
+    @property
+    def inside(self) -> Tensor:
+        """Whether a token lies between the boundary tokens of an image."""
+        return (self.image != NO_IMAGE) & (self.kind != TokenKind.BOUNDARY)
+
+    @classmethod
+    def of(cls, document_ids: Tensor, image_ids: Tensor, token_kinds: Tensor | None = None) -> Tokens:
+        """All tokens of [..., L] ids; ``token_kinds`` ``None``: visual tokens and text, as ``image_ids`` has them."""
+        kinds = kinds_of(image_ids) if token_kinds is None else token_kinds
+        position = torch.arange(document_ids.shape[-1], device=document_ids.device).expand_as(document_ids)
+        return cls(document_ids, tokens_around(image_ids, kinds), kinds, position)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same with every tensor changed, for example indexed."""
+        return Tokens(change(self.document), change(self.image), change(self.kind), change(self.position))
 
 
 MaskRule = Callable[[Tokens, Tokens], Tensor]
 
 
-class LayerRule(NamedTuple):
-    """Whom the tokens of one layer see: the registered name of a rule, and a window or ``None``."""
+class RuleName(NamedTuple):
+    """A rule with options, as a key of dictionaries.
 
-    rule: str
+    Args:
+        name: registered name.
+        options: (name, value) pairs.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+
+class LayerRule(NamedTuple):
+    """Whom the tokens of one layer attend to: a rule, and a window or ``None``."""
+
+    rule: str | RuleName
     window: int | None = None
 
+    @classmethod
+    def choose(cls, attention: Choice, window: int | None = None) -> LayerRule:
+        """The rule that a block's ``attention`` argument chooses, with every option.
 
-MASK_RULES: dict[str, MaskRule] = {}
-
-
-def register_mask(name: str) -> Callable[[MaskRule], MaskRule]:
-    """Decorator that enters a rule under the short name that recipes use (``attention: name``)."""
-
-    def enter(rule: MaskRule) -> MaskRule:
-        MASK_RULES[name] = rule
-        return rule
-
-    return enter
+        Raises:
+            ArgumentError: (a ``ValueError``) if the name or an option is unknown.
+        """
+        name, options = split(MASKS.complete(attention), MASKS.kind)
+        return cls(RuleName(name, tuple(sorted(options.items()))) if options else name, window)
 
 
-def mask_rule(name: str) -> MaskRule:
-    """The rule of that name.
+def rule_of(rule: str | RuleName, window: int | None = None) -> MaskRule:
+    """The function of a rule under a window: of what it shows, a query attends to the last ``window`` tokens, itself
+    included.
+
+    Distance is counted in tokens of the sequence, as in transformers (``key > query - window``). A window does not cut
+    through an image: whatever the rule shows a token of its own image stays visible.
 
     Raises:
-        ValueError: if no rule has that name.
+        ArgumentError: (a ``ValueError``) if no rule has that name.
     """
-    if name not in MASK_RULES:
-        raise ValueError(
-            f"attention {name!r} is unknown; registered: {', '.join(sorted(MASK_RULES))}; if it is your own, import "
-            "the module that registers it (neo ... --import MODULE)"
-        )
-    return MASK_RULES[name]
-
-
-@register_mask("mixed")
-def mixed(query: Tokens, key: Tokens) -> Tensor:
-    """Same document, and the key not later or both visual tokens of the same image."""
-    same_image = (query.image == key.image) & (query.image != NO_IMAGE)
-    return (query.document == key.document) & ((query.place >= key.place) | same_image)
-
-
-@register_mask("causal")
-def causal(query: Tokens, key: Tokens) -> Tensor:
-    """Same document and the key not later."""
-    return (query.document == key.document) & (query.place >= key.place)
-
-
-def seeing(rule: str, window: int | None = None) -> MaskRule:
-    """A rule under a window: of what it shows, a query sees the last ``window`` tokens, itself included.
-
-    Distance is counted in tokens of the row, as in transformers (``key > query - window``). A window does not cut
-    through an image: whatever the rule shows a visual token of its own image stays seen.
-    """
-    see = mask_rule(rule)
+    plain: MaskRule = MASKS[rule] if isinstance(rule, str) else partial(MASKS[rule.name], **dict(rule.options))
     if window is None:
-        return see
+        return plain
 
     def within(query: Tokens, key: Tokens) -> Tensor:
-        same_image = (query.image == key.image) & (query.image != NO_IMAGE)
-        return see(query, key) & ((query.place - key.place < window) | same_image)
+        same_image = query.inside & key.inside & (query.image == key.image)
+        return plain(query, key) & ((query.position - key.position < window) | same_image)
 
     return within
 
@@ -104,52 +115,53 @@ def seeing(rule: str, window: int | None = None) -> MaskRule:
 def dense_mask(
     document_ids: Tensor,
     image_ids: Tensor,
-    rule: str = "mixed",
+    rule: str | RuleName = "mixed",
     window: int | None = None,
     queries: int | None = None,
+    token_kinds: Tensor | None = None,
 ) -> Tensor:
-    """The whole matrix, or its last rows.
+    """The matrix of all tokens, or its last rows.
 
     Args:
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name.
-        window: see :func:`seeing`.
+        window: see :func:`rule_of`.
         queries: give only the rows of the last so many tokens.
+        token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
 
     Returns:
-        [B, L, L] or [B, queries, L] bool, ``True`` where the query (row) sees the key (column).
+        [B, L, L] or [B, queries, L] bool, ``True`` where the query (row) attends to the key (column).
     """
+    tokens = Tokens.of(document_ids, image_ids, token_kinds)
     length = document_ids.shape[-1]
-    place = torch.arange(length, device=document_ids.device).expand_as(document_ids)
     rows = slice(length - (length if queries is None else queries), length)
-    query = Tokens(document_ids[..., rows, None], image_ids[..., rows, None], place[..., rows, None])
-    key = Tokens(document_ids[..., None, :], image_ids[..., None, :], place[..., None, :])
-    return seeing(rule, window)(query, key)
+    return rule_of(rule, window)(tokens.map(lambda x: x[..., rows, None]), tokens.map(lambda x: x[..., None, :]))
 
 
 def block_mask(
     document_ids: Tensor,
     image_ids: Tensor,
-    rule: str = "mixed",
+    rule: str | RuleName = "mixed",
     window: int | None = None,
     compiled: bool | None = None,
+    token_kinds: Tensor | None = None,
 ) -> BlockMask:
     """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`.
 
     Args:
         compiled: whether it is built by a compiled function, which never forms the [B, L, L] matrix; ``None``: on CUDA.
     """
-    see = seeing(rule, window)
+    attends, tokens = rule_of(rule, window), Tokens.of(document_ids, image_ids, token_kinds)
+    document, image, kind = tokens.document, tokens.image, tokens.kind
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        query = Tokens(document_ids[b, q], image_ids[b, q], q)
-        key = Tokens(document_ids[b, k], image_ids[b, k], k)
-        return see(query, key)
+        query = Tokens(document[b, q], image[b, q], kind[b, q], q)
+        return attends(query, Tokens(document[b, k], image[b, k], kind[b, k], k))
 
-    rows, length = document_ids.shape
+    count, length = document_ids.shape
     create = _create_block_mask(document_ids.is_cuda if compiled is None else compiled)
-    return create(mask_mod, rows, None, length, length, device=str(document_ids.device))
+    return create(mask_mod, count, None, length, length, device=str(document_ids.device))
 
 
 @lru_cache(maxsize=2)
@@ -161,39 +173,56 @@ def _create_block_mask(compiled: bool) -> Any:
 
 @dataclass(frozen=True)
 class Span:
-    """One document's place: row, first token and number of tokens."""
+    """Where one document lies: index of its packed sequence, of its first token, and its length."""
 
-    row: int
+    sequence: int
     start: int
     length: int
 
 
 def document_spans(document_ids: Tensor) -> list[Span]:
-    """The runs of equal document ids of [B, L], row by row; padding is left out."""
+    """The runs of equal document ids of [B, L], sequence by sequence; padding is left out."""
     spans = []
-    for row, ids in enumerate(document_ids.cpu()):
+    for sequence, ids in enumerate(document_ids.cpu()):
         values, lengths = torch.unique_consecutive(ids, return_counts=True)
         start = 0
         for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
             if value != PADDING:
-                spans.append(Span(row, start, length))
+                spans.append(Span(sequence, start, length))
             start += length
     return spans
 
 
-def span_mask(image_ids: Tensor, lengths: Tensor, rule: str = "mixed", window: int | None = None) -> Tensor:
-    """The rule inside documents that lie one per row, aligned left.
+def span_tokens(image_ids: Tensor, lengths: Tensor, token_kinds: Tensor | None = None) -> Tokens:
+    """The tokens of documents that lie one to a row, aligned left; arguments as in :func:`span_mask`.
+
+    Filling behind a document is a document of one token each, so that no row of a softmax is empty.
+    """
+    index = torch.arange(image_ids.shape[-1], device=image_ids.device)
+    filling = index >= lengths[:, None]
+    document_ids = torch.where(filling, index, torch.full_like(index, PADDING))
+    kinds = None if token_kinds is None else token_kinds.masked_fill(filling, TokenKind.TEXT)
+    return Tokens.of(document_ids, image_ids.masked_fill(filling, NO_IMAGE), kinds)
+
+
+def span_mask(
+    image_ids: Tensor,
+    lengths: Tensor,
+    rule: str | RuleName = "mixed",
+    window: int | None = None,
+    token_kinds: Tensor | None = None,
+) -> Tensor:
+    """The rule inside documents that lie one to a row, aligned left.
 
     Args:
-        image_ids: [n, m]; what lies beyond a document's length is not looked at.
+        image_ids: [n, m]; what lies behind a document's length is not looked at.
         lengths: [n] tokens of each document.
         rule: registered name.
-        window: see :func:`seeing`.
+        window: see :func:`rule_of`.
+        token_kinds: [n, m]; ``None``: visual tokens and text, as ``image_ids`` has them.
 
     Returns:
-        [n, m, m] bool. Filling sees itself, so that no row of the softmax is empty.
+        [n, m, m] bool. Filling attends to itself, so that no row of the softmax is empty.
     """
-    place = torch.arange(image_ids.shape[-1], device=image_ids.device)
-    filling = place >= lengths[:, None]
-    document_ids = torch.where(filling, place, torch.full_like(place, PADDING))
-    return dense_mask(document_ids, image_ids.masked_fill(filling, NO_IMAGE), rule, window)
+    tokens = span_tokens(image_ids, lengths, token_kinds)
+    return rule_of(rule, window)(tokens.map(lambda x: x[..., :, None]), tokens.map(lambda x: x[..., None, :]))

@@ -1,4 +1,4 @@
-"""Experts: a feed-forward of which each token uses a few parts that a router chooses.
+"""Mixture of experts: a feed-forward of which each token uses a few parts that a router chooses.
 
 Source: Qwen3-MoE (softmax over all experts, then the likeliest); Shazeer et al. 2017.
 """
@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.layers import activation_of
+from neo_components.errors import ArgumentError
 
 
 class Experts(nn.Module):
@@ -63,16 +65,17 @@ class SparseFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= experts_per_token <= num_experts:
-            raise ValueError(f"experts_per_token must lie in 1 to num_experts ({num_experts}), got {experts_per_token}")
+            raise ArgumentError(
+                "experts_per_token", f"must lie in 1 to num_experts ({num_experts}), got {experts_per_token}"
+            )
         self.experts_per_token = experts_per_token
         self.normalize = normalize_experts
         self.activation = activation_of(activation)
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(hidden_size, expert_size, num_experts)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """x [..., D] -> [..., D]; ``norm`` is what x passes first."""
-        x = x if norm is None else norm(x)
+    def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
+        """x [..., D] -> [..., D]; the router looks at x alone, not at ``inputs``."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(tokens)
         # Slots sorted by expert, so that each expert reads one run of tokens.

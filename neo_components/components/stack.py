@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
-from neo_components.components.backends import Attend, prepare_attention
+from neo_components.components.backends import prepare_attention
+from neo_components.components.block_arguments import block_arguments, complete_choices
+from neo_components.components.block_inputs import Attend, BlockInputs
 from neo_components.components.component import Component
-from neo_components.components.masks import LayerRule, mask_rule
+from neo_components.components.lean_primitive import LeanPrimitive
+from neo_components.components.masks import LayerRule
 from neo_components.components.moe import Experts
-from neo_components.components.primitive import BLOCK, ROPE, NativePrimitive, rotary_of
-from neo_components.components.rotary import Rotary
+from neo_components.components.primitive import NativePrimitive
+from neo_components.components.rotary import ROPE, Rotary, rotary_of
+from neo_components.errors import ArgumentError
+from neo_components.types import kinds_of
 
 Prepared = dict[tuple[LayerRule, str], Attend]
 """Attention backends of one batch, by rule and name of the backend."""
@@ -23,67 +28,86 @@ Prepared = dict[tuple[LayerRule, str], Attend]
 class PrimitiveStack(Component):
     """``depth`` primitives. Base of ``PreBuffer`` and ``PostLLM``, whose arguments say what is in it.
 
-    Blocks that turn by the same table share it, blocks that see the same tokens share a prepared backend.
+    Blocks that rotate by the same table share it, blocks that attend alike share a prepared backend.
+
+    Attributes:
+        checkpointed_blocks: how many blocks, from the first on, keep only their input for the backward pass
+            (activation checkpointing).
     """
 
     layers: nn.ModuleList
     checkpointed_blocks: int = 0
-    """How many blocks, from the first on, keep only their input for the backward pass and compute the rest again."""
 
-    def build(self) -> None:
-        """Makes the blocks from ``hparams``: arguments of :class:`NativePrimitive`, ``depth``, ``backend`` and
-        ``init_std``.
+    def build(self, arguments: Mapping[str, Any]) -> None:
+        """Keeps the arguments in ``hparams`` and makes the blocks.
+
+        Args:
+            arguments: of :class:`NativePrimitive`, ``depth``, ``backend``, ``init_std``, and the stack's own.
 
         Raises:
-            ValueError: if ``depth`` is negative, or a size or a name is not possible.
+            ArgumentError: (a ``ValueError``) if ``depth`` is negative, or a size or a name is not possible.
         """
+        self.keep_arguments({**arguments, **complete_choices(arguments)})
         h = self.hparams
         if h.depth < 0:
-            raise ValueError(f"depth must be 0 or more, got {h.depth}")
-        mask_rule(h.attention)
-        self.rule, self.backend = h.attention, h.backend
-        shared = {name: h[name] for name in BLOCK}
-        kinds = [shared | self.block_changes(number) for number in range(h.depth)]
-        self.rotaries, self._tables = share_tables(shared, kinds)
-        self.layers = nn.ModuleList(NativePrimitive(**kind) for kind in kinds)
+            raise ArgumentError("depth", f"must be 0 or more, got {h.depth}")
+        self.backend = h.backend
+        shared = block_arguments(h)
+        blocks = [shared | self.block_changes(number) for number in range(h.depth)]
+        self.rotaries, self._tables = share_tables(shared, blocks)
+        self.layers = nn.ModuleList(LeanPrimitive(**block) for block in blocks)
         init_linear(self.layers, h.init_std)
 
     def block_changes(self, number: int) -> dict[str, Any]:
-        """What block ``number`` has other than the stack's arguments say."""
+        """Arguments in which block ``number`` differs from the stack's."""
         return {}
 
     @property
+    def blocks(self) -> list[NativePrimitive]:
+        """The blocks; ``layers`` with their type."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
     def rotary(self) -> Rotary:
-        """The table of the stack's own arguments; it knows the index rule."""
+        """The table of the stack's own arguments; it knows the RoPE variant."""
         return self.rotaries[0]  # type: ignore[return-value]
 
     @property
     def layer_rules(self) -> list[LayerRule]:
-        """Whom the tokens of each block see."""
-        return [layer.layer_rule for layer in self.layers]  # type: ignore[misc]
+        """Whom the tokens of each block attend to."""
+        return [block.layer_rule for block in self.blocks]
 
-    def prepare(self, document_ids: Tensor, image_ids: Tensor, prepared: Prepared | None = None) -> list[Attend]:
+    def prepare(
+        self,
+        document_ids: Tensor,
+        image_ids: Tensor,
+        prepared: Prepared | None = None,
+        token_kinds: Tensor | None = None,
+    ) -> list[Attend]:
         """The attention backend of every block for one batch.
 
         Args:
             document_ids: [B, L].
             image_ids: [B, L].
             prepared: backends that another stack prepared for this batch; used where they fit, and added to.
+            token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
         """
         prepared = {} if prepared is None else prepared
         for rule in self.layer_rules:
             if (rule, self.backend) not in prepared:
                 prepared[rule, self.backend] = prepare_attention(
-                    document_ids, image_ids, rule.rule, self.backend, rule.window
+                    document_ids, image_ids, rule.rule, self.backend, rule.window, token_kinds
                 )
         return [prepared[rule, self.backend] for rule in self.layer_rules]
 
-    def run(
+    def forward(
         self,
         x: Tensor,
         positions: Tensor,
         document_ids: Tensor,
         image_ids: Tensor,
+        token_kinds: Tensor | None = None,
+        *,
         attend: Attend | Sequence[Attend] | None = None,
         hidden_states: dict[str, Tensor] | None = None,
         first: int = 0,
@@ -95,6 +119,7 @@ class PrimitiveStack(Component):
             positions: [B, L, 3].
             document_ids: [B, L].
             image_ids: [B, L].
+            token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
             attend: backends prepared by the caller: one for all blocks or one each (a cache).
             hidden_states: filled with each block's output under ``layer_<first + i>``.
             first: number of the first block in the whole model.
@@ -102,60 +127,63 @@ class PrimitiveStack(Component):
         Returns:
             [B, L, D].
         """
-        if not len(self.layers):
-            return x
+        kinds = kinds_of(image_ids) if token_kinds is None else token_kinds
         if attend is None:
-            attend = self.prepare(document_ids, image_ids)
-        turns = {number: self.rotaries[number](positions, document_ids) for number in sorted(set(self._tables))}
-        for number, layer in enumerate(self.layers):
-            see = attend[number] if isinstance(attend, Sequence) else attend
-            turn = turns[self._tables[number]]
+            attend = self.prepare(document_ids, image_ids, token_kinds=kinds)
+        tables = {number: self.rotaries[number](positions, document_ids) for number in sorted(set(self._tables))}
+        for number, block in enumerate(self.layers):
+            own = attend[number] if isinstance(attend, Sequence) else attend
+            inputs = BlockInputs(tables[self._tables[number]], own, image_ids, kinds)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = recompute(layer, x, turn, see, use_reentrant=False)
+                x = checkpoint(block, x, inputs, use_reentrant=False)
             else:
-                x = layer(x, turn, see)
+                x = block(x, inputs)
             if hidden_states is not None:
                 hidden_states[f"layer_{first + number}"] = x
         return x
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles every block in place (``torch.compile``): names of weights stay. Blocks that are alike share the
-        compiled code, and rows of one length never make it compile again.
+        compiled code, and packed sequences of one length never make it compile again.
 
         Args:
             backend: of ``torch.compile``.
         """
-        for layer in self.layers:
-            layer.compile(backend=backend, dynamic=False)
+        for block in self.layers:
+            block.compile(backend=backend, dynamic=False)
 
     def hw_modules(self) -> list[nn.Module]:
         """The H/W projections and norms of all blocks."""
-        return [part for layer in self.layers for part in layer.self_attn.hw_modules()]  # type: ignore[union-attr, operator]
+        return [part for block in self.blocks for part in block.self_attn.hw_modules()]
+
+    def expert_modules(self) -> list[nn.Module]:
+        """What expert routing by modality added to all blocks."""
+        return [new for block in self.blocks for new, _ in block.added]
 
     def length_buckets(self, length: int) -> tuple[int, ...]:
-        """Which frequencies a document of ``length`` T positions gets; where this changes, cached keys are void."""
+        """Rope length buckets of a document of ``length`` T positions; where they change, cached keys are void."""
         return tuple(rotary.length_bucket(length) for rotary in self.rotaries)  # type: ignore[operator]
 
 
 def share_tables(own: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> tuple[nn.ModuleList, list[int]]:
-    """One rotary table for all blocks that turn alike.
+    """One rotary table for all blocks that rotate alike.
 
     Args:
-        own: arguments of the stack; its table comes first, needed or not, as it knows the index rule.
+        own: arguments of the stack; its table comes first, needed or not, as it knows the RoPE variant.
         blocks: arguments of each block.
 
     Returns:
         The tables, and the number of each block's table.
     """
-    places: dict[str, int] = {}
+    known: dict[str, int] = {}
     tables = nn.ModuleList()
     numbers = []
     for arguments in (own, *blocks):
         key = repr([arguments[name] for name in ROPE])
-        if key not in places:
-            places[key] = len(tables)
+        if key not in known:
+            known[key] = len(tables)
             tables.append(rotary_of(arguments))
-        numbers.append(places[key])
+        numbers.append(known[key])
     return tables, numbers[1:]
 
 

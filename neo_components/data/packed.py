@@ -13,7 +13,7 @@ from neo_components.data.plan.pack_plan import PlannedSequence
 from neo_components.data.samples import Draft, SampleMaker
 from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.skip_counts import SampleError, SkipCounts
-from neo_components.types import TOLD, Batch, Sample
+from neo_components.types import LISTS, Batch, Sample
 
 
 @dataclass
@@ -79,5 +79,5 @@ class BatchMaker:
         columns["loss_weights"] = columns["loss_weights"].float()
         columns["document_ids"][0, 0] = 0
         patches = torch.zeros(0, spec.channels * spec.patch_size**2)
-        columns |= {name: [[]] for name in TOLD}
+        columns |= {name: [[]] for name in LISTS}
         return Batch(**columns, patches=patches, patch_positions=torch.zeros(0, 2, dtype=torch.int64))

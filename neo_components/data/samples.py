@@ -22,7 +22,7 @@ from neo_components.data.shards.format import RawSample
 from neo_components.data.skip_counts import SampleError
 from neo_components.data.text.conversation import encode_conversation, image_token_ids
 from neo_components.data.text.turns import ConversationError
-from neo_components.types import IGNORED, InputSpec, Sample
+from neo_components.types import IGNORED, DocumentTokens, Frame, InputSpec, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ class Draft:
         labels: [L] int64.
         images: opened images.
         sizes: height and width in pixels that each image is resized to.
+        frames: which frame of which video each image is; empty if all are still images.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Draft:
     labels: Tensor
     images: list[Image.Image]
     sizes: list[tuple[int, int]]
+    frames: Sequence[Frame | None] = ()
 
 
 @dataclass
@@ -78,7 +80,7 @@ class SampleMaker:
         images = [open_image(data, f"image {number}") for number, data in enumerate(raw["images"])]
         sizes = self.resized([(image.height, image.width) for image in images])
         token_ids, labels = self.encode(raw, sizes)
-        return Draft(raw["key"], token_ids, labels, images, sizes)
+        return Draft(raw["key"], token_ids, labels, images, sizes, _frames(raw, len(images)))
 
     def resized(self, sizes: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Height and width in pixels that the images of one sample are resized to.
@@ -93,8 +95,8 @@ class SampleMaker:
         ]
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Visual tokens of resized images."""
-        return sum(height * width for height, width in sizes) // self.spec.factor**2
+        """Tokens that stand for resized images."""
+        return sum(self.spec.image_tokens(height, width) for height, width in sizes)
 
     def encode(self, raw: RawSample, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Token ids and labels [L] of a sample whose images have these sizes after resizing.
@@ -132,7 +134,26 @@ class SampleMaker:
             if self.augment is not None:
                 decoded = self.augment(decoded, seed)
             pixels.append(resize(decoded, size) if self.exact else resize_fast(decoded, size))
-        return Sample(draft.token_ids, draft.labels, pixels, draft.key)
+        return Sample(draft.token_ids, draft.labels, pixels, draft.key, frames=draft.frames)
+
+
+def _frames(raw: RawSample, images: int) -> list[Frame | None]:
+    """Which frame of which video each image is: ``frames`` counts the images behind each tag, ``frame_times`` has their
+    seconds. A video whose times are not known counts one second a frame."""
+    counts = raw.get("frames")
+    if counts is None:
+        return []
+    times = raw.get("frame_times") or [None] * images
+    if len(times) != images or not all(time is None or isinstance(time, int | float) for time in times):
+        raise SampleError(
+            f"'frame_times' must hold a number for each of the {images} images, got {times!r:.60}", "images"
+        )
+    found: list[Frame | None] = []
+    for video, count in enumerate(counts):
+        for number in range(count):
+            time = times[len(found)]
+            found.append(None if count == 1 and time is None else Frame(video, float(number if time is None else time)))
+    return found
 
 
 def _groups(raw: RawSample, sizes: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
@@ -176,5 +197,5 @@ def plain_spec(tokenizer: PreTrainedTokenizerBase, factor: int) -> InputSpec:
     return InputSpec(*image_token_ids(tokenizer), len(tokenizer), factor, 1, 3, _no_positions)
 
 
-def _no_positions(image_ids: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+def _no_positions(document: DocumentTokens) -> Tensor:
     raise NotImplementedError("positions are those of a model; take model.input_spec")

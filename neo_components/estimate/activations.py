@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.bridge import Bridge
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
@@ -39,7 +40,7 @@ class Activations:
         pre_buffer: by each block of the pre-Buffer.
         post_llm: by each block of the post-LLM.
         head: by the final norm.
-        loss: gradients of the learnt tokens' states and of the head, which the loss computes beside the logits; the
+        loss: gradients of the target tokens' states and of the head, which the loss computes beside the logits; the
             logits themselves are made in chunks and not kept.
         shared: rotary tables, masks and indices that blocks share.
     """
@@ -93,43 +94,35 @@ class _Trace:
         model, batch = self.model, self.batch
         words, images = _trains(model.post_llm.word_embedding), _trains(model.patch_embedding)
         rows, length = batch.token_ids.shape
-        ids = batch.document_ids, batch.image_ids
-        own, own_shape = ids, (rows, length)
+        ids = batch.document_ids, batch.image_ids, batch.token_kinds
+        passing = model.route.passing(batch)
+        own = passing.document_ids, passing.image_ids, passing.token_kinds
+        own_shape = passing.document_ids.shape[0], passing.document_ids.shape[1]
         flow = images or model.pre_buffer.boundary.requires_grad
-        if model.text == "bypass":
-            own = self._alone()
-            own_shape = tuple(own[0].shape)  # type: ignore[assignment]
-        else:
+        if model.route.words_pass:
             flow = flow or words or (model.bridge_in is not None and _trains(model.bridge_in))
         bridges = self._linear(model.bridge_in, (rows, length), words)
-        pre, flow = self._stack(model.pre_buffer, *own, own_shape, flow)
+        pre, flow = self._stack(model.pre_buffer, own, own_shape, flow)
         bridges += self._linear(model.bridge_out, own_shape, flow)
         flow = flow or words or (model.bridge_out is not None and _trains(model.bridge_out))
-        post, flow = self._stack(model.post_llm, *ids, (rows, length), flow)
+        post, flow = self._stack(model.post_llm, ids, (rows, length), flow)
         patches = self._patches() if len(batch.patches) else 0
         head, loss = self._head(rows, length, flow)
         return Activations(patches, bridges, pre, post, head, loss, sum(self.shared.values()))
 
-    def _alone(self) -> tuple[Tensor, Tensor]:
-        """Document and image ids of the pre-Buffer's one row where it sees each image alone."""
-        own = self.model._own_images(self.batch)
-        places = (own >= 0).flatten().nonzero()[:, 0]
-        return own.flatten()[places][None], self.batch.image_ids.flatten()[places][None]
-
     def _stack(
-        self, stack: PrimitiveStack, document_ids: Tensor, image_ids: Tensor, shape: tuple[int, int], flow: bool
+        self, stack: PrimitiveStack, ids: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int], flow: bool
     ) -> tuple[list[Block], bool]:
         found = []
-        for layer in stack.layers:
-            assert isinstance(layer, NativePrimitive)
-            whole = self._block(layer, document_ids, image_ids, shape, flow, stack.backend)
+        for layer in stack.blocks:
+            whole = self._block(layer, ids, shape, flow, stack.backend)
             flow = flow or _trains(layer)
             entering = shape[0] * shape[1] * stack.hparams.hidden_size * self._size(layer)
             found.append(Block(whole, entering if flow else 0))
         return found, flow
 
     def _block(
-        self, block: NativePrimitive, document_ids: Tensor, image_ids: Tensor, shape: tuple[int, int], flow: bool,
+        self, block: NativePrimitive, ids: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int], flow: bool,
         backend: str,
     ) -> int:  # fmt: skip
         if backend == "auto":
@@ -140,7 +133,7 @@ class _Trace:
         if key not in self.known:
             where = (rule, backend, shape)
             if where not in self.attention:
-                self.attention[where] = traced_attention(document_ids, image_ids, rule, backend)
+                self.attention[where] = traced_attention(*ids, rule, backend)
             self.known[key] = self._trace(block, where, shape, flow)
         return self.known[key]
 
@@ -154,8 +147,9 @@ class _Trace:
             turn = [fake((*shape, 1, width), torch.float32, self.setting) for _ in range(2)]
             self.shared[where] = sum(tensor.nbytes for tensor in shared)
             self.shared["rotary", shape, width] = 2 * turn[0].nbytes
-            self.apart = [*shared, *turn]
-            return x, tuple(turn), attend
+            ids = [fake(shape, torch.int64, self.setting) for _ in range(2)]
+            self.apart = [*shared, *turn, *ids]
+            return x, BlockInputs((turn[0], turn[1]), attend, *ids)
 
         return kept_by(block, self.setting, inputs, lambda _: self.apart)
 
@@ -164,7 +158,8 @@ class _Trace:
 
         def inputs() -> tuple[Any, ...]:
             pixels = fake(self.batch.patches.shape, self.batch.patches.dtype, self.setting)
-            return pixels, fake((count, 2), torch.int64, self.setting)
+            grids = fake(self.batch.image_grids.shape, torch.int64, self.setting)
+            return pixels, fake((count, 2), torch.int64, self.setting), grids
 
         return kept_by(part, self.setting, inputs, lambda arguments: arguments)
 
@@ -178,10 +173,10 @@ class _Trace:
         norm, hidden = self.model.post_llm.norm, self.model.post_llm.hparams.hidden_size
         dtype = self._dtype(norm)
         kept = kept_by(norm, self.setting, lambda: (fake((rows, length, hidden), dtype, self.setting, flow),), _none)
-        learnt = int((self.batch.labels[:, 1:] != IGNORED).sum())
+        targets = int((self.batch.labels[:, 1:] != IGNORED).sum())
         head, states = self.model.post_llm.head_weight, flow or _trains(norm)
-        kept += rows * (length - 1) * states  # which tokens are learnt
-        loss = learnt * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
+        kept += rows * (length - 1) * states  # which tokens are targets
+        loss = targets * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
         return kept, loss
 
     def _dtype(self, part: nn.Module) -> torch.dtype:

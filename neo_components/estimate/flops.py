@@ -4,7 +4,7 @@ Counted are matrix products only, 2 FLOPs per multiply-add (Kaplan et al. 2020; 
 norms, rotary and activation functions are left out. Attention counts the pairs of query and key that the mask shows,
 padding counts nothing, and logits are formed at learnt tokens only. The backward pass counts a gradient only where
 something that trains needs it: frozen weights cost none, and nothing flows below the first part that trains. What
-recomputation does twice is no part of the model's FLOPs and told apart.
+activation checkpointing does twice is no part of the model's FLOPs and reported apart.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.attention import NativeAttention
+from neo_components.components.layers import GatedFeedForward
 from neo_components.components.masks import LayerRule, document_spans, span_mask
 from neo_components.components.moe import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
 from neo_components.model.neo import NEO
-from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch
+from neo_components.registry import MASKS
+from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, kinds_of
 
 PARTS = ("patch_embedding", "pre_buffer", "post_llm", "head", "bridge")
 """The keys of :func:`step_flops`; ``bridge`` only where there is one."""
@@ -32,8 +34,8 @@ class Flops:
 
     Args:
         forward: of the forward pass.
-        backward: of the backward pass, without what is computed again.
-        again: forward FLOPs that recomputation adds in the backward pass.
+        backward: of the backward pass, without activation checkpointing.
+        again: forward FLOPs that activation checkpointing adds in the backward pass.
     """
 
     forward: int = 0
@@ -52,7 +54,7 @@ class Flops:
 def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     """FLOPs of a training step on a batch.
 
-    What trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks`` of both stacks. Only the
+    What trains is read off ``requires_grad``, what is checkpointed off ``checkpointed_blocks`` of both stacks. Only the
     ids and labels of the batch are looked at, and one number per document is read from its device; hand it a batch on
     the CPU where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
     accumulated batches, add up.
@@ -67,30 +69,28 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
         model FLOP utilisation.
     """
     real = batch.document_ids != PADDING
-    tokens, visual = int(real.sum()), int((batch.image_ids != NO_IMAGE).sum())
+    tokens = int(real.sum())
     learnt = int((batch.labels[:, 1:] != IGNORED).sum())
-    documents, images = batch.document_ids, batch.image_ids
-    own_tokens, own = tokens, (documents, images)
-    if model.text == "bypass":  # the pre-Buffer sees each image alone, with its boundary tokens
-        alone = model._own_images(batch)
-        own_tokens, own = int((alone >= 0).sum()), (alone, images)
+    documents, images, kinds = batch.document_ids, batch.image_ids, batch.token_kinds
+    own = model.route.documents(documents, images, batch.token_kinds)
+    own_tokens = int((own != PADDING).sum())
     found: dict[str, Flops] = {name: Flops() for name in PARTS if name != "bridge"}
-    found["patch_embedding"], image_flow = _patches(model, len(batch.patches), visual)
+    found["patch_embedding"], image_flow = _patches(model, batch.image_grids)
     words_flow = model.post_llm.word_embedding.weight.requires_grad
-    words_enter = words_flow and model.text == "shared"
+    words_enter = words_flow and model.route.words_pass
     flow = image_flow or words_enter or model.pre_buffer.boundary.requires_grad
     bridge = Flops()
     if model.bridge_in is not None:
         bridge += _linear(model.bridge_in.proj, tokens, words_flow)
         flow = flow or _trains(model.bridge_in)
-    found["pre_buffer"], flow = stack_flops(model.pre_buffer, *own, own_tokens, flow)
+    found["pre_buffer"], flow = stack_flops(model.pre_buffer, own, images, own_tokens, flow, kinds)
     if model.bridge_out is not None:
         bridge += _linear(model.bridge_out.proj, own_tokens, flow)
         flow = flow or _trains(model.bridge_out)
     if model.bridge_in is not None or model.bridge_out is not None:
         found["bridge"] = bridge
     flow = flow or words_flow
-    found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow)
+    found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow, kinds)
     flow = flow or _trains(model.post_llm.norm)
     head = model.post_llm.head_weight
     found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad)
@@ -98,7 +98,7 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
 
 
 def stack_flops(
-    stack: PrimitiveStack, document_ids: Tensor, image_ids: Tensor, tokens: int, flow: bool
+    stack: PrimitiveStack, document_ids: Tensor, image_ids: Tensor, tokens: int, flow: bool, token_kinds: Tensor
 ) -> tuple[Flops, bool]:
     """FLOPs of the blocks of a stack.
 
@@ -108,14 +108,14 @@ def stack_flops(
         image_ids: [B, L].
         tokens: how many of them are no padding.
         flow: whether what enters the first block needs a gradient.
+        token_kinds: [B, L].
 
     Returns:
         The sum over the blocks, and whether what leaves the last one needs a gradient.
     """
-    pairs = {rule: seen_pairs(document_ids, image_ids, rule) for rule in set(stack.layer_rules)}
+    pairs = {rule: attended_pairs(document_ids, image_ids, rule, token_kinds) for rule in set(stack.layer_rules)}
     total = Flops()
-    for number, block in enumerate(stack.layers):
-        assert isinstance(block, NativePrimitive)
+    for number, block in enumerate(stack.blocks):
         one = block_flops(block, tokens, pairs[block.layer_rule], flow)
         flow = flow or _trains(block)
         again = one.forward if number < stack.checkpointed_blocks and flow else 0
@@ -133,16 +133,19 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> 
         flow: whether its input needs a gradient.
     """
     attention = block.self_attn
-    norms = [part for name, part in block.named_children() if "norm" in name]
-    before = flow or (block.placement != "after" and _trains(block.input_layernorm))
+    before = flow or _trains(block.norms[0])
     total = _attention(attention, tokens, pairs, before)
-    within = before or _trains(attention) or any(map(_trains, norms))
+    within = before or _trains(attention) or any(map(_trains, block.norms))
     if isinstance(block.mlp, SparseFeedForward):
         return total + _experts(block.mlp, tokens, within)
-    for name in ("gate_proj", "up_proj"):
-        total += _linear(getattr(block.mlp, name), tokens, within)
-    within = within or _trains(block.mlp.gate_proj) or _trains(block.mlp.up_proj)  # type: ignore[arg-type]
-    return total + _linear(block.mlp.down_proj, tokens, within)  # type: ignore[arg-type]
+    if not isinstance(block.mlp, GatedFeedForward):
+        raise ValueError(
+            f"the FLOPs of a {type(block.mlp).__name__} are not known: derive it from GatedFeedForward, of which each "
+            "token passes one"
+        )
+    total += _linear(block.mlp.gate_proj, tokens, within) + _linear(block.mlp.up_proj, tokens, within)
+    within = within or _trains(block.mlp.gate_proj) or _trains(block.mlp.up_proj)
+    return total + _linear(block.mlp.down_proj, tokens, within)
 
 
 def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Flops:
@@ -172,12 +175,13 @@ def _experts(part: SparseFeedForward, tokens: int, flow: bool) -> Flops:
     return total + _product(used, second.shape[1], second.shape[2], flow, second.requires_grad)
 
 
-def _patches(model: NEO, patches: int, visual: int) -> tuple[Flops, bool]:
-    """The patch embedding, and whether visual tokens need a gradient. Pixels need none."""
-    part = model.patch_embedding
-    first = _linear(part.patch_proj, patches, False)
-    second = _linear(part.token_proj, visual, _trains(part.patch_proj))
-    return first + second, _trains(part)
+def _patches(model: NEO, image_grids: Tensor) -> tuple[Flops, bool]:
+    """The patch embedding, and whether its tokens need a gradient. Pixels need none."""
+    total, flow = Flops(), False
+    for product in model.patch_embedding.products(image_grids):
+        total += _product(product.rows, product.outputs, product.inputs, flow, product.trained)
+        flow = flow or product.trained
+    return total, _trains(model.patch_embedding)
 
 
 def _linear(part: nn.Module, tokens: int, flow: bool) -> Flops:
@@ -199,29 +203,32 @@ def _trains(part: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in part.parameters())
 
 
-def seen_pairs(document_ids: Tensor, image_ids: Tensor, rule: LayerRule) -> int:
+def attended_pairs(document_ids: Tensor, image_ids: Tensor, rule: LayerRule, token_kinds: Tensor | None = None) -> int:
     """How many pairs of query and key the mask shows, padding left out.
 
-    The library's own rules are counted from the lengths of documents and images; another rule is asked about every
-    pair of each document.
+    A rule that says how many ``pairs_inside`` an image attend to each other, and is causal elsewhere, is counted from
+    the lengths of documents and images; another rule is asked about every pair of each document.
 
     Args:
         document_ids: [B, L].
-        image_ids: [B, L]; the visual tokens of an image lie side by side.
+        image_ids: [B, L]; the tokens of an image lie side by side.
         rule: mask rule and window of a block.
+        token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
     spans = document_spans(document_ids)
-    if rule.rule not in ("causal", "mixed"):
-        return sum(_pairs_by_mask(image_ids[s.row, s.start : s.start + s.length], rule) for s in spans)
+    kinds = kinds_of(image_ids) if token_kinds is None else token_kinds
+    pairs_inside = getattr(MASKS[rule.rule], "pairs_inside", None) if isinstance(rule.rule, str) else None
+    if pairs_inside is None:
+        documents = ((s.sequence, slice(s.start, s.start + s.length)) for s in spans)
+        return sum(_pairs_by_mask(image_ids[where], kinds[where], rule) for where in documents)
     total = sum(_causal_pairs(span.length, rule.window) for span in spans)
     for tokens in _image_lengths(document_ids, image_ids):
-        inside = tokens * tokens if rule.rule == "mixed" else tokens * (tokens + 1) // 2
-        total += inside - _causal_pairs(tokens, rule.window)  # a window does not cut through an image
+        total += pairs_inside(tokens) - _causal_pairs(tokens, rule.window)  # a window does not cut through an image
     return total
 
 
 def _causal_pairs(length: int, window: int | None) -> int:
-    """Pairs of a document under plain causal order: token n sees the last ``min(n, window)``."""
+    """Pairs of a document under plain causal order: token n attends to the last ``min(n, window)``."""
     reach = length if window is None else min(window, length)
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
@@ -237,6 +244,6 @@ def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> list[int]:
     return lengths.tolist()
 
 
-def _pairs_by_mask(image_ids: Tensor, rule: LayerRule) -> int:
+def _pairs_by_mask(image_ids: Tensor, kinds: Tensor, rule: LayerRule) -> int:
     length = torch.tensor([len(image_ids)], device=image_ids.device)
-    return int(span_mask(image_ids[None], length, rule.rule, rule.window).sum())
+    return int(span_mask(image_ids[None], length, rule.rule, rule.window, kinds[None]).sum())

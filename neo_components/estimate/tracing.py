@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neo_components.components.backends import Attend, EagerAttention
+from neo_components.components.backends import EagerAttention
+from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets
 from neo_components.components.masks import LayerRule
 from neo_components.components.moe import SparseFeedForward
@@ -120,13 +121,14 @@ def kept_by(
 
 
 def traced_attention(
-    document_ids: Tensor, image_ids: Tensor, rule: LayerRule, backend: str
+    document_ids: Tensor, image_ids: Tensor, token_kinds: Tensor, rule: LayerRule, backend: str
 ) -> Callable[[Setting], tuple[Attend, list[Tensor]]]:
     """An attention backend for :func:`kept_by`, and the tensors that all its blocks share.
 
     Args:
         document_ids: [B, L], with values: they decide what is computed together.
         image_ids: [B, L].
+        token_kinds: [B, L].
         rule: mask rule and window.
         backend: ``sdpa``, ``flex`` or ``eager``.
 
@@ -144,7 +146,7 @@ def traced_attention(
         return eager
     if backend == "flex":
         return lambda setting: (_Fused.attend, [])
-    buckets = make_buckets(document_ids, image_ids, *rule)
+    buckets = make_buckets(document_ids, image_ids, *rule, token_kinds=token_kinds)
     shapes = [(b, int(b.valid.sum()), b.mask is not None) for b in buckets]
 
     def spans(setting: Setting) -> tuple[Attend, list[Tensor]]:
@@ -154,10 +156,10 @@ def traced_attention(
         made.__dict__ |= {"units": [], "places": []}
         for bucket, real, masked in shapes:
             count, length = bucket.index.shape
-            index, images = (fake((count, length), torch.int64, setting) for _ in range(2))
+            index, images, kinds = (fake((count, length), torch.int64, setting) for _ in range(3))
             mask = fake((count, 1, length, length), torch.bool, setting) if masked else None
             place, *both = (fake((real,), torch.int64, setting) for _ in range(3))
-            one = Bucket(index, fake((count,), torch.int64, setting), images, rule.rule, rule.window)
+            one = Bucket(index, fake((count,), torch.int64, setting), images, kinds, rule.rule, rule.window)
             one.__dict__["mask"] = mask
             made.buckets.append(one)
             made.places.append((place, tuple(both)))  # type: ignore[arg-type]

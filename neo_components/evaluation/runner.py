@@ -175,7 +175,7 @@ class _Encoder:
 
     def __call__(self, question: Question) -> Sample:
         images = [] if question.image is None else [self._image(question)]
-        visual_tokens = [image[0].numel() // self.spec.factor**2 for image in images]
+        visual_tokens = [self.spec.image_tokens(*image.shape[1:]) for image in images]
         turns = [{"from": "human", "value": question.prompt}]
         token_ids = encode_prompt(turns, self.tokenizer, visual_tokens, image_ids=self.spec.image_special_token_ids)
         return Sample(token_ids, images=images, key=question.key)

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neo_components.components.masks import dense_mask
+from neo_components.components.masks import LayerRule, dense_mask
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.rotary import native_positions, sequential_positions
+from neo_components.components.ropes.native import Native
+from neo_components.components.ropes.one_dimensional import OneDimensional
 from neo_components.data.packing import cut_patches
 from neo_components.model.neo import NEO
 from neo_components.storage.weights import write_text
-from neo_components.types import NO_IMAGE
+from neo_components.types import NO_IMAGE, PADDING, TokenKind
 
 FORMAT_VERSION = 1
 IMAGES, INPUTS = "images.pt2", "inputs.pt2"
@@ -56,15 +58,19 @@ def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None 
 
 
 def _check(pre: PreBuffer) -> None:
-    if pre.rotary.index_rule not in (native_positions, sequential_positions):
+    if not isinstance(pre.rotary.variant, Native | OneDimensional):
         raise ValueError(
             f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
         )
     if any(rotary.looks_at_length for rotary in pre.rotaries):
         raise ValueError("a pre-Buffer whose frequencies depend on a text's length cannot be put into a program")
-    if pre.hparams.num_experts is not None:
+    if pre.hparams.num_experts is not None or pre.expert_modules():
         raise ValueError(
-            "a pre-Buffer with sparse experts routes by its input, which a program cannot; use a dense one"
+            "a pre-Buffer with experts routes tokens by what they are, which a program cannot; use a dense one"
+        )
+    if not isinstance(pre.patch_embedding, PatchEmbedding):
+        raise ValueError(
+            f"a program cuts patches for NEO's own patch embedding only, not for {type(pre.patch_embedding).__name__}"
         )
 
 
@@ -81,10 +87,10 @@ class _Dense:
         return F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
 
 
-def _run(pre: PreBuffer, x: Tensor, positions: Tensor, documents: Tensor, images: Tensor) -> Tensor:
+def _run(pre: PreBuffer, x: Tensor, positions: Tensor, documents: Tensor, images: Tensor, kinds: Tensor) -> Tensor:
     """The pre-Buffer under dense masks; arguments as in ``PreBuffer.forward``."""
-    masks = {rule: _Dense(dense_mask(documents, images, *rule)) for rule in set(pre.layer_rules)}
-    return pre.run(x, positions, documents, images, [masks[rule] for rule in pre.layer_rules])
+    masks = {rule: _Dense(dense_mask(documents, images, *rule, token_kinds=kinds)) for rule in set(pre.layer_rules)}
+    return pre(x, positions, documents, images, kinds, attend=[masks[rule] for rule in pre.layer_rules])
 
 
 class ImageProgram(nn.Module):
@@ -98,7 +104,7 @@ class ImageProgram(nn.Module):
         """[C, H, W] normalised pixels, H and W multiples of fold * patch_size, at least two of it -> [h, w, D], one
         vector for each visual token; its mean is one vector for the picture."""
         embedding = self.pre.patch_embedding
-        assert embedding is not None
+        assert isinstance(embedding, PatchEmbedding)
         patch, fold = embedding.hparams.patch_size, embedding.hparams.fold
         rows, columns = image.shape[1] // (patch * fold), image.shape[2] // (patch * fold)
         tokens = embedding(cut_patches(image, patch, fold), _places(rows, columns, fold, image.device))
@@ -107,18 +113,19 @@ class ImageProgram(nn.Module):
         place = torch.arange(count + 2, device=image.device)
         visual = (place > 0) & (place <= count)
         inside = (place - 1).clamp(min=0, max=count - 1)
-        if self.pre.rotary.index_rule is native_positions:
+        if isinstance(self.pre.rotary.variant, Native):
             time = torch.where(place > count, 2, (place > 0).long())
             where = torch.stack([time, inside // columns * visual, inside % columns * visual], dim=-1)
         else:
             where = place[:, None].expand(-1, 3)
         images = torch.where(visual, 0, NO_IMAGE)
-        out = _run(self.pre, x, where[None], torch.zeros_like(images)[None], images[None])
+        kinds = torch.where(visual, TokenKind.VISUAL, TokenKind.BOUNDARY)
+        out = _run(self.pre, x, where[None], torch.zeros_like(images)[None], images[None], kinds[None])
         return out[0, 1:-1].unflatten(0, (rows, columns))
 
 
 def _places(rows: int, columns: int, fold: int, device: torch.device) -> Tensor:
-    """Row and column [P, 2] of a picture's patches, as ``packing.patch_places`` orders them."""
+    """Row and column [P, 2] of a picture's patches, as ``packing.patch_grid`` orders them."""
     down, right = torch.arange(rows * fold, device=device), torch.arange(columns * fold, device=device)
     grid = torch.stack([down[:, None].expand(-1, columns * fold), right[None].expand(rows * fold, -1)], dim=-1)
     return grid.reshape(rows, fold, columns, fold, 2).permute(0, 2, 1, 3, 4).reshape(rows * fold * columns * fold, 2)
@@ -132,8 +139,8 @@ class InputProgram(nn.Module):
         self.pre, self.bridge_in, self.bridge_out = model.pre_buffer, model.bridge_in, model.bridge_out
         h = model.post_llm.hparams
         self.ids = (h.image_token_id, h.image_start_id, h.image_end_id)
-        self.text, self.rule = model.text, h.attention
-        self.native = model.pre_buffer.rotary.index_rule is native_positions
+        self.route, self.rule = model.route, LayerRule.choose(h.attention).rule
+        self.native = isinstance(model.pre_buffer.rotary.variant, Native)
 
     def forward(
         self, token_ids: Tensor, word_embeds: Tensor, patches: Tensor, patch_positions: Tensor
@@ -150,7 +157,7 @@ class InputProgram(nn.Module):
             ``inputs_embeds`` [1, L, D], ``position_ids`` [1, L], ``attention_mask`` [1, 1, L, L], true where seen.
         """
         embedding = self.pre.patch_embedding
-        assert embedding is not None
+        assert isinstance(embedding, PatchEmbedding)
         visual = token_ids == self.ids[0]
         number = (visual.long().cumsum(1) - 1).clamp(min=0)
         corner = patch_positions[:: embedding.group] // embedding.hparams.fold
@@ -166,26 +173,21 @@ class InputProgram(nn.Module):
             positions = time[..., None].expand(-1, -1, 3)
         tokens = embedding(patches, patch_positions)
         x = word_embeds if self.bridge_in is None else self.bridge_in(word_embeds)
-        if self.text == "bypass":
+        if not self.route.words_pass:
             x = word_embeds.new_zeros(*token_ids.shape, self.pre.hparams.hidden_size)
         for vector, boundary in zip(self.pre.boundary, self.ids[1:], strict=True):
             x = torch.where((token_ids == boundary)[..., None], vector, x)
         x = torch.where(visual[..., None], tokens[number], x)
-        documents = torch.zeros_like(token_ids) if self.text == "shared" else self._own(token_ids, images)
-        out = _run(self.pre, x, positions, documents, images)
+        boundary = (token_ids == self.ids[1]) | (token_ids == self.ids[2])
+        kinds = torch.where(boundary, TokenKind.BOUNDARY, visual.long() * TokenKind.VISUAL)
+        document = torch.zeros_like(token_ids)
+        own = self.route.documents(document, images, kinds)
+        # A word that does not pass is a document by itself: a program selects no tokens.
+        alone = 2 * token_ids.shape[1] + torch.arange(token_ids.shape[1], device=own.device)[None]
+        out = _run(self.pre, x, positions, torch.where(own == PADDING, alone, own), images, kinds)
         out = out if self.bridge_out is None else self.bridge_out(out)
-        if self.text == "bypass":
-            of_image = visual | (token_ids == self.ids[1]) | (token_ids == self.ids[2])
-            out = torch.where(of_image[..., None], out, word_embeds)
-        return out, time, dense_mask(torch.zeros_like(token_ids), images, self.rule)[:, None]
-
-    def _own(self, token_ids: Tensor, images: Tensor) -> Tensor:
-        """[1, L]: each picture with its boundary tokens is a document of its own, and so is every word."""
-        none = torch.full_like(images[:, :1], NO_IMAGE)
-        own = torch.where(token_ids == self.ids[1], torch.cat([images[:, 1:], none], dim=1), images)
-        own = torch.where(token_ids == self.ids[2], torch.cat([none, images[:, :-1]], dim=1), own)
-        length = token_ids.shape[1]
-        return torch.where(own == NO_IMAGE, length + torch.arange(length, device=own.device)[None], own)
+        out = torch.where((own != PADDING)[..., None], out, word_embeds) if not self.route.words_pass else out
+        return out, time, dense_mask(document, images, self.rule, token_kinds=kinds)[:, None]
 
 
 def _image_program(pre: PreBuffer) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neo_components.estimate.activations import kept_activations
+from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.flops import Flops, step_flops
 from neo_components.estimate.memory import Plan, step_memory
-from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.inspection.shape import empty_model
 from neo_components.model.neo import NEO
@@ -104,7 +104,7 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     plan = plan_of(recipe, assumed.strategy, assumed.devices)
     setting = setting_of(recipe, plan)
     document, described = document_of(recipe, model, assumed)
-    batch = assumed_rows(model, document, recipe.data["micro_batch_size"], recipe.data["seq_len"])
+    batch = assumed_batch(model, document, recipe.data["micro_batch_size"], recipe.data["seq_len"])
     memory_limit, source = device_memory(setting.device)
     if assumed.device_memory is not None:
         memory_limit, source = int(assumed.device_memory * 1e9), "given"

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neo_components.components.bridge import Bridge
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.text_route import TextRoute
 from neo_components.llms.known import KNOWN
+from neo_components.model.attach import AUTO
 from neo_components.model.layouts import layout_of, parts_from_own, parts_from_released
 from neo_components.model.neo import NEO
 from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, load_recipe
 from neo_components.recipe.building import config_of, llm_arguments, new_parts, with_choices_of
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
+from neo_components.registry import BRIDGES
 from neo_components.storage.deferred import unfilled
 from neo_components.storage.hub import resolve
 from neo_components.storage.weights import as_dtype, read_config
@@ -94,12 +96,14 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     pre_buffer = PreBuffer(**config["pre_buffer"])
     sizes, notes = _llm_sizes(with_choices_of(model, pre_buffer))
     inner, outer = pre_buffer.hparams.hidden_size, sizes["hidden_size"]
-    identity = model.bridge == "identity" or (model.bridge == "auto" and inner == outer)
-    if model.bridge == "auto" and identity:
-        notes = [*notes, "bridge auto: taken as identity, as the widths are equal"]
-    bridge_in = None if identity or model.text == "bypass" else Bridge(outer, inner)
-    bridge_out = None if identity else Bridge(inner, outer)
-    patches = PatchEmbedding(**config["patch_embedding"])
+    bridge = model.bridge
+    if bridge == AUTO:
+        bridge = "identity" if inner == outer else "least_squares"
+        notes = [*notes, "bridge auto: taken as identity, as the widths are equal"] if inner == outer else notes
+    words_pass = TextRoute(model.text).words_pass
+    bridge_in = BRIDGES.make(bridge, in_width=outer, out_width=inner) if words_pass else None
+    bridge_out = BRIDGES.make(bridge, in_width=inner, out_width=outer)
+    patches = embedding_from(config["patch_embedding"])
     return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
 
 

@@ -19,18 +19,21 @@ from torch import Tensor
 from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
+from neo_components.components.text_route import TextRoute
 from neo_components.data.packing import pack
-from neo_components.model.neo import NEO, TEXT
+from neo_components.model.neo import NEO
 from neo_components.model.vocabulary import token_strings
+from neo_components.registry import BRIDGES, Choice
 from neo_components.storage.deferred import filled
 from neo_components.storage.weights import read_json
-from neo_components.types import InputSpec, Sample
+from neo_components.types import InputSpec, Sample, TokenKind
 
-BRIDGES = ("auto", "identity", "least_squares", "orthogonal", "random")
+AUTO = "auto"
+"""The bridge that ``attach`` chooses: none if the word embeddings are the same, else least squares."""
 WHERE = re.compile(r"(?<![\w.:/-])(/[\w.@+ -]+)*/([\w.@+-]+)")
 """A local path from the root on, in the text of a recipe; its name is the second group."""
-TELLING = 0.1
-"""Share of variance that a bridge for words loses, from which on the other way for words is pointed out."""
+REPORTED_FROM = 0.1
+"""Share of variance that a bridge for words loses, from which on the other route for words is pointed out."""
 MIN_SHARED = 16
 """Fewest shared tokens that a bridge is fitted from."""
 
@@ -90,7 +93,7 @@ def provenance_of(folder: Path) -> dict[str, Any]:
 def attach(
     pre_buffer: PreBuffer | str | Path,
     llm: PostLLM | str | Path,
-    bridge: str = "auto",
+    bridge: Choice = AUTO,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | str = "float32",
     text: str = "shared",
@@ -100,9 +103,9 @@ def attach(
     Args:
         pre_buffer: an asset, or its folder or hub id. The module becomes part of the returned model.
         llm: folder or hub id of a language model, or a ``PostLLM``.
-        bridge: ``identity`` (no bridges, equal widths), ``least_squares`` or ``orthogonal`` (fitted on shared tokens),
-            ``random``, or ``auto``: identity if widths and word embeddings are those that the pre-Buffer was trained
-            with, else least squares.
+        bridge: registered name of a bridge, or a mapping of ``kind`` and its options: ``identity`` (no bridges, equal
+            widths), ``least_squares`` or ``orthogonal`` (fitted on shared tokens), ``random``; or ``auto``: identity if
+            widths and word embeddings are those that the pre-Buffer was trained with, else least squares.
         tokenizer: folder or hub id of the language model's tokenizer; by default where the model came from.
         dtype: of the weights that are read from a folder or hub id; a module stays as it is.
         text: ``shared``: words pass the pre-Buffer too, as in the paper; ``bypass``: they reach the language model
@@ -114,9 +117,9 @@ def attach(
     Raises:
         ValueError: if the two cannot be joined that way; the message says why and what to do.
     """
-    for name, given, allowed in (("bridge", bridge, BRIDGES), ("text", text, TEXT)):
-        if given not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    route = TextRoute(text)
+    if bridge != AUTO:
+        bridge = BRIDGES.complete(bridge)
     pre = pre_buffer if isinstance(pre_buffer, PreBuffer) else PreBuffer.from_pretrained(pre_buffer, dtype=dtype)
     if pre.patch_embedding is None:
         raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
@@ -125,20 +128,20 @@ def attach(
         llm = PostLLM.from_pretrained(
             llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend, dtype=dtype
         )
-    if pre.rotary.index_rule is not llm.rotary.index_rule:
+    if h.rope != llm.hparams.rope:
         raise ValueError(
             f"the pre-Buffer was trained with rope {h.rope!r}, and this PostLLM has {llm.hparams.rope!r}, which counts "
             "positions by another rule; give attach the language model's folder or hub id, which is then read with "
             f"the pre-Buffer's rope, or build it with rope={h.rope!r}"
         )
     same_width = h.hidden_size == llm.hparams.hidden_size
-    if bridge == "identity" or (bridge == "auto" and same_width and _same_embeddings(pre, llm, tokenizer)):
-        return NEO(pre.patch_embedding, pre, llm, text=text)
-    bridge_in = Bridge(llm.hparams.hidden_size, h.hidden_size) if text == "shared" else None
-    bridge_out = Bridge(h.hidden_size, llm.hparams.hidden_size)
-    if bridge != "random":
-        ours, theirs = shared_embeddings(pre, llm, tokenizer)
-        _fit(bridge_in, bridge_out, ours, theirs, bridge == "orthogonal")
+    if bridge == AUTO:
+        bridge = "identity" if same_width and _same_embeddings(pre, llm, tokenizer) else "least_squares"
+    inner, outer = h.hidden_size, llm.hparams.hidden_size
+    bridge_in = BRIDGES.make(bridge, in_width=outer, out_width=inner) if route.words_pass else None
+    bridge_out = BRIDGES.make(bridge, in_width=inner, out_width=outer)
+    if any(hasattr(part, "fit") for part in (bridge_in, bridge_out)):
+        _fit(bridge_in, bridge_out, *shared_embeddings(pre, llm, tokenizer))
     # Fitted in full precision, then of the type of what they join.
     for part in (bridge_in, bridge_out):
         if part is not None:
@@ -146,15 +149,18 @@ def attach(
     return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
 
 
-def _fit(bridge_in: Bridge | None, bridge_out: Bridge, ours: Tensor, theirs: Tensor, orthogonal: bool) -> None:
-    """Fits the bridges and tells how well it went."""
-    told = []
+def _fit(bridge_in: Any, bridge_out: Any, ours: Tensor, theirs: Tensor) -> None:
+    """Fits the bridges and logs how well they fit."""
+    reported = []
     for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
         if bridge is not None:
-            left = bridge.fit_orthogonal(source, target) if orthogonal else bridge.fit(source, target)
-            told.append(f"{name} {left:.3f} (of tokens left out {bridge.unexplained_left_out:.3f})")
-    log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(told))
-    if bridge_in is not None and (bridge_in.unexplained or 0) > TELLING:
+            bridge.fit(source, target)
+            if isinstance(bridge, Bridge):
+                reported.append(
+                    f"{name} {bridge.unexplained:.3f} (of tokens left out {bridge.unexplained_left_out:.3f})"
+                )
+    log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(reported))
+    if isinstance(bridge_in, Bridge) and (bridge_in.unexplained or 0) > REPORTED_FROM:
         log.info("words reach the language model changed by as much; text='bypass' leads them around the pre-Buffer")
 
 
@@ -195,32 +201,35 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
 
 @torch.no_grad()
 def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
-    """A pre-Buffer as a vision tower: what it makes of pictures, each alone between its boundary vectors.
+    """A pre-Buffer as a vision tower: what it makes of images, each alone between its boundary vectors.
 
     Args:
         pre_buffer: with its patch embedding, as an asset has it.
-        images: [C, H, W] each, normalised (``data.load_image``), sides multiples of patch_size * fold.
+        images: [C, H, W] each, normalized (``data.load_image``), sides multiples of patch_size * fold.
         pooled: give the mean over all visual tokens.
 
     Returns:
-        For each picture [h, w, D], one vector for each visual token; [D] if pooled.
+        For each image [h, w, D], one vector for each visual token; [D] if pooled.
 
     Raises:
-        ValueError: if there is no patch embedding, or a picture's shape does not fit.
+        ValueError: if there is no patch embedding, or an image's shape does not fit.
     """
     embedding = pre_buffer.patch_embedding
     if embedding is None:
         raise ValueError("this pre-Buffer has no patch embedding; load an asset, or adopt(PatchEmbedding(...)) first")
-    h = embedding.hparams
-    rule = pre_buffer.rotary.index_rule
-    spec = InputSpec(0, 1, 2, vocab_size=3, patch_size=h.patch_size, fold=h.fold, channels=h.channels, index_rule=rule)
+    spec = InputSpec(
+        0, 1, 2, vocab_size=3, patch_size=embedding.patch_size, fold=embedding.fold, channels=embedding.channels,
+        index_rule=pre_buffer.rotary.variant.positions, image_layout=embedding.image_layout,
+    )  # fmt: skip
     found = []
     for image in images:
         rows, columns = image.shape[-2] // spec.factor, image.shape[-1] // spec.factor
-        sample = Sample(torch.tensor([1, *[0] * (rows * columns), 2]), None, [image.cpu()])
-        batch = pack([sample], spec).to(pre_buffer.boundary.device)
-        tokens = embedding(batch.patches, batch.patch_positions)
-        x = torch.cat([pre_buffer.boundary[:1], tokens, pre_buffer.boundary[1:]])[None]
-        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids)[0, 1:-1]
+        tokens = spec.image_tokens(*image.shape[-2:])
+        batch = pack([Sample(torch.tensor([1, *[0] * tokens, 2]), None, [image.cpu()])], spec)
+        batch = batch.to(pre_buffer.boundary.device)
+        embedded = embedding(batch.patches, batch.patch_positions, batch.image_grids)
+        x = torch.cat([pre_buffer.boundary[:1], embedded, pre_buffer.boundary[1:]])[None]
+        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)[0]
+        x = x[batch.token_kinds[0] == TokenKind.VISUAL]
         found.append(x.mean(0) if pooled else x.unflatten(0, (rows, columns)))
     return found

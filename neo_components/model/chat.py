@@ -99,7 +99,7 @@ class Chat:
         pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
         if IMAGE_TAG not in question:
             question = f"{IMAGE_TAG}\n" * len(images) + question
-        counts = [image.shape[1] * image.shape[2] // factor**2 for image in pixels]
+        counts = [self.model.input_spec.image_tokens(*image.shape[1:]) for image in pixels]
         turns = [{"from": "human", "value": question}]
         ids = encode_prompt(turns, self.tokenizer, counts, image_ids=self.model.input_spec.image_special_token_ids)
         return Sample(ids, None, pixels)

@@ -13,18 +13,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from neo_components.components.backends import KVCache
-from neo_components.types import IGNORED, NO_IMAGE, Batch
+from neo_components.components.block_inputs import Attend
+from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, InputSpec, TokenKind
+
+if TYPE_CHECKING:
+    from neo_components.components.masks import LayerRule
+
+
+class Generating(Protocol):
+    """What can continue prompts: ``NEO``, or whatever computes like it."""
+
+    @property
+    def input_spec(self) -> InputSpec: ...
+
+    @property
+    def layer_rules(self) -> list[LayerRule]: ...
+
+    @property
+    def post_llm(self) -> Any: ...
+
+    def length_buckets(self, length: int) -> tuple[int, ...]: ...
+
+    def hidden(self, batch: Batch, attend: Sequence[Attend]) -> Tensor: ...
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: Generating,
     prompts: Batch,
     max_new_tokens: int,
     do_sample: bool = False,
@@ -56,7 +77,7 @@ def generate(
             "needs max_new_tokens >= 1, temperature > 0 and 0 < top_p <= 1, got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
-    cache = KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room=max_new_tokens)
+    cache = _cache(model, prompts, max_new_tokens)
     later = _later_positions(model, prompts, max_new_tokens)
     stop = torch.tensor(list(stop_token_ids), device=prompts.token_ids.device, dtype=torch.int64)
     hidden = _prefill(model, prompts, cache)
@@ -75,7 +96,7 @@ def generate(
             active, token = active[going], token[going]
         if _turns_anew(model, later[active, step]):
             grown = _grown(prompts, later, new)
-            cache = KVCache(grown.document_ids, grown.image_ids, model.layer_rules, room=max_new_tokens - step)
+            cache = _cache(model, grown, max_new_tokens - step)
             hidden = _prefill(model, grown, cache)[active]
             cache.keep(active)
             continue
@@ -84,12 +105,16 @@ def generate(
     return [torch.tensor(tokens, dtype=torch.int64) for tokens in new]
 
 
-def _prefill(model: Any, prompts: Batch, cache: KVCache) -> Tensor:
+def _cache(model: Generating, prompts: Batch, room: int) -> KVCache:
+    return KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room, prompts.token_kinds)
+
+
+def _prefill(model: Generating, prompts: Batch, cache: KVCache) -> Tensor:
     """Fills the cache; what the last token of each prompt gives, [S, D]."""
     return model.hidden(prompts, cache.layers)[0, cache.lengths.cumsum(0) - 1]
 
 
-def _turns_anew(model: Any, positions: Tensor) -> bool:
+def _turns_anew(model: Generating, positions: Tensor) -> bool:
     """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them turned by."""
     ends = [math.ceil(end) for end in positions[:, 0].tolist()]
     return any(model.length_buckets(end) != model.length_buckets(end + 1) for end in ends)
@@ -97,7 +122,8 @@ def _turns_anew(model: Any, positions: Tensor) -> bool:
 
 def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
     """The prompts, each followed by its new tokens."""
-    columns: dict[str, list[Tensor]] = {"token_ids": [], "positions": [], "document_ids": [], "image_ids": []}
+    names = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds")
+    columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for document, tokens in enumerate(new):
         inside = prompts.document_ids[0] == document
         ids = torch.tensor(tokens, dtype=torch.int64, device=inside.device)
@@ -105,29 +131,35 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
         columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)]]
         columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
         columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
+        columns["token_kinds"] += [prompts.token_kinds[0, inside], torch.full_like(ids, TokenKind.TEXT)]
     rows: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
     rows["labels"] = torch.full_like(rows["token_ids"], IGNORED)
     rows["loss_weights"] = torch.zeros(rows["labels"].shape, device=rows["labels"].device)
     return replace(prompts, **rows)
 
 
-def _later_positions(model: Any, prompts: Batch, count: int) -> Tensor:
-    """[S, count, 3]: where the model's index rule puts the tokens after each prompt, as if they were text."""
+def _later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
+    """[S, count, 3]: where the model's index rule puts the tokens behind each prompt, as if they were text."""
     spec = model.input_spec
-    document_ids, image_ids = prompts.document_ids[0].cpu(), prompts.image_ids[0].cpu()
-    # The last patch of an image tells its size.
-    last = image_ids[image_ids != NO_IMAGE].bincount().cumsum(0) * spec.fold**2 - 1
-    grids = ((prompts.patch_positions.cpu()[last] + 1) // spec.fold).tolist()
-    rows = []
+    document_ids, image_ids, kinds = (
+        x[0].cpu() for x in (prompts.document_ids, prompts.image_ids, prompts.token_kinds)
+    )
+    grids = (prompts.image_grids.cpu() // spec.fold).tolist()
+    found = []
     for document in range(int(document_ids.max()) + 1):
-        images = image_ids[document_ids == document]
+        inside = document_ids == document
+        images = image_ids[inside]
         numbers = images[images != NO_IMAGE].unique().tolist()
         if numbers:
             images = torch.where(images == NO_IMAGE, images, images - numbers[0])
         text = torch.full((count,), NO_IMAGE)
-        positions = spec.index_rule(torch.cat([images, text]), [tuple(grids[number]) for number in numbers])
-        rows.append(positions[len(images) :])
-    return torch.stack(rows).to(prompts.positions.device)
+        longer = DocumentTokens(
+            torch.cat([images, text]),
+            torch.cat([kinds[inside], torch.full_like(text, TokenKind.TEXT)]),
+            [ImageGrid(grids[number][0], grids[number][1], prompts.frame_of(0, number)) for number in numbers],
+        )
+        found.append(spec.index_rule(longer)[len(images) :])
+    return torch.stack(found).to(prompts.positions.device)
 
 
 def _one_token(token: Tensor, position: Tensor) -> Batch:

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neo_components.components.bridge import Bridge
-from neo_components.components.patch_embedding import PatchEmbedding
-from neo_components.components.post_llm import PostLLM, image_token_ids
-from neo_components.components.pre_buffer import FORMAT_VERSION, PreBuffer, check_format
-from neo_components.components.primitive import BLOCK
+from neo_components.components.block_arguments import PARAMETERS
+from neo_components.components.bridge import bridge_config, bridge_from
+from neo_components.components.image_embedding import embedding_config, embedding_from
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
+from neo_components.components.post_llm import PostLLM
+from neo_components.components.post_llm_files import image_token_ids
+from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.pre_buffer_files import FORMAT_VERSION, check_format
 from neo_components.llms.family import require
 from neo_components.llms.qwen3 import Qwen3
+from neo_components.model.parts import NEOParts
 from neo_components.storage.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
 
 log = logging.getLogger(__name__)
@@ -30,6 +34,9 @@ BOUNDARY = "boundary"
 
 CONFIGS = ("llm_config", "vision_config")
 """The sections of a released config."""
+
+RENAMED = {"unturned_layers": "nope_layers"}
+"""Arguments of the post-LLM under another name in models that were written before."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""
@@ -53,17 +60,17 @@ def layout_of(config: dict[str, Any], folder: Path) -> str:
     raise ValueError(f"{folder} is no NEO checkpoint (config.json says {kind!r}){advice}")
 
 
-def own_config(model: Any) -> dict[str, Any]:
+def own_config(model: NEOParts) -> dict[str, Any]:
     """config.json of our own layout: the plain keyword arguments of every part."""
-    bridges = {name: getattr(model, name) for name in ("bridge_in", "bridge_out")}
     return {
         "library": "neo_components",
         "kind": "neo",
         "format_version": FORMAT_VERSION,
-        "patch_embedding": dict(model.patch_embedding.hparams),
+        "patch_embedding": embedding_config(model.patch_embedding),
         "pre_buffer": dict(model.pre_buffer.hparams) | {"backend": "auto"},
         "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
-        **{name: dict(bridge.hparams) if bridge is not None else None for name, bridge in bridges.items()},
+        "bridge_in": bridge_config(model.bridge_in),
+        "bridge_out": bridge_config(model.bridge_out),
         "text": model.text,
         "language_model": model.post_llm.hf_config,
     }
@@ -78,12 +85,12 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
     check_format(config, folder)
     try:
         parts: Parts = {
-            "patch_embedding": PatchEmbedding(**config["patch_embedding"]),
+            "patch_embedding": embedding_from(config["patch_embedding"]),
             "pre_buffer": PreBuffer(**config["pre_buffer"]),
-            "post_llm": PostLLM(**config["post_llm"]),
+            "post_llm": PostLLM(**{RENAMED.get(name, name): value for name, value in config["post_llm"].items()}),
+            "bridge_in": bridge_from(config.get("bridge_in")),
+            "bridge_out": bridge_from(config.get("bridge_out")),
         }
-        for name in ("bridge_in", "bridge_out"):
-            parts[name] = Bridge(**config[name]) if config.get(name) else None
         parts["text"] = config.get("text", "shared")
         parts["post_llm"].hf_config = config.get("language_model")
     except (KeyError, TypeError) as error:
@@ -116,7 +123,7 @@ def _parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
         raise ValueError(f"rope scaling {scaling['rope_type']!r} is not part of the released NEO layout")
     total, before = llm["num_hidden_layers"], llm.get("extra_num_layers", 0)
     base_hw = float(llm.get("rope_theta_hw", 1e4))
-    same = {name: value for name, value in sizes.items() if name in BLOCK} | {"base_h": base_hw, "base_w": base_hw}
+    same = {name: value for name, value in sizes.items() if name in PARAMETERS} | {"base_h": base_hw, "base_w": base_hw}
     ratio = vision.get("downsample_ratio", config.get("downsample_ratio"))
     parts: Parts = {
         "patch_embedding": PatchEmbedding(
@@ -218,7 +225,7 @@ class Released:
         return tensor
 
 
-def load_released(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def load_released(model: NEOParts, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Fills a model on the meta device from released weights; the vectors of ``<img>`` and ``</img>`` come from their
     word embeddings.
 
@@ -243,7 +250,7 @@ def load_released(model: Any, folder: Path, dtype: torch.dtype = torch.float32) 
             model.pre_buffer.boundary[place] = table[row]
 
 
-def save_released(model: Any, folder: str | Path) -> Path:
+def save_released(model: NEOParts, folder: str | Path) -> Path:
     """Writes the released layout with the training kit's config.
 
     Raises:
@@ -269,29 +276,31 @@ def save_released(model: Any, folder: str | Path) -> Path:
     return folder
 
 
-def released_of(model: Any) -> Released:
+def released_of(model: NEOParts) -> Released:
     """The released names of that model."""
     patch = model.patch_embedding.hparams
     return Released(model.pre_buffer.hparams.depth, patch.fold, patch.channels, patch.patch_size)
 
 
-def _boundary_rows(model: Any) -> dict[int, int]:
+def _boundary_rows(model: NEOParts) -> dict[int, int]:
     """Place among the boundary vectors -> row of the word embedding, for those that have one."""
     h = model.post_llm.hparams
     return {n: row for n, row in enumerate((h.image_start_id, h.image_end_id)) if row < h.vocab_size}
 
 
-def _check_expressible(model: Any) -> None:
+def _check_expressible(model: NEOParts) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
-    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in SPOKEN if pre[name] != post[name]]
-    faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unspoken(h).items()]
+    faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in STATED if pre[name] != post[name]]
+    faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unstated(h).items()]
     faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
-    faults += ["text 'bypass' (only 'shared')"] if model.text == "bypass" else []
+    faults += [f"text {model.text!r} (only 'shared')"] if not model.route.words_pass else []
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
     if post.base_h != post.base_w:
         faults.append(f"base_h {post.base_h} differs from base_w {post.base_w}")
-    if patch.position != "rotary":
+    if not isinstance(model.patch_embedding, PatchEmbedding):
+        faults.append(f"patch embedding {type(model.patch_embedding).__name__} (only NEO's own)")
+    elif patch.position != "rotary":
         faults.append(f"patch position {patch.position!r} (only 'rotary')")
     if faults:
         raise ValueError(
@@ -299,21 +308,21 @@ def _check_expressible(model: Any) -> None:
         )
 
 
-SPOKEN = (
+STATED = (
     "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
     "base_t", "base_h", "base_w",
 )  # fmt: skip
 """Arguments of a block that a released config has words for; ``rope`` and ``attention`` are told apart beside them."""
 
 
-def _unspoken(hparams: Any) -> dict[str, Any]:
+def _unstated(hparams: Any) -> dict[str, Any]:
     """Arguments that say otherwise than NEO on Qwen3 -> the only value that a released model has."""
     defaults = {name: entry.default for name, entry in inspect.signature(PostLLM).parameters.items()}
-    names = {*BLOCK, "nope_layers", "embedding_multiplier", "logits_divisor"} - {*SPOKEN, "rope", "attention"}
+    names = {*PARAMETERS, "nope_layers", "embedding_multiplier", "logits_divisor"} - {*STATED, "rope", "attention"}
     return {name: defaults[name] for name in sorted(names & set(hparams)) if hparams[name] not in (defaults[name], [])}
 
 
-def released_config(model: Any) -> dict[str, Any]:
+def released_config(model: NEOParts) -> dict[str, Any]:
     """config.json as the released training kit reads it."""
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
     layers = pre.depth + post.depth

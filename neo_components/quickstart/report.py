@@ -143,7 +143,9 @@ def answer_attention(chat: Chat, sample: Sample) -> torch.Tensor:
 def _draw_mask(folder: Path, chat: Chat, *samples: Sample) -> None:
     """The attention mask of a packed sequence of two questions."""
     batch = pack(samples, chat.model.input_spec)
-    mask = dense_mask(batch.document_ids, batch.image_ids, chat.model.post_llm.rule)[0]
+    mask = dense_mask(
+        batch.document_ids, batch.image_ids, *chat.model.post_llm.layer_rules[0], token_kinds=batch.token_kinds
+    )[0]
     runs: list[tuple[str, int]] = []
     for document, image in zip(batch.document_ids[0].tolist(), batch.image_ids[0].tolist(), strict=True):
         label = f"text {document + 1}" if image == NO_IMAGE else f"image {image + 1}"

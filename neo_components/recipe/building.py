@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.image_embedding import ImageEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.llms import arguments_of
@@ -63,7 +63,7 @@ def build(model: ModelRecipe) -> NEO:
     return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
 
 
-def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[PatchEmbedding, PreBuffer]:
+def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[ImageEmbedding, PreBuffer]:
     """Patch embedding and pre-Buffer that fit a language model of such arguments and are no asset.
 
     Sizes and norm epsilon that the recipe does not give the pre-Buffer are the post-LLM's. What the language model's
@@ -85,7 +85,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
     pre_buffer.backend = model.backend
     model = with_choices_of(model, pre_buffer)
     llm = _post_llm(model, llm_arguments(model))
-    return attach(pre_buffer, llm, bridge=model.bridge, text=model.text)  # type: ignore[arg-type]
+    return attach(pre_buffer, llm, bridge=model.bridge, text=model.text)
 
 
 def with_choices_of(model: Compose, pre_buffer: PreBuffer) -> Compose:

@@ -5,7 +5,7 @@ A key that is added to a component is a key of the recipe at once; its type and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args, get_origin
@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_args,
 import lightning
 
 from neo_components.components.backends import BACKENDS
-from neo_components.components.masks import MASK_RULES
-from neo_components.components.patch_embedding import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
-from neo_components.components.rotary import ROPE_VARIANTS
-from neo_components.model.attach import BRIDGES
-from neo_components.model.neo import TEXT
+from neo_components.components.text_route import TEXT
+from neo_components.model.attach import AUTO
 from neo_components.recipe.hints import (
     Names,
     arguments,
@@ -31,28 +28,8 @@ from neo_components.recipe.hints import (
     sections_of,
 )
 from neo_components.recipe.parts import Part, keys_of, part_of, split_beside
-from neo_components.registry import PATCH_EMBEDDINGS, Choice, Registry
+from neo_components.registry import BRIDGES, EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES, Choice
 from neo_components.storage.weights import DTYPES
-
-
-class _Today(Registry):
-    """The parts of a registry that knows no options yet."""
-
-    def __init__(self, kind: str, names: Collection[str], given: tuple[str, ...] = ()) -> None:
-        super().__init__(kind, "", given)
-        self._names, self._home = names, None
-
-    def __getitem__(self, name: str) -> Any:
-        return (lambda base_h, base_w: None) if self.given else lambda: None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-
-PATCH_EMBEDDINGS.register("neo")(PatchEmbedding)
 
 FROM = "from_pretrained"
 """The key that tells the two forms of a section apart: read from a folder or hub repository, or built from sizes."""
@@ -77,13 +54,14 @@ def sizes_in_range(values: Mapping[str, Any]) -> dict[str, str]:
 
 CHOICES = {
     "rope": Part(
-        _Today("rope", ROPE_VARIANTS, ("base_h", "base_w")),
+        ROPES,
         default=default_of(PostLLM, "rope"),
         # A pretrained language model brings its own base of the T frequencies.
         beside={"base_t": (float | None, None)} | {n: (float, default_of(PostLLM, n)) for n in ("base_h", "base_w")},
         problems=sizes_in_range,
     ),
-    "attention": Part(_Today("attention", MASK_RULES), default=default_of(PostLLM, "attention")),
+    "attention": Part(MASKS, default=default_of(PostLLM, "attention")),
+    "experts": Part(EXPERTS, default=default_of(PostLLM, "experts")),
 }
 """Parts that the model section chooses for the blocks of pre-Buffer and post-LLM alike."""
 
@@ -91,7 +69,7 @@ SHARED = (*CHOICES, "backend", *(key for part in CHOICES.values() for key in par
 """Arguments of pre-Buffer and post-LLM that the model section gives to both."""
 
 PATCH_EMBEDDING = Part(PATCH_EMBEDDINGS, default="neo")
-BRIDGE = Part(_Today("bridge", BRIDGES), default="auto", also=("auto",))
+BRIDGE = Part(BRIDGES, default=AUTO, also=(AUTO,))
 
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
 Text = Annotated[str, Names("text", TEXT)]
@@ -151,6 +129,7 @@ class Compose:
         post_llm: a pretrained language model, or sizes of a new one.
         rope: choice of the RoPE variant, with the bases of its frequencies; ``None``: native, or that of the asset.
         attention: choice of the mask rule; ``None``: mixed, or that of the asset.
+        experts: choice of the expert routing by modality; ``None``: none, or that of the asset.
         backend: how attention is computed.
         bridge: choice of how an asset is attached.
         text: the way of text tokens, through the pre-Buffer or around it.
@@ -164,8 +143,9 @@ class Compose:
     post_llm: NewPostLLM | PretrainedLLM
     rope: Annotated[Choice, CHOICES["rope"]] | None = None
     attention: Annotated[Choice, CHOICES["attention"]] | None = None
+    experts: Annotated[Choice, CHOICES["experts"]] | None = None
     backend: Backend = "auto"
-    bridge: Annotated[Choice, BRIDGE] = "auto"
+    bridge: Annotated[Choice, BRIDGE] = AUTO
     text: Text = "shared"
     dtype: Dtype = "float32"
 

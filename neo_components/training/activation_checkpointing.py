@@ -11,8 +11,8 @@ import torch
 from neo_components.components.document_attention import FUSED
 from neo_components.components.stack import PrimitiveStack
 from neo_components.estimate.activations import Activations, kept_activations
+from neo_components.estimate.assumed import Document, assumed_batch
 from neo_components.estimate.memory import Plan, step_memory
-from neo_components.estimate.rows import Document, assumed_rows
 from neo_components.estimate.tracing import Setting
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
@@ -124,6 +124,6 @@ def worst_batches(model: NEO, data: Mapping[str, Any], device: str) -> list[Batc
     batches = []
     for length in sorted(lengths):
         document = Document(length - 2, 0) if length > 2 else Document(0, length)
-        batch = assumed_rows(model, document, data["micro_batch_size"], data["seq_len"])
+        batch = assumed_batch(model, document, data["micro_batch_size"], data["seq_len"])
         batches.append(replace(batch, labels=torch.zeros_like(batch.labels), loss_weights=batch.loss_weights + 1))
     return batches

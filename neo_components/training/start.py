@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
 from neo_components.model.chat import Chat
@@ -84,6 +85,8 @@ def whiten(recipe: Recipe, model: NEO) -> None:
         if sum(map(len, patches)) >= recipe.stage.whiten_patches:
             break
     embedding = model.patch_embedding
+    if not isinstance(embedding, PatchEmbedding):
+        raise ValueError(f"stage.whiten_patches: a {type(embedding).__name__} cannot be whitened; take the key away")
     embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
 
 

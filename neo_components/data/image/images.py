@@ -23,7 +23,7 @@ from neo_components.data.image.files import MAX_DECODED_PIXELS, ImageError, Imag
 from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
 from neo_components.data.packing import IMAGE_MEAN as IMAGE_MEAN
 from neo_components.data.packing import IMAGE_STD as IMAGE_STD
-from neo_components.data.packing import normalise
+from neo_components.data.packing import normalize
 
 MAX_ASPECT_RATIO = 200
 Transparency = Literal["drop", "contrast"]
@@ -165,7 +165,7 @@ def to_pixels(
         ImageError: if the pixels cannot be decoded.
     """
     raw = resize(decode(image, transparency, name), size)
-    return normalise(raw.flatten(1).float()).view(3, *size)
+    return normalize(raw.flatten(1).float()).view(3, *size)
 
 
 def load_image(

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from neo_components.components.backends import Attend, prepare_attention, sdpa
+from neo_components.components.backends import prepare_attention
+from neo_components.components.block_inputs import Attend
+from neo_components.components.document_attention import sdpa
 from neo_components.components.masks import LayerRule, dense_mask, document_spans
 from neo_components.export.hf.rows import Rows
 
@@ -47,12 +49,12 @@ def cached_attention(rows: Rows, new: int, rules: Sequence[LayerRule], cache: An
     """
     documents, images = rows.document_ids, rows.image_ids
     # The backends take each unbroken run of tokens as a document of its own.
-    runs = [span.row for span in document_spans(documents)] if new == documents.shape[1] else []
+    runs = [span.sequence for span in document_spans(documents)] if new == documents.shape[1] else []
     attends: dict[LayerRule, Attend | None] = dict.fromkeys(rules)
     masks: dict[LayerRule, Tensor | None] = dict.fromkeys(rules)
     for rule in attends:
         if 0 < len(runs) == len(set(runs)):
-            attends[rule] = prepare_attention(documents, images, rule.rule, backend, rule.window)
+            attends[rule] = prepare_attention(documents, images, rule.rule, backend, rule.window, rows.token_kinds)
         else:
-            masks[rule] = dense_mask(documents, images, rule.rule, rule.window, new)[:, None]
+            masks[rule] = dense_mask(documents, images, rule.rule, rule.window, new, rows.token_kinds)[:, None]
     return [CachedAttention(cache, number, attends[rule], masks[rule]) for number, rule in enumerate(rules)]

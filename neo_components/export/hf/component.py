@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ class Component(nn.Module):
     """A module that remembers its keyword arguments in ``hparams``."""
 
     hparams: Arguments
+    given: dict[str, Any]
 
     def save_hyperparameters(self) -> None:
         """Keeps the arguments of the ``__init__`` that calls it, with the values that they have then."""
@@ -30,3 +32,7 @@ class Component(nn.Module):
         values = frame.f_back.f_locals
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
         self.hparams = Arguments({name: values[name] for name in names if name in values})
+
+    def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Keeps keyword arguments as ``hparams``."""
+        self.hparams = Arguments(arguments)

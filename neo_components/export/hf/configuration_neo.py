@@ -30,12 +30,6 @@ class NEOConfig(PreTrainedConfig):
     use_cache: bool = True
 
     @property
-    def parts(self) -> dict[str, dict[str, Any] | None]:
-        """The arguments of each part, by its name in ``NEO``."""
-        names = ("patch_embedding", "pre_buffer", "post_llm", "bridge_in", "bridge_out")
-        return {name: getattr(self, name) for name in names}
-
-    @property
     def vocab_size(self) -> int:
         """V."""
         return (self.post_llm or {})["vocab_size"]

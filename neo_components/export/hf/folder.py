@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -12,12 +13,11 @@ from typing import Any
 
 import torch
 
-from neo_components.components.masks import MASK_RULES
-from neo_components.components.rotary import ROPE_VARIANTS
 from neo_components.export.hf.bundle import bundle
 from neo_components.export.hf.text import chat_template, write_json, write_text_side
 from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
+from neo_components.registry import BRIDGES, EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES, Registry, split
 from neo_components.storage.weights import save_folder, write_text
 
 ROOTS = {
@@ -117,26 +117,30 @@ def _check_parts(model: NEO) -> None:
         ValueError: naming it.
     """
     if model.input_spec.channels != 3:
-        raise ValueError(f"pictures have 3 channels, this model reads {model.input_spec.channels}; it has no processor")
-    if model.text == "bypass":
+        raise ValueError(f"images have 3 channels, this model reads {model.input_spec.channels}; it has no processor")
+    if not model.route.words_pass:
         raise ValueError(
             "a model with text='bypass' is not exported to this form, whose cache counts on every block reading every "
             "token; use NEO.save_pretrained, or `neo export ... --to program`"
         )
-    used: list[tuple[str, str, Any]] = [
-        ("rope", stack.hparams.rope, ROPE_VARIANTS[stack.hparams.rope].table) for stack in _stacks(model)
-    ]
-    used += [("attention", rule, MASK_RULES[rule]) for rule in sorted({r.rule for r in model.layer_rules})]
-    for kind, name, function in used:
-        if function.__module__.split(".")[0] != "neo_components":
+    for registry, name in _parts_of(model):
+        part = registry[name]
+        if part.__module__.split(".")[0] != "neo_components":
             raise ValueError(
-                f"{kind} {name!r} comes from {function.__module__}, which is no part of the library, so its code "
+                f"{registry.kind} {name!r} comes from {part.__module__}, which is no part of the library, so its code "
                 "cannot be taken along; use NEO.save_pretrained, and load it where that module is imported"
             )
 
 
-def _stacks(model: NEO) -> tuple[Any, ...]:
-    return model.pre_buffer, model.post_llm
+def _parts_of(model: NEO) -> Iterator[tuple[Registry, str]]:
+    """Every part that a model has by name, with its registry."""
+    for stack in (model.pre_buffer, model.post_llm):
+        for registry, argument in ((ROPES, "rope"), (MASKS, "attention"), (EXPERTS, "experts")):
+            yield registry, split(stack.hparams[argument])[0]
+    yield PATCH_EMBEDDINGS, PATCH_EMBEDDINGS.name_of(type(model.patch_embedding))
+    for bridge in (model.bridge_in, model.bridge_out):
+        if bridge is not None:
+            yield BRIDGES, BRIDGES.name_of(type(bridge))
 
 
 def _check_code(folder: Path, state: dict[str, Any]) -> None:

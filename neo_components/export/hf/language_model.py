@@ -18,17 +18,17 @@ from torch import Tensor
 
 from neo_components.components.masks import dense_mask
 from neo_components.components.post_llm import PostLLM
-from neo_components.components.primitive import rotary_of
+from neo_components.components.rotary import rotary_of
 from neo_components.export.hf.text import chat_template, write_text_side
 from neo_components.llms import Family, family_of
 from neo_components.llms.layout import to_stored
 from neo_components.registry import LLM_FAMILIES
 from neo_components.storage.weights import save_folder
-from neo_components.types import NO_IMAGE
+from neo_components.types import NO_IMAGE, DocumentTokens, kinds_of
 
 NEO_ONLY = {
-    "rope", "base_h", "base_w", "attention", "image_token_id", "image_start_id", "image_end_id", "source", "backend",
-    "init_std",
+    "rope", "base_h", "base_w", "attention", "experts", "image_token_id", "image_start_id", "image_end_id", "source",
+    "backend", "init_std",
 }  # fmt: skip
 """Arguments of a post-LLM that say nothing of its T path."""
 
@@ -54,6 +54,10 @@ def write_language_model(llm: PostLLM, tokenizer: Any, folder: str | Path, licen
     config, family = language_model_config(llm)
     _check_text(llm)
     template = chat_template(tokenizer, pictures=False)
+    if llm.expert_modules():
+        raise ValueError(
+            "an ordinary language model has no experts for visual tokens; export the whole model (--to hf)"
+        )
     new = {id(parameter) for part in llm.hw_modules() for parameter in part.parameters()}
     names = [name for name, parameter in llm.named_parameters() if id(parameter) not in new]
     whole, sizes = llm.state_dict(), dict(llm.hparams)
@@ -120,26 +124,26 @@ def _plain(value: Any) -> str:
 
 
 def _check_text(llm: PostLLM) -> None:
-    """Refuses masks that do not read text causally, and RoPE that turns the T channels of text by other angles.
+    """Refuses masks that do not read text causally, and RoPE that rotates the T channels of text by other angles.
 
     Raises:
         ValueError: naming it.
     """
     none = torch.full((1, SEEN), NO_IMAGE)
     documents = torch.zeros_like(none)
-    positions = llm.rotary.index_rule(none[0], [])[None]
+    positions = llm.rotary.variant.positions(DocumentTokens(none[0], kinds_of(none[0]), []))[None]
     plain = torch.arange(SEEN)[None, :, None].expand(1, SEEN, 3)
-    for layer in llm.layers:
-        rule, window = layer.layer_rule  # type: ignore[misc]
+    for layer in llm.blocks:
+        rule, window = layer.layer_rule
         seen, usually = (dense_mask(documents, none, name, window) for name in (rule, "causal"))
         if not torch.equal(seen, usually):
             raise ValueError(f"attention {rule!r} does not read text causally, as a language model does")
-        own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})  # type: ignore[arg-type]
+        own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})
         half = llm.hparams.head_width // 2
         for turned, expected in zip(own(positions), usual(plain), strict=True):
             if not torch.equal(turned[..., :half], expected[..., :half]):
                 raise ValueError(
-                    f"rope {llm.hparams.rope!r} turns the T channels of text by other angles than a language model's"
+                    f"rope {llm.hparams.rope!r} rotates the T channels of text by other angles than a language model's"
                 )
 
 
@@ -184,7 +188,7 @@ def _check_names(config: dict[str, Any], family: Family, state: dict[str, Tensor
 
 def hw_is_silent(llm: PostLLM) -> bool:
     """Whether the H/W keys are all zero, so that nothing is lost between words."""
-    return all(not bool(layer.self_attn.k_proj_hw.weight.any()) for layer in llm.layers)  # type: ignore[operator, union-attr]
+    return all(not bool(block.self_attn.k_proj_hw.weight.any()) for block in llm.blocks)
 
 
 def what_is_lost(llm: PostLLM) -> list[str]:

@@ -10,22 +10,18 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from neo_components.components.bridge import Bridge
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.bridge import bridge_from
+from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.rotary import Rotary
-from neo_components.data.packing import patch_places
+from neo_components.data.packing import patch_grid
 from neo_components.export.hf.caching import cached_attention
 from neo_components.export.hf.configuration_neo import NEOConfig
 from neo_components.export.hf.rows import Rows
 from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, Batch
 
-KINDS = {
-    "patch_embedding": PatchEmbedding, "pre_buffer": PreBuffer, "post_llm": PostLLM, "bridge_in": Bridge,
-    "bridge_out": Bridge,
-}  # fmt: skip
 BACKENDS = {"sdpa": "sdpa", "eager": "eager", "flex_attention": "flex"}
 """``attn_implementation`` of transformers -> the attention backend for prompts."""
 
@@ -56,8 +52,13 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NEOConfig) -> None:
         super().__init__(config)
-        parts = {name: None if own is None else KINDS[name](**own) for name, own in config.parts.items()}
-        self.model = NEO(**parts)  # type: ignore[arg-type]
+        self.model = NEO(
+            embedding_from(config.patch_embedding or {}),
+            PreBuffer(**(config.pre_buffer or {})),
+            PostLLM(**(config.post_llm or {})),
+            bridge_from(config.bridge_in),
+            bridge_from(config.bridge_out),
+        )
         self.by_length = any(isinstance(part, Rotary) and part.looks_at_length for part in self.modules())
         self.post_init()
 
@@ -172,7 +173,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
     def _batch(self, input_ids: Tensor, rows: Rows, pixel_values: Tensor | None, image_grid_hw: Tensor | None) -> Batch:
         """The new tokens as the model's own input."""
         length, device, spec = input_ids.shape[1], input_ids.device, self.model.input_spec
-        places = patch_places([] if image_grid_hw is None else image_grid_hw.tolist(), spec.fold).to(device)
+        places = patch_grid([] if image_grid_hw is None else image_grid_hw.tolist(), spec.fold).to(device)
         if pixel_values is None:
             pixel_values = torch.zeros(0, spec.channels * spec.patch_size**2, device=device)
         if len(places) != len(pixel_values):
@@ -185,10 +186,12 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             positions=rows.positions(length),
             document_ids=rows.document_ids[:, -length:],
             image_ids=rows.image_ids[:, -length:],
+            token_kinds=rows.token_kinds[:, -length:],
             labels=torch.full_like(input_ids, IGNORED),
             loss_weights=torch.zeros(input_ids.shape, device=device),
             patches=pixel_values,
             patch_positions=places,
+            image_grids=torch.zeros(0, 2, dtype=torch.int64, device=device) if image_grid_hw is None else image_grid_hw,
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from neo_components.data.packing import number_visual_tokens
-from neo_components.types import NO_IMAGE, PADDING, InputSpec
+from neo_components.data.packing import lay_out
+from neo_components.types import NO_IMAGE, PADDING, DocumentTokens, ImageGrid, InputSpec, TokenKind
 
 AHEAD = 128
 """Positions of text that are computed ahead, so that the rule does not run for every new token."""
@@ -28,12 +28,14 @@ class Rows:
         spec: of the model.
         document_ids: [B, S] int64, 0 or ``-1`` for padding.
         image_ids: [B, S] int64, counted in each row.
+        token_kinds: [B, S] int64.
         grids: (rows, columns) of visual tokens of each image of each row.
     """
 
     spec: InputSpec
     document_ids: Tensor
     image_ids: Tensor
+    token_kinds: Tensor
     grids: list[list[tuple[int, int]]]
     _known: Tensor | None = field(default=None, repr=False)
 
@@ -41,7 +43,7 @@ class Rows:
     def none(spec: InputSpec, count: int) -> Rows:
         """``count`` rows without a token yet."""
         empty = torch.zeros(count, 0, dtype=torch.int64)
-        return Rows(spec, empty, empty, [[] for _ in range(count)])
+        return Rows(spec, empty, empty, empty, [[] for _ in range(count)])
 
     def cut(self, length: int) -> Rows:
         """Only the first tokens: a cache may have been cropped."""
@@ -51,7 +53,8 @@ class Rows:
             return self
         images = self.image_ids[:, :length]
         left = [grids[: int(row.max()) + 1] for grids, row in zip(self.grids, images, strict=True)] if length else []
-        return Rows(self.spec, self.document_ids[:, :length], images, left or [[] for _ in self.grids])
+        kinds = self.token_kinds[:, :length]
+        return Rows(self.spec, self.document_ids[:, :length], images, kinds, left or [[] for _ in self.grids])
 
     def extend(self, token_ids: Tensor, attention_mask: Tensor | None, sizes: Sequence[tuple[int, int]]) -> Rows:
         """The rows with further tokens.
@@ -71,11 +74,14 @@ class Rows:
         document_ids = self._documents(token_ids, attention_mask)
         decoding = known > 0 and length == 1 and not sizes
         # A single new token is text, as in NEO.generate; to look at it would wait for the device.
-        new, grids = (None, self.grids) if decoding else self._images(token_ids, document_ids[:, known:], sizes)
-        if new is None:
-            new = torch.full_like(token_ids, NO_IMAGE)
+        if decoding:
+            new, kinds = torch.full_like(token_ids, NO_IMAGE), torch.full_like(token_ids, TokenKind.TEXT)
+            grids = self.grids
+        else:
+            new, kinds, grids = self._images(token_ids, document_ids[:, known:], sizes)
         image_ids = torch.cat([self.image_ids.to(new.device), new], dim=1)
-        rows = Rows(self.spec, document_ids, image_ids, grids)
+        kinds = torch.cat([self.token_kinds.to(kinds.device), kinds], dim=1)
+        rows = Rows(self.spec, document_ids, image_ids, kinds, grids)
         rows._known = self._known if decoding else None
         return rows
 
@@ -94,23 +100,25 @@ class Rows:
 
     def _images(
         self, token_ids: Tensor, document_ids: Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-        """Image ids of the new tokens, and all grids with those of the new images."""
+    ) -> tuple[Tensor, Tensor, list[list[tuple[int, int]]]]:
+        """Image ids and kinds of the new tokens, and all grids with those of the new images."""
         ids, real = token_ids.cpu(), document_ids.cpu() != PADDING
         self._check_ids(ids[real])
-        image_ids, grids, left = torch.full_like(ids, NO_IMAGE), [], list(sizes)
+        image_ids, kinds = torch.full_like(ids, NO_IMAGE), torch.full_like(ids, TokenKind.TEXT)
+        grids, left = [], list(sizes)
         for row, before in enumerate(self.grids):
             wanted = int((ids[row][real[row]] == self.spec.image_token_id).sum())
             own: list[tuple[int, int]] = []
-            while left and sum(r * c for r, c in own) < wanted:
+            while left and sum(len(self.spec.image_layout(*size)) for size in own) < wanted:
                 own.append(left.pop(0))
             if row + 1 == len(self.grids):
                 own += left  # too many images: the count below says so
-            counts = [r * c for r, c in own]
-            numbers = number_visual_tokens(ids[row][real[row]], self.spec.image_token_id, counts, f"row {row}")
+            document = lay_out(ids[row][real[row]], [ImageGrid(*size) for size in own], self.spec, f"row {row}")
+            numbers = document.image_ids
             image_ids[row, real[row]] = torch.where(numbers == NO_IMAGE, NO_IMAGE, numbers + len(before))
+            kinds[row, real[row]] = document.kinds
             grids.append([*before, *own])
-        return image_ids.to(token_ids.device), grids
+        return image_ids.to(token_ids.device), kinds.to(token_ids.device), grids
 
     def _check_ids(self, ids: Tensor) -> None:
         known = (ids >= 0) & (ids < self.spec.vocab_size) | torch.isin(
@@ -138,11 +146,17 @@ class Rows:
 
     def _all_positions(self, ahead: int) -> Tensor:
         """[B, S + ahead, 3], as if text followed."""
-        images, real = self.image_ids.cpu(), self.document_ids.cpu() != PADDING
-        text = torch.full((ahead,), NO_IMAGE)
+        images, kinds = self.image_ids.cpu(), self.token_kinds.cpu()
+        real = self.document_ids.cpu() != PADDING
+        none, text = torch.full((ahead,), NO_IMAGE), torch.full((ahead,), TokenKind.TEXT, dtype=torch.int64)
         placed = []
         for row, grids in enumerate(self.grids):
-            positions = self.spec.index_rule(torch.cat([images[row][real[row]], text]), grids)
+            longer = DocumentTokens(
+                torch.cat([images[row][real[row]], none]),
+                torch.cat([kinds[row][real[row]], text]),
+                [ImageGrid(*size) for size in grids],
+            )
+            positions = self.spec.index_rule(longer)
             whole = positions.new_zeros(images.shape[1] + ahead, 3)
             whole[torch.cat([real[row], torch.ones(ahead, dtype=torch.bool)])] = positions
             placed.append(whole)

@@ -9,7 +9,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from neo_components.components.patch_embedding import PatchEmbedding
+from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.data.module import NEODataModule
@@ -22,8 +22,8 @@ def language_model_alone(llm: PostLLM) -> NEO:
     """A NEO with an empty pre-Buffer around a language model, for text only."""
     h = llm.hparams
     empty = PreBuffer(
-        0, h.hidden_size, h.num_heads, h.num_kv_heads, h.head_width, h.feed_forward_size, rope=h.rope,
-        attention=h.attention, backend=llm.backend,
+        0, hidden_size=h.hidden_size, num_heads=h.num_heads, num_kv_heads=h.num_kv_heads, head_width=h.head_width,
+        feed_forward_size=h.feed_forward_size, rope=h.rope, attention=h.attention, backend=llm.backend,
     )  # fmt: skip
     weight = llm.word_embedding.weight
     unused = PatchEmbedding(h.hidden_size, width=4)

@@ -1,4 +1,4 @@
-"""The patch embedding layer: pixels become visual tokens by two matrix products over the patches of all images.
+"""NEO's patch embedding layer: pixels become visual tokens by two matrix products over the patches of all images.
 
 Source: NEO paper equation 1, ``x_v = Conv2(GELU(Conv1(I)) + PE)``. A convolution whose stride equals its kernel is a
 matrix product over cut-out patches, so images of any number and size need neither a loop nor padding.
@@ -6,16 +6,21 @@ matrix product over cut-out patches, so images of any number and size need neith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neo_components.components.component import Component
+from neo_components.components.image_embedding import ImageEmbedding, Product
+from neo_components.errors import ArgumentError, one_of
+from neo_components.registry import PATCH_EMBEDDINGS
 
 POSITIONS = ("rotary", "sincos", "none")
 
 
-class PatchEmbedding(Component):
+@PATCH_EMBEDDINGS.register("neo")
+class PatchEmbedding(ImageEmbedding):
     """Patches to visual tokens.
 
     Args:
@@ -24,14 +29,14 @@ class PatchEmbedding(Component):
         patch_size: side of a patch in pixels.
         fold: patches per side of a visual token.
         channels: image channels, C.
-        position: ``rotary`` turns the features by column and row (released NEO weights), ``sincos`` adds a fixed
+        position: ``rotary`` rotates the features by column and row (released NEO weights), ``sincos`` adds a fixed
             table (the paper), ``none`` leaves them.
         base: base of the position frequencies.
 
     Weights start as normal(0, 1/sqrt(fan in)) (unit gain).
 
     Raises:
-        ValueError: if ``position`` is unknown or ``width`` is no multiple of 4.
+        ArgumentError: (a ``ValueError``) if ``position`` is unknown or ``width`` is no multiple of 4.
     """
 
     def __init__(
@@ -45,11 +50,11 @@ class PatchEmbedding(Component):
         base: float = 1e4,
     ) -> None:
         super().__init__()
-        if position not in POSITIONS:
-            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        one_of("position", position, POSITIONS)
         if width % 4:
-            raise ValueError(f"width must be a multiple of 4, half for columns and half for rows, got {width}")
+            raise ArgumentError("width", f"must be a multiple of 4, half for columns and half for rows, got {width}")
         self.save_hyperparameters()
+        self.patch_size, self.fold, self.channels = patch_size, fold, channels
         self.patch_proj = nn.Linear(channels * patch_size**2, width)
         self.token_proj = nn.Linear(fold**2 * width, hidden_size)
         self.group = fold**2
@@ -58,13 +63,14 @@ class PatchEmbedding(Component):
             nn.init.normal_(projection.weight, 0.0, projection.in_features**-0.5)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, patches: Tensor, patch_positions: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, patch_positions: Tensor, image_grids: Tensor | None = None) -> Tensor:
         """Embeds patches.
 
         Args:
-            patches: [P, C * patch_size**2], normalised pixels as (channel, y, x); the ``fold**2`` patches of a visual
-                token, row by row, are neighbours (``patchify`` and ``pack`` order them so).
+            patches: [P, C * patch_size**2], normalized pixels as (channel, y, x); the ``fold**2`` patches of a visual
+                token, row by row, are neighbors (``patchify`` and ``pack`` order them so).
             patch_positions: [P, 2] row and column of each patch in its image.
+            image_grids: not needed.
 
         Returns:
             [P / fold**2, D].
@@ -72,16 +78,21 @@ class PatchEmbedding(Component):
         features = F.gelu(self.patch_proj(patches.to(self.patch_proj.weight.dtype)))
         if self.position != "none":
             angle = self._angles(patch_positions)
-            features = (_turn(features, angle) if self.position == "rotary" else features + _table(angle)).to(
+            features = (_rotated(features, angle) if self.position == "rotary" else features + _table(angle)).to(
                 features.dtype
             )
         return self.token_proj(features.reshape(-1, self.group * features.shape[-1]))
+
+    def products(self, image_grids: Tensor) -> Sequence[Product]:
+        """The two projections, over patches and over visual tokens."""
+        patches = int(image_grids.prod(-1).sum())
+        return [Product.of(patches, self.patch_proj), Product.of(patches // self.group, self.token_proj)]
 
     @torch.no_grad()
     def whiten(self, patches: Tensor, ridge: float = 1e-3) -> None:
         """Starts a new layer on decorrelated pixels, so that edges count as much as brightness from the first step.
 
-        Neighbouring pixels are nearly equal, so a patch's mean outweighs all that distinguishes it. The first
+        Neighboring pixels are nearly equal, so a patch's mean outweighs all that distinguishes it. The first
         projection is multiplied by the inverse square root of the pixels' covariance, the mean is taken off by its
         bias, and its output is scaled to unit variance.
 
@@ -117,13 +128,13 @@ class PatchEmbedding(Component):
         return torch.cat([column[:, None] * frequency, row[:, None] * frequency], dim=-1)
 
 
-def _turn(features: Tensor, angle: Tensor) -> Tensor:
-    """Rotates neighbouring channels of [P, width] by [P, width/2]."""
+def _rotated(features: Tensor, angle: Tensor) -> Tensor:
+    """Rotates neighboring channels of [P, width] by [P, width/2]."""
     even, odd = features[..., 0::2], features[..., 1::2]
     cosine, sine = angle.cos(), angle.sin()
     return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
 
 
 def _table(angle: Tensor) -> Tensor:
-    """The sinusoidal table of [P, width/2] angles: sine and cosine of neighbouring channels, [P, width]."""
+    """The sinusoidal table of [P, width/2] angles: sine and cosine of neighboring channels, [P, width]."""
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)

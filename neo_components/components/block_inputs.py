@@ -1,0 +1,39 @@
+"""What a block reads beside the hidden states: the same for all blocks that rotate and attend alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from neo_components.types import NO_IMAGE
+
+
+class Attend(Protocol):
+    """An attention backend prepared for one batch."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [B, L, N, 2E], k [B, L, K, 2E], v [B, L, K, E], scale of the scores -> [B, L, N, E]."""
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What :class:`~neo_components.components.primitive.NativePrimitive` reads beside x.
+
+    Args:
+        rotary: cosines and sines, [B, L, 1, E] each, from :class:`~neo_components.components.rotary.Rotary`.
+        attend: attention backend of this batch, or one layer of a cache.
+        image_ids: [B, L] int64; number of the image that a token belongs to, ``-1`` for words and boundary tokens.
+        token_kinds: [B, L] int64, of :class:`~neo_components.types.TokenKind`.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    attend: Attend
+    image_ids: Tensor
+    token_kinds: Tensor
+
+    @property
+    def visual(self) -> Tensor:
+        """[B, L] bool: whether the patch embedding made a token."""
+        return self.image_ids != NO_IMAGE

@@ -1,0 +1,91 @@
+"""What a patch embedding has to offer: the protocol between pixels and the blocks.
+
+``data`` cuts an image into square patches; a patch embedding makes tokens of them, one for each visual token and for
+whatever it adds (a class token, row ends, queries). It is registered in ``PATCH_EMBEDDINGS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from neo_components.components.component import Component
+from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
+from neo_components.types import ImageLayout, plain_layout
+
+
+class Product(NamedTuple):
+    """One matrix product of a forward pass, for estimates of FLOPs.
+
+    Args:
+        rows: vectors that pass it.
+        inputs: width of each.
+        outputs: width of what comes out.
+        trained: whether its weight takes a gradient.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    trained: bool
+
+    @classmethod
+    def of(cls, rows: int, layer: nn.Linear) -> Product:
+        """``rows`` vectors through a linear layer."""
+        return cls(rows, layer.in_features, layer.out_features, layer.weight.requires_grad)
+
+
+class ImageEmbedding(Component):
+    """Base of all patch embeddings.
+
+    A subclass takes ``hidden_size`` (D of the pre-Buffer) and its own options, keeps them by
+    ``save_hyperparameters()``, and sets these attributes:
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        fold: patches per side of a visual token.
+        channels: image channels, C.
+        image_layout: which tokens stand for an image of (rows, columns) visual tokens. A function of a module or an
+            instance of a small class, as it goes to other processes with :class:`~neo_components.types.InputSpec`.
+    """
+
+    patch_size: int
+    fold: int = 1
+    channels: int = 3
+    image_layout: ImageLayout = staticmethod(plain_layout)
+
+    def forward(self, patches: Tensor, patch_positions: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        """The tokens of all images, one image behind the other, each in the order of its layout.
+
+        Args:
+            patches: [P, C * patch_size**2], normalized pixels as (channel, y, x); the ``fold**2`` patches of a visual
+                token, row by row, are neighbors.
+            patch_positions: [P, 2] row and column of each patch in its image.
+            image_grids: [I, 2] rows and columns of patches of each image; ``None``: one layer that does not need them.
+
+        Returns:
+            [tokens, D].
+        """
+        raise NotImplementedError
+
+    def products(self, image_grids: Tensor) -> Sequence[Product]:
+        """The matrix products of a forward pass over images of ``image_grids`` [I, 2], in order.
+
+        By default every linear layer is counted once for each patch.
+        """
+        patches = int(image_grids.prod(-1).sum())
+        return [Product.of(patches, layer) for layer in self.modules() if isinstance(layer, nn.Linear)]
+
+
+def embedding_config(embedding: ImageEmbedding) -> dict[str, Any]:
+    """A patch embedding's arguments as config.json holds them; NEO's own needs no ``kind``."""
+    name = PATCH_EMBEDDINGS.name_of(type(embedding))
+    return ({} if name == "neo" else {KIND: name}) | dict(embedding.hparams)
+
+
+def embedding_from(config: dict[str, Any]) -> ImageEmbedding:
+    """The inverse of :func:`embedding_config`."""
+    name, arguments = split({KIND: "neo"} | config)
+    return PATCH_EMBEDDINGS[name](**arguments)

@@ -1,0 +1,1 @@
+"""Patch embeddings, one to a file; each registers itself under the name that recipes use."""

@@ -1,0 +1,1 @@
+"""RoPE variants, one to a file; each registers itself under the name that recipes use."""

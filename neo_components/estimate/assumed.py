@@ -1,0 +1,85 @@
+"""Packed sequences of assumed documents, to estimate what a step costs before there is data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from neo_components.model.neo import NEO
+from neo_components.types import IGNORED, NO_IMAGE, Batch, TokenKind
+
+
+@dataclass(frozen=True)
+class Document:
+    """What every document of a sequence is taken to be: one image between its two boundary tokens, then text.
+
+    Args:
+        visual: visual tokens of its image, in one row; 0: no image.
+        text: other tokens, without the two around the image.
+        targets: share of the text that are targets, the last tokens.
+    """
+
+    visual: int
+    text: int
+    targets: float = 0.5
+
+    @property
+    def length(self) -> int:
+        """Tokens of the document."""
+        return self.visual + 2 * bool(self.visual) + self.text
+
+
+def assumed_batch(model: NEO, document: Document, count: int, seq_len: int) -> Batch:
+    """Packed sequences full of equal documents, the last one of each cut to text of what is left.
+
+    Args:
+        model: whose patches they are; on any device.
+        document: what each document is.
+        count: B.
+        seq_len: L.
+
+    Returns:
+        A batch whose patches lie on the meta device: shapes without values.
+
+    Raises:
+        ValueError: if a document is longer than a sequence or empty.
+    """
+    if not 1 <= document.length <= seq_len:
+        raise ValueError(
+            f"a document of {document.visual} visual and {document.text} other tokens does not fit a packed "
+            f"sequence of {seq_len}; give fewer, or a longer data.seq_len"
+        )
+    documents, left = divmod(seq_len, document.length)
+    spec, frame = model.input_spec, bool(document.visual)
+    targets = round(document.targets * document.text)
+    words = document.text - targets
+    one: dict[str, list[Any]] = {
+        "token_ids": [spec.image_start_id] * frame + [spec.image_token_id] * document.visual
+        + [spec.image_end_id] * frame + [0] * document.text,
+        "image_ids": [NO_IMAGE] * frame + [0] * document.visual + [NO_IMAGE] * (frame + document.text),
+        "token_kinds": [TokenKind.BOUNDARY] * frame + [TokenKind.VISUAL] * document.visual
+        + [TokenKind.BOUNDARY] * frame + [TokenKind.TEXT] * document.text,
+        "labels": [IGNORED] * (document.length - document.text + words) + [0] * targets,
+    }  # fmt: skip
+    rest = {"token_ids": 0, "image_ids": NO_IMAGE, "token_kinds": TokenKind.TEXT, "labels": IGNORED}
+    columns: dict[str, Any] = {
+        name: torch.tensor([*(values * documents), *([rest[name]] * left)])[None].repeat(count, 1)
+        for name, values in one.items()
+    }
+    number = torch.arange(documents).repeat_interleave(document.length)
+    number = torch.cat([number, torch.full((left,), documents)])[None].repeat(count, 1)
+    columns["image_ids"] = torch.where(columns["image_ids"] == NO_IMAGE, NO_IMAGE, number)
+    images = count * documents if frame else 0
+    patches = images * document.visual * spec.fold**2
+    return Batch(
+        **columns,
+        positions=torch.zeros(count, seq_len, 3, dtype=torch.int64),
+        document_ids=number,
+        loss_weights=(columns["labels"] != IGNORED).float(),
+        patches=torch.empty(patches, spec.channels * spec.patch_size**2, device="meta"),
+        patch_positions=torch.empty(patches, 2, dtype=torch.int64, device="meta"),
+        image_grids=torch.tensor([[spec.fold, document.visual * spec.fold]] * images, dtype=torch.int64).view(-1, 2),
+        keys=[[] for _ in range(count)],
+    )

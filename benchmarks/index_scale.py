@@ -3,7 +3,7 @@
     python benchmarks/index_scale.py [--samples 100_000 300_000 1_000_000] [--per-shard 10_000]
 
 Each sample has a conversation and one image. Every process of a run opens the folder once; workers share its arrays.
-Both grow in proportion, so the last line reports what the 345 million samples of NEO's pre-training (arXiv
+Both grow in proportion, so the last columns report what the 345 million samples of NEO's pre-training (arXiv
 2510.14979, Table 2) would take in one folder.
 """
 

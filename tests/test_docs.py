@@ -174,7 +174,7 @@ def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
 def test_the_commands_of_the_data_page_in_their_order(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data, recipe and commands of the page: converted, looked at, trained on, gone on."""
+    """Data, recipe and commands of the page: converted, inspected, trained on, resumed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llm").symlink_to(world / "llm")
     (tmp_path / "images").mkdir()

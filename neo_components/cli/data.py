@@ -25,7 +25,7 @@ IMPORT = "--import"
 
 
 class ConverterGroup(TyperGroup):
-    """The commands of this module and one for each registered converter."""
+    """The commands of this module, and one for each registered converter."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Imports the modules that ``--import`` names first, wherever it stands: they may register the command."""

@@ -38,10 +38,10 @@ FAULTS = [
     ("recipes copy quickstart/pretrain {w}/run.yaml", r"{w}/run\.yaml exists already; remove it or .*"),
     ("inspect {t}/none.yaml", r"'{t}/none\.yaml' is no file, and no recipe that ships has that name.*"),
     # data
-    ("data llava {t}/none.json -o {t}/a", r"no such file: {t}/none\.json"),
+    ("data llava {t}/none.json -o {t}/a", r"conversations: no such file or folder: {t}/none\.json"),
     ("data llava {t}/talk.json -o {t}/a", r"{t}/talk\.json holds no usable record \(missing_image: 1\); .*"),
     ("data llava {t}/talk.json -o {w}/shards --images {w}", r"{w}/shards is not empty; .*"),
-    ("data llava {t}/talk.json -o {t}/a --images {t}/none", r"no such image folder: {t}/none"),
+    ("data llava {t}/talk.json -o {t}/a --images {t}/none", r"images: no such file or folder: {t}/none"),
     # train
     ("train {w}/run.yaml output={t}/a --resume last", r"no checkpoint {t}/a/checkpoints/last\.ckpt to resume from; .*"),
     ("train {w}/run.yaml output={t}/a --resume {w}/red.png",

@@ -177,18 +177,18 @@ def test_the_commands_of_the_data_page_in_their_order(
     """Data, recipe and commands of the page: converted, looked at, trained on, gone on."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llm").symlink_to(world / "llm")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name, color in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
-        (tmp_path / "pictures" / f"{name}.png").write_bytes(png(64, 96, color))
+        (tmp_path / "images" / f"{name}.png").write_bytes(png(64, 96, color))
     (tmp_path / "captions.csv").write_text("file_name,caption\nred.png,A red square.\nblue.png,A blue square.\n")
     records = [{"image": f"{n}.png", "conversations": turns("<image>What is it?")} for n in ("red", "blue", "gone")]
-    (tmp_path / "talk.json").write_text(json.dumps(records))
+    (tmp_path / "conversations.json").write_text(json.dumps(records))
     (tmp_path / "texts.jsonl").write_text('{"text": "Red is a color."}\n')
     [recipe] = blocks("docs/own_data.md", "yaml")
     (tmp_path / "my_run.yaml").write_text(recipe)
     outputs = [good(*shlex.split(line)[1:]) for line in bash_lines("docs/own_data.md")]
-    assert outputs[1] == "read 3, written 2, skipped (missing_image) 1: shards/talk\n"
-    assert "read 3, written 2, skipped (missing_image) 1: shards/talk" in inline("docs/own_data.md")
+    assert outputs[1] == "read 3, written 2, skipped (missing_image) 1: shards/conversations\n"
+    assert "read 3, written 2, skipped (missing_image) 1: shards/conversations" in inline("docs/own_data.md")
     assert (tmp_path / "inspection" / "samples.png").is_file()
     assert outputs[4].startswith("usable 2 of 2, ")
     assert all("model: outputs/mine/neo" in output for output in outputs[5:])

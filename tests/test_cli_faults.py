@@ -108,7 +108,7 @@ def test_faults_of_a_recipe_come_together(world: Path) -> None:
         first, *faults = done.err.splitlines()
         assert first == "error: 5 faults in the recipe:"
         keys = sorted(fault.split(": ")[1] for fault in faults)
-        assert keys == ["model.pre_bufer", "model.rope.kind", "seed", "stage.steps", "stage.train.0"]
+        assert keys == ["model.pre_bufer", "model.rope", "seed", "stage.steps", "stage.train.0"]
         assert all(fault.startswith("  override '") for fault in faults)
 
 

@@ -29,8 +29,9 @@ FAULTS = [
     ("export {w}/llm -o {t}/a", r"{w}/llm is no NEO checkpoint .*"),
     ("export {w}/neo -o {t}/a --anchors 0", r"anchors must be positive, got 0; .*"),
     ("attach {w}/llm {w}/other -o {t}/a", r"{w}/llm holds no pre-Buffer but 'qwen3'"),
-    ("attach {t}/asset {w}/other -o {t}/a --bridge identity", r"bridge_in must map width 48 to 32 .*"),
-    ("attach {t}/asset {w}/other -o {t}/a --bridge x", r"bridge must be one of auto, identity, .* got 'x'"),
+    ("attach {t}/asset {w}/other -o {t}/a --bridge identity",
+     r"bridge 'identity' needs equal widths, got 48 and 32; .*"),
+    ("attach {t}/asset {w}/other -o {t}/a --bridge x", r"bridge 'x' is unknown; registered: identity, .*"),
     ("attach {t}/asset {w}/neo -o {t}/a", r"model_type 'neo' is unknown; registered: gemma3, .*"),
     ("convert {w}/neo -o {t}/a --layout x", r"layout must be 'neo_components' or 'released', got 'x'"),
     # recipes
@@ -107,7 +108,7 @@ def test_faults_of_a_recipe_come_together(world: Path) -> None:
         first, *faults = done.err.splitlines()
         assert first == "error: 5 faults in the recipe:"
         keys = sorted(fault.split(": ")[1] for fault in faults)
-        assert keys == ["model.pre_bufer", "model.rope.kind", "seed", "stage.steps", "stage.train.0"]
+        assert keys == ["model.pre_bufer", "model.rope", "seed", "stage.steps", "stage.train.0"]
         assert all(fault.startswith("  override '") for fault in faults)
 
 

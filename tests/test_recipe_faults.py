@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from recipe_texts import ASSET, MODEL, PRETRAINED, RUN, faults, written
 
 from neo_components import load_recipe
+from neo_components.errors import ArgumentError, ArgumentErrors
 from neo_components.recipe import (
     RecipeError,
     validate_recipe,
@@ -234,3 +236,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     [fault] = validate_recipe(path)
     assert fault.text.startswith("no valid YAML: 'utf-8'")
+
+
+def test_errors_of_arguments_pass_between_processes() -> None:
+    """As a data worker hands them over: the argument, those beside it and the message stay."""
+    one = ArgumentError("num_kv_heads", "must divide num_heads, got 3 and 4", "num_heads")
+    several = pickle.loads(pickle.dumps(ArgumentErrors([one, ArgumentError("depth", "must be 0 or more, got -1")])))
+    assert [(e.argument, e.others) for e in several.errors] == [("num_kv_heads", ("num_heads",)), ("depth", ())]
+    assert str(several) == "num_kv_heads must divide num_heads, got 3 and 4; depth must be 0 or more, got -1"

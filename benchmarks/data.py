@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_setting import TOKENIZER, ours
 from loader_memory import print_memory
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from neo_components.data import NEODataModule, Source, load_tokenizer, smart_resize, write_shards
+from neo_components.data import NEODataModule, load_tokenizer, smart_resize, write_shards
 from neo_components.data import packed as packed_module
 from neo_components.data import samples as samples_module
 from neo_components.data.image.decoding import decode
@@ -39,10 +40,7 @@ from neo_components.data.image.files import open_image
 from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
 from neo_components.data.packing import patchify
 from neo_components.data.shards.folder import ShardFolder
-from neo_components.data.text.conversation import image_token_ids
-from neo_components.types import InputSpec
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "conversation" / "tokenizer"
 SAMPLES = 96
 BATCH = 8
 """Samples of a batch of the plain loader; ours are packed sequences of as many tokens as eight samples have."""
@@ -102,23 +100,6 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "ids": pad([sample["ids"] for sample in samples], batch_first=True),
         "labels": pad([sample["labels"] for sample in samples], batch_first=True, padding_value=-100),
     }
-
-
-def positions(image_ids: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
-    """Positions as the native RoPE counts them, T alone: their cost is that of the real ones."""
-    found = torch.zeros(len(image_ids), 3, dtype=torch.int64)
-    found[:, 0] = torch.arange(len(image_ids))
-    return found
-
-
-def ours(shards: Path, side: int, seq_len: int, workers: int = 0, **options: Any) -> NEODataModule:
-    data = NEODataModule(
-        str(TOKENIZER), [Source(str(shards))], seq_len=seq_len, min_pixels=side**2, max_pixels=side**2,
-        workers=workers, **options,
-    )  # fmt: skip
-    tokenizer = data.tokenizer
-    data.input_spec = InputSpec(*image_token_ids(tokenizer), len(tokenizer), 16, 2, 3, positions)
-    return data
 
 
 def check_equal(plain: PlainDataset, data: NEODataModule) -> None:

@@ -60,7 +60,7 @@ def measure(side: int, shards: Path, seq_len: int, workers: int) -> dict[str, fl
     import multiprocessing
 
     import torch
-    from data import ours
+    from data_setting import ours
 
     torch.set_num_threads(1)
     loader = iter(ours(shards, side, seq_len, workers).train_dataloader())

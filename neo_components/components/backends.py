@@ -1,4 +1,4 @@
-"""How attention is computed: per-document SDPA, FlexAttention, an eager version that keeps its weights, and the cache.
+"""Attention backends: per-document SDPA, FlexAttention, an eager one that keeps attention weights, and the KV cache.
 
 A backend is prepared once per batch from the document and image ids and then called by every layer. All agree with
 the mask rule of ``masks.py``; a padded token's output is unspecified (finite, never read).
@@ -60,14 +60,14 @@ def flex_attention() -> Any:
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention() -> Any:
-    """The same compiled, for blocks that are not."""
+    """FlexAttention compiled, for blocks that are not compiled."""
     return torch.compile(flex_attention(), dynamic=False)
 
 
 class FlexAttention:
     """FlexAttention with a BlockMask over the packed sequence; compiled on CUDA, eager (forward only) on CPU.
 
-    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
+    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is required on CPU.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class KVCache:
         document_ids: [1, L] one packed sequence of S prompts, without padding.
         image_ids: [1, L].
         rules: mask rule and window of each layer; tokens after the prompt are causal, under the same windows.
-        room: new tokens per document to make room for.
+        room: new tokens per document to reserve space for.
         token_kinds: [1, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
 
@@ -184,7 +184,7 @@ class _CachedLayer:
         self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
         used = int(lengths.max()) + 1
         position = torch.arange(used, device=lengths.device)
-        seen = position <= lengths[:, None]
+        attended = position <= lengths[:, None]
         if self.window is not None:
-            seen &= position > lengths[:, None] - self.window
-        return sdpa(q, self.k[:, :used], self.v[:, :used], seen[:, None, None], scale)
+            attended &= position > lengths[:, None] - self.window
+        return sdpa(q, self.k[:, :used], self.v[:, :used], attended[:, None, None], scale)

@@ -16,9 +16,9 @@ class Document:
     """What every document of a sequence is taken to be: one image between its two boundary tokens, then text.
 
     Args:
-        visual: visual tokens of its image, in one row; 0: no image.
+        visual: visual tokens of its image, side by side; 0: no image.
         text: other tokens, without the two around the image.
-        targets: share of the text that are targets, the last tokens.
+        targets: fraction of the text that are targets, the last tokens.
     """
 
     visual: int

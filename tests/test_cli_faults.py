@@ -19,7 +19,7 @@ FAULTS = [
     ("chat {w}/neo <image><image> --image {w}/red.png", r"2 <image> tags for 1 images; .*"),
     ("chat {t}/none hi", r"'{t}/none' is no folder; give a folder with config\.json or a hub id 'owner/name'"),
     ("chat {w}/shards hi", r"{w}/shards is no checkpoint: it has no config\.json"),
-    ("chat {w}/llm hi", r"{w}/llm is no NEO checkpoint \(config\.json says 'qwen3'\); .* PostLLM\.from_pretrained"),
+    ("chat {w}/llm hi", r"{w}/llm is no NEO checkpoint \(config\.json states 'qwen3'\); .* PostLLM\.from_pretrained"),
     ("chat {w}/neo hi --max-new-tokens 0", r"needs max_new_tokens >= 1, .* got 0, 1\.0 and 1\.0"),
     ("chat {t}/bare hi", r"no tokenizer at '{t}/bare'; give a folder that holds tokenizer\.json or a hub id \(.*\)"),
     # evaluate

@@ -1,7 +1,7 @@
 """Native attention: queries and keys carry T, H and W channels, each with its own norm and rotation.
 
-What language models differ in (biases, norm of the T channels, scale, how many T channels rotate) is a flat argument;
-the H and W channels are the same beside every one of them.
+Each property in which language models differ (biases, norm of the T channels, scale, how many T channels rotate) is a
+flat argument; the H and W channels are the same in all of them.
 
 Source: NEO paper section 3.1 and equation 2.
 """

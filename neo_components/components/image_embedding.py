@@ -21,9 +21,9 @@ class Product(NamedTuple):
     """One matrix product of a forward pass, for estimates of FLOPs.
 
     Attributes:
-        rows: vectors that pass it.
+        rows: number of input vectors (rows of the left matrix).
         inputs: width of each.
-        outputs: width of what comes out.
+        outputs: width of each output vector.
         trained: whether its weight takes a gradient.
     """
 

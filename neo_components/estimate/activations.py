@@ -74,7 +74,7 @@ def kept_activations(model: NEO, batch: Batch, setting: Setting) -> Activations:
 
     Args:
         model: its weights may lie on the meta device.
-        batch: packed sequences; the ids, labels and sizes of images are looked at, of the patches only how many there are.
+        batch: packed sequences; the ids, labels and sizes of images are read, of the patches only their number.
         setting: device and precision of the step.
     """
     trace = _Trace(model, batch, setting)

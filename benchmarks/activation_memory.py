@@ -130,7 +130,7 @@ def estimates(model: NEO, batch: Batch, case: Case) -> tuple[int, int]:
     setting, ids = setting_of(case), batch.to("cpu")
     activations = kept_activations(model, ids, setting)
     memory = step_memory(model, ids, setting, Plan(), activations)
-    always = sum(memory.kinds.get(kind, 0) for kind in ("weights", "optimiser states", "batch"))
+    always = sum(memory.kinds.get(kind, 0) for kind in ("weights", "optimizer states", "batch"))
     by_autograd = (
         activations.total(model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks) - activations.loss
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/reuse.py run --root outputs/reuse
     python benchmarks/reuse.py report --root outputs/reuse --figures docs/figures
-    python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/reuse.md
+    python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/results/reuse.md
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
 Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch

@@ -11,7 +11,7 @@ least of the repetitions; memory is the peak of the process during a step beyond
 (gradients and moments are part of it, weights are not); on CUDA, what torch allocated. Losses that differ end the
 program with an error.
 
-On CUDA the model FLOP utilisation is given too: what the step must compute (matrix products forward, the gradients of
+On CUDA the model FLOP utilization is given too: what the step must compute (matrix products forward, the gradients of
 what learns and of what lies between, the head at labelled tokens, attention as the mask has it; nothing that is
 computed twice) over its time and ``--peak-tflops``.
 """

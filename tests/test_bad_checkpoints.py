@@ -145,7 +145,7 @@ def test_one_kind_of_folder_is_not_read_as_another(tmp_path: Path) -> None:
     """The message says what the folder is and, where it can be read, by what."""
     folders = {name: make(tmp_path / name) for name, (make, _, _) in KINDS.items()}
     for folder, reader, message in (
-        ("llm", NEO, r"is no NEO checkpoint \(config.json says 'qwen3'\); .*load it by PostLLM.from_pretrained"),
+        ("llm", NEO, r"is no NEO checkpoint \(config.json states 'qwen3'\); .*load it by PostLLM.from_pretrained"),
         ("pre-buffer", NEO, r"is no NEO checkpoint .*'pre_buffer'.*load it by PreBuffer.from_pretrained and attach it"),
         ("own", PreBuffer, "holds no pre-Buffer but 'neo'"),
         ("llm", PreBuffer, "holds no pre-Buffer but 'qwen3'"),

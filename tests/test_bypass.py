@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> 
     parts = tiny_model()
     with pytest.raises(ValueError, match="text must be one of shared, bypass, got 'x'"):
         NEO(parts.patch_embedding, parts.pre_buffer, parts.post_llm, text="x")
-    with pytest.raises(ValueError, match="leads no word into the pre-Buffer, so bridge_in must be None"):
+    with pytest.raises(ValueError, match="leads no text into the pre-Buffer, so bridge_in must be None"):
         NEO(parts.patch_embedding, parts.pre_buffer, parts.post_llm, Bridge(32, 32), text="bypass")
     model = attach(folders["asset"], folders["llm"], text="bypass")
     with pytest.raises(ValueError, match="text 'bypass'"):

@@ -238,12 +238,12 @@ def test_experts_by_hand() -> None:
         ({"num_experts": 8, "feed_forward_bias": True}, "feed_forward_bias is not supported beside num_experts"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral' is not supported (supported: linear, "),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of rope_type 'linear' lacks factor"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "pi": 3}}, "rope_type 'linear' does not know pi"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "pi": 3}}, "rope_type 'linear' has no pi"),
         (
             {"rotary_width": 2, "rope_scaling": {
                 "rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8,
             }},
-            "rope_scaling of rope_type 'dynamic' needs 4 or more turning channels, got 2",
+            "rope_scaling of rope_type 'dynamic' needs 4 or more rotated channels, got 2",
         ),
     ],
 )  # fmt: skip
@@ -358,8 +358,8 @@ def test_primitive_alone_equals_itself_in_a_stack() -> None:
     [
         ({"window": 3, "window_layers": [0, 2]}, "window_layers names block 2, but a depth of 2 has 0 to 1"),
         ({"nope_layers": [-1]}, "nope_layers names block -1"),
-        ({"window_base_t": 1e4}, "window_base_t says nothing without window, which is not given"),
-        ({"expert_layers": [1]}, "expert_layers says nothing without num_experts"),
+        ({"window_base_t": 1e4}, "window_base_t has no effect without window, which is not given"),
+        ({"expert_layers": [1]}, "expert_layers has no effect without num_experts"),
     ],
 )
 def test_blocks_that_are_not_there(wrong: dict[str, Any], message: str) -> None:

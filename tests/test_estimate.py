@@ -100,11 +100,11 @@ def test_nothing_trains_nothing_is_kept() -> None:
     model.requires_grad_(False)
     batch, _ = random_batch(model.input_spec, seed=3)
     found = kept_activations(model, batch, CPU)
-    assert sum(block.whole for block in (*found.pre_buffer, *found.post_llm)) == 0
+    assert sum(block.full for block in (*found.pre_buffer, *found.post_llm)) == 0
     train_only(model, ["post_llm.hw"])  # the blocks below stay free
     found = kept_activations(model, batch, CPU)
-    assert [block.whole for block in found.pre_buffer] == [0, 0]
-    assert all(block.whole > block.input for block in found.post_llm)
+    assert [block.full for block in found.pre_buffer] == [0, 0]
+    assert all(block.full > block.input for block in found.post_llm)
 
 
 def test_tracing_leaves_the_model_alone() -> None:
@@ -132,11 +132,11 @@ def test_a_gpu_is_traced_without_one() -> None:
     cuda = [kept_activations(model, batch, Setting("cuda")) for batch in (few, many)]
     assert cuda[0].post_llm == cuda[1].post_llm
     half = kept_activations(model, few, Setting("cuda", torch.bfloat16))
-    assert half.post_llm[0].whole < cuda[0].post_llm[0].whole
+    assert half.post_llm[0].full < cuda[0].post_llm[0].full
     # What a block must at least keep of a row: its input, queries and keys twice E wide, values, output.
     heads, kv, width, hidden = (SIZES[n] for n in ("num_heads", "num_kv_heads", "head_width", "hidden_size"))
     least = 240 * 4 * (hidden + heads * 2 * width + kv * 2 * width + kv * width + heads * width)
-    assert cuda[0].post_llm[0].whole > least
+    assert cuda[0].post_llm[0].full > least
 
 
 # --- memory by kind
@@ -151,9 +151,9 @@ def test_kinds_by_hand() -> None:
     kept = kept_activations(model, batch, CPU)
     single = step_memory(model, batch, CPU, Plan(), kept)
     assert single.kinds["weights"] == 4 * count
-    assert (single.kinds["gradients"], single.kinds["optimiser states"]) == (4 * learns, 8 * learns)
+    assert (single.kinds["gradients"], single.kinds["optimizer states"]) == (4 * learns, 8 * learns)
     assert single.kinds["activations"] == kept.total()
-    assert single.kinds["weights"] + single.kinds["optimiser states"] + kept.total() < single.peak
+    assert single.kinds["weights"] + single.kinds["optimizer states"] + kept.total() < single.peak
     assert single.peak <= sum(single.kinds.values())
     held = step_memory(model, batch, CPU, Plan(), kept, accumulates=True)
     assert held.peak >= single.peak
@@ -161,11 +161,11 @@ def test_kinds_by_hand() -> None:
     assert ddp.kinds == single.kinds | {"gradient buckets": 4 * learns}
     divided = step_memory(model, batch, CPU, Plan("fsdp2", 4), kept, average=True)
     assert divided.kinds["weights"] == count == divided.kinds["average of weights"]
-    assert (divided.kinds["gradients"], divided.kinds["optimiser states"]) == (learns, 2 * learns)
+    assert (divided.kinds["gradients"], divided.kinds["optimizer states"]) == (learns, 2 * learns)
     half = step_memory(model, batch, replace(CPU, weights=torch.bfloat16), Plan(), kept)
     assert half.kinds["weights"] == 2 * count
     muon = step_memory(model, batch, CPU, Plan(), kept, single_moment=list(model.parameters()))
-    assert muon.kinds["optimiser states"] == 4 * learns
+    assert muon.kinds["optimizer states"] == 4 * learns
 
 
 @pytest.mark.parametrize(

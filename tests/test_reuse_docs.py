@@ -1,4 +1,4 @@
-"""The pages on reuse and on use elsewhere: their commands and programs as they stand, on a small model."""
+"""The commands and programs of the pages on reuse and on programs, run as written on a small model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart leaves, small: pictures of the size that the pages use are of 256 visual tokens here."""
+    """A small output folder of the quickstart; images of the size that the pages use have 256 visual tokens here."""
     folder = tmp_path_factory.mktemp("pages")
     made = folder / "outputs" / "quickstart"
     (made / "shards").mkdir(parents=True)
@@ -54,10 +54,10 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_on_reuse_in_its_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_reuse_page_run_in_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     lines = commands("reuse.md")
-    assert [words[1] for words in lines] == ["export", "attach", "chat", "train", "train", "train", "train"]
+    assert [words[1] for words in lines] == ["export", "attach", "chat", "train", "train", "chat", "train", "train"]
     for words in lines:
         assert words[0] == "neo"
         good(*words[1:], *(SHORT if words[1] == "train" else ()))
@@ -70,7 +70,7 @@ def test_the_page_on_reuse_in_its_order(folder: Path, monkeypatch: pytest.Monkey
     assert names["model"].text == "bypass"
 
 
-def test_the_page_on_programs_where_the_library_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_programs_page_runs_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     export, export_llm, example = commands("programs.md")
     assert good(*export_llm[1:]) == "outputs/neo-llm\n"
@@ -86,8 +86,8 @@ def test_the_page_on_programs_where_the_library_is_not(folder: Path, monkeypatch
     assert printed[1].count("of 40 test pictures") == 2
 
 
-def test_somebody_elses_project(folder: Path) -> None:
-    """Eight out of ten pictures after four epochs, by a head that is trained alone."""
+def test_the_probe_example_trains_a_head(folder: Path) -> None:
+    """A head that is trained alone classifies eight out of ten images after four epochs."""
     script = ROOT / "docs" / "examples" / "probe.py"
     assert len(script.read_text().splitlines()) < 80
     command = [sys.executable, script, folder / "outputs" / "quickstart" / "pre_buffer", "--epochs", "4"]

@@ -112,9 +112,9 @@ def test_the_table_counts_right(reuse: Any, tmp_path: Path) -> None:
 
 def test_the_page_shows_what_was_measured(reuse: Any) -> None:
     top = Path(__file__).parent.parent
-    told = reuse.report(reuse.read(top / "benchmarks" / "results" / "arms.jsonl")).split("\n\n")
-    page = (top / "docs" / "reuse.md").read_text(encoding="utf-8")
-    tables = [part for part in told if part.startswith("| arm")]
+    reported = reuse.report(reuse.read(top / "benchmarks" / "results" / "arms.jsonl")).split("\n\n")
+    page = (top / "docs" / "results" / "reuse.md").read_text(encoding="utf-8")
+    tables = [part for part in reported if part.startswith("| arm")]
     assert len(tables) == 5 and [table for table in tables if table not in page] == []
 
 

@@ -1,4 +1,4 @@
-"""What a pre-Buffer carries beside its weights."""
+"""Anchors and provenance: what a pre-Buffer asset stores beside its weights (``docs/asset.md``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Anchors:
     """Word embeddings of common tokens, for fitting a bridge to another language model.
 
     Args:
-        tokens: the A tokens as they read, spaces written as spaces (``vocabulary.token_strings``).
+        tokens: the A tokens as text, spaces written as spaces (``vocabulary.token_strings``).
         vectors: [A, D] their word embeddings on the pre-Buffer's side.
     """
 

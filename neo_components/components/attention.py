@@ -1,7 +1,7 @@
 """Native attention: queries and keys carry T, H and W channels, each with its own norm and rotation.
 
-What language models differ in (biases, norm of the T channels, scale, how many T channels rotate) is a flat argument;
-the H and W channels are the same beside every one of them.
+Each property in which language models differ (biases, norm of the T channels, scale, how many T channels rotate) is a
+flat argument; the H and W channels are the same in all of them.
 
 Source: NEO paper section 3.1 and equation 2.
 """
@@ -64,7 +64,9 @@ class NativeAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
-            raise ArgumentError("num_kv_heads", f"must divide num_heads, got {num_kv_heads} and {num_heads}")
+            raise ArgumentError(
+                "num_kv_heads", f"must divide num_heads, got {num_kv_heads} and {num_heads}", "num_heads"
+            )
         one_of("qk_norm", qk_norm, QK_NORMS)
         self.head_width = head_width
         self.scale = head_width**-0.5 if attention_scale is None else attention_scale

@@ -1,4 +1,4 @@
-"""How attention is computed: per-document SDPA, FlexAttention, an eager version that keeps its weights, and the cache.
+"""Attention backends: per-document SDPA, FlexAttention, an eager one that keeps attention weights, and the KV cache.
 
 A backend is prepared once per batch from the document and image ids and then called by every layer. All agree with
 the mask rule of ``masks.py``; a padded token's output is unspecified (finite, never read).
@@ -61,14 +61,14 @@ def flex_attention() -> Any:
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention() -> Any:
-    """The same compiled, for blocks that are not."""
+    """FlexAttention compiled, for blocks that are not compiled."""
     return torch.compile(flex_attention(), dynamic=False)
 
 
 class FlexAttention:
     """FlexAttention with a BlockMask over the packed sequence; compiled on CUDA, eager (forward only) on CPU.
 
-    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is wanted on CPU.
+    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is required on CPU.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a block reads beside the hidden states: the same for all blocks that rotate and attend alike."""
+"""Inputs of a block beside the hidden states; blocks with the same rotary table and mask rule share them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from neo_components.components.component import Component
 from neo_components.registry import BRIDGES, KIND, split
 
 FOLDS = 5
-"""In so many parts pairs are left out to measure how well a rotation fits them."""
+"""Number of folds of the cross-validation that measures how well a rotation fits left-out pairs."""
 
 
 @BRIDGES.register("identity")
@@ -43,11 +43,11 @@ class Bridge(Component):
         out_width: width of what goes out.
 
     Attributes:
-        unexplained: the share of the target's variance that the last fit left unexplained, 0 (exact) to 1 (no better
-            than the mean); ``None`` before one. Not kept on disk.
-        unexplained_left_out: the same share for pairs that a fit has not seen. Far above ``unexplained`` it says that
-            the fit holds for the tokens that both know and for no others: with fewer pairs than ``in_width`` a fit
-            explains all that it has seen.
+        unexplained: the fraction of the target's variance that the last fit left unexplained, 0 (exact) to 1 (no better
+            than the mean); ``None`` before a fit. Not saved.
+        unexplained_left_out: the same fraction for pairs that were left out of the fit. A value far above
+            ``unexplained`` means that the fit holds for the shared tokens only: with fewer pairs than ``in_width`` a
+            fit explains all of its own pairs.
     """
 
     def __init__(self, in_width: int, out_width: int) -> None:
@@ -147,7 +147,7 @@ def _share(missed: Tensor, y: Tensor) -> float:
 
 
 def _rotation(x: Tensor, y: Tensor) -> Tensor:
-    """The nearest rotation with its scale, of centred pairs."""
+    """The nearest rotation with its scale, of centered pairs."""
     u, _, v = torch.linalg.svd(x.T @ y, full_matrices=False)
     rotation = u @ v
     rotated = x @ rotation

@@ -1,4 +1,4 @@
-"""The base of all components."""
+"""The base class of all components: a LightningModule whose flat arguments are its ``hparams``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Attention inside each document: its cost is the sum of the squared document lengths, not the square of the row.
+"""Attention inside each document: its cost is the sum of the squared document lengths, not the square of L.
 
-Documents of similar length lie together in a bucket, and a bucket is computed in units of a size that stays in a
-processor's cache. For the backward pass queries, keys and values are enough (or what queries and keys were computed
-from): the weights of a unit are computed again.
+A bucket holds documents of similar length, and it is computed in units that fit a processor's cache. The backward pass
+needs only queries, keys and values (or the tensors that queries and keys were computed from): it recomputes the
+attention weights of a unit, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class Bucket:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[n, 1, m, m] bool, or ``None`` where plain causal order says the same."""
-        # Filling lies behind its document, so plain causal order hides it from every real token.
+        """[n, 1, m, m] bool, or ``None`` where plain causal order gives the same mask."""
+        # Filling comes after its document, so plain causal order hides it from every real token.
         words = bool((self.tokens.kind == TokenKind.TEXT).all())
         if words and reads_text_causally(self.rule, self.window, self.index.shape[1]):
             return None
-        see = rule_of(self.rule, self.window)
-        return see(self.tokens.map(lambda x: x[..., :, None]), self.tokens.map(lambda x: x[..., None, :]))[:, None]
+        attends = rule_of(self.rule, self.window)
+        return attends(self.tokens.map(lambda x: x[..., :, None]), self.tokens.map(lambda x: x[..., None, :]))[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
         """[B * L, ...] -> [n, m, ...]."""
@@ -86,10 +86,10 @@ class Bucket:
         index, valid = self.index[documents], self.valid[documents]
         tokens = self.tokens.map(lambda x: x[documents])
         query = tokens.map(lambda x: x[:, queries, None])
-        see = rule_of(self.rule, self.window)(query, tokens.map(lambda x: x[:, None]))
-        used = see.flatten(0, 1).any(0).nonzero()[:, 0]
+        attends = rule_of(self.rule, self.window)(query, tokens.map(lambda x: x[:, None]))
+        used = attends.flatten(0, 1).any(0).nonzero()[:, 0]
         keys = slice(int(used[0]), int(used[-1]) + 1)
-        hidden = ~see[:, :, keys]
+        hidden = ~attends[:, :, keys]
         return Unit(Part.of(index[:, queries], valid[:, queries]), Part.of(index[:, keys], valid[:, keys]),
                     hidden if bool(hidden.any()) else None)  # fmt: skip
 
@@ -99,8 +99,8 @@ def reads_text_causally(rule: str | RuleName, window: int | None, length: int) -
     """Whether the rule is plain causal order in a document of ``length`` words."""
     none = torch.full((1, length), NO_IMAGE, device="cpu")
     words = span_tokens(none, torch.tensor([length], device="cpu"))
-    see = rule_of(rule, window)(words.map(lambda x: x[..., :, None]), words.map(lambda x: x[..., None, :]))
-    return bool((see == torch.ones(length, length, dtype=torch.bool, device="cpu").tril()).all())
+    attends = rule_of(rule, window)(words.map(lambda x: x[..., :, None]), words.map(lambda x: x[..., None, :]))
+    return bool((attends == torch.ones(length, length, dtype=torch.bool, device="cpu").tril()).all())
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Part:
 
     Args:
         shape: d and m.
-        index: [d * m] place of each in the flattened batch.
+        index: [d * m] index of each in the flattened batch.
         filling: [d, m] bool, or ``None`` if all are real.
-        real: [r] places in ``index`` of the real ones, and in the batch; as they are if all are real.
+        real: [r] indices of the real ones, into ``index`` and into the batch; ``None`` and ``index`` if all are real.
     """
 
     shape: tuple[int, int]
@@ -121,12 +121,12 @@ class Part:
 
     @classmethod
     def of(cls, index: Tensor, valid: Tensor) -> Part:
-        """[d, m] places and whether they are real."""
+        """From [d, m] indices and whether they are real."""
         flat = index.flatten()
         if bool(valid.all()):
             return cls((index.shape[0], index.shape[1]), flat, None, (None, flat))
-        places = valid.flatten().nonzero()[:, 0]
-        return cls((index.shape[0], index.shape[1]), flat, ~valid, (places, flat[places]))
+        real = valid.flatten().nonzero()[:, 0]
+        return cls((index.shape[0], index.shape[1]), flat, ~valid, (real, flat[real]))
 
     def take(self, x: Tensor, groups: int) -> Tensor:
         """[B * L, heads, C] -> [d * K, G * m, C] float32, heads being K groups of G; filling holds real numbers."""
@@ -135,27 +135,28 @@ class Part:
         return taken.float() if x.dtype in HALF else taken
 
     def put(self, x: Tensor, out: Tensor, groups: int, add: bool = False) -> None:
-        """The reverse of :meth:`take` into ``out`` [B * L, heads, C]; filling goes nowhere."""
+        """The reverse of :meth:`take` into ``out`` [B * L, heads, C]; filling is dropped."""
         x = x.view(self.shape[0], groups, -1, self.shape[1], x.shape[-1]).permute(0, 3, 1, 2, 4)
         x = x.reshape(-1, *out.shape[1:])
-        places, goal = self.real
-        x = (x if places is None else x.index_select(0, places)).to(out.dtype)
+        source, target = self.real
+        x = (x if source is None else x.index_select(0, source)).to(out.dtype)
         if add:
-            out.index_add_(0, goal, x)
+            out.index_add_(0, target, x)
         else:
-            out.index_copy_(0, goal, x)
+            out.index_copy_(0, target, x)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some queries, all keys that they see, and [d, queries, keys] bool of those that they do not (``None``: none)."""
+    """Some queries, all keys that any of them attends to, and [d, queries, keys] bool of the pairs that the mask hides
+    (``None``: none)."""
 
     queries: Part
     keys: Part
     hidden: Tensor | None
 
     def weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[d * K, G * queries, C] and [d * K, keys, C] -> [d * K, G * queries, keys], what each query gives a key."""
+        """[d * K, G * queries, C] and [d * K, keys, C] -> [d * K, G * queries, keys], the attention weights."""
         scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
         if self.hidden is not None:
             documents, queries, keys = self.hidden.shape
@@ -212,8 +213,8 @@ class SpanAttention:
         return [unit for bucket in self.buckets for unit in bucket.units()]
 
     @cached_property
-    def places(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each bucket: the real tokens' places in the batch, and which of the bucket are real."""
+    def token_indices(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each bucket: the real tokens' indices in the batch, and which of the bucket are real."""
         return [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
 
     @torch.compiler.disable
@@ -230,13 +231,13 @@ class SpanAttention:
 
     def _by_bucket(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """By torch's SDPA."""
-        rows, length = q.shape[:2]
+        count, length = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        out = v.new_zeros(rows * length, q.shape[1], v.shape[-1])
-        for bucket, (place, valid) in zip(self.buckets, self.places, strict=True):
+        out = v.new_zeros(count * length, q.shape[1], v.shape[-1])
+        for bucket, (index, valid) in zip(self.buckets, self.token_indices, strict=True):
             part = sdpa(bucket.gather(q), bucket.gather(k), bucket.gather(v), bucket.mask, scale)
-            out = out.index_copy(0, place, part[valid].to(out.dtype))
-        return out.unflatten(0, (rows, length))
+            out = out.index_copy(0, index, part[valid].to(out.dtype))
+        return out.unflatten(0, (count, length))
 
 
 def _as_they_are(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,8 +280,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     """Torch's SDPA on [n, m, heads, channels]; ``mask`` ``None`` means causal. Returns [n, m, N, E]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     width = v.shape[-1]
-    # The fused kernels want values as wide as keys; the unfused path forms every score, and keeps them for the backward
-    # pass; short documents have few.
+    # The fused kernels require values as wide as keys; the unfused path forms every score, and keeps them for the
+    # backward pass; short documents have few.
     if q.shape[-2] >= FUSED and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))
     grouped = q.shape[1] != k.shape[1]
@@ -302,7 +303,7 @@ def make_buckets(
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name of the mask rule.
-        window: how many tokens back a query sees; ``None``: all.
+        window: how many tokens back a query attends; ``None``: all.
         one: put all documents into a single bucket, in order.
         token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
@@ -323,8 +324,8 @@ def _bucket(spans: list[Span], image_ids: Tensor, kinds: Tensor, rule: str | Rul
     device, seq_len = image_ids.device, image_ids.shape[1]
     starts = torch.tensor([span.sequence * seq_len + span.start for span in spans], device=device)
     lengths = torch.tensor([span.length for span in spans], device=device)
-    place = torch.arange(max(span.length for span in spans), device=device)
-    index = starts[:, None] + torch.where(place < lengths[:, None], place, 0)
-    if window is not None and window >= len(place):
+    offset = torch.arange(max(span.length for span in spans), device=device)
+    index = starts[:, None] + torch.where(offset < lengths[:, None], offset, 0)
+    if window is not None and window >= len(offset):
         window = None
     return Bucket(index, lengths, image_ids.flatten()[index], kinds.flatten()[index], rule, window)

@@ -2,7 +2,7 @@
 
 A routing is a function of a built block. It replaces layers by layers that route, and returns what it added. Attention
 and feed-forward are called with the block's :class:`~neo_components.components.block_inputs.BlockInputs`, which
-know the kind of each token.
+hold the kind of each token.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def route(
 
 @torch.no_grad()
 def start_from(added: Added) -> None:
-    """Sets the weights of added modules to those of the modules that they stand beside."""
+    """Sets the weights of added modules to those of the modules that they were added to."""
     for new, old in added:
         theirs = dict(old.named_parameters())
         for name, parameter in new.named_parameters():

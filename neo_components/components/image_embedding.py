@@ -20,10 +20,10 @@ from neo_components.types import ImageLayout, TokenKind, plain_layout
 class Product(NamedTuple):
     """One matrix product of a forward pass, for estimates of FLOPs.
 
-    Args:
-        rows: vectors that pass it.
+    Attributes:
+        rows: number of input vectors (rows of the left matrix).
         inputs: width of each.
-        outputs: width of what comes out.
+        outputs: width of each output vector.
         trained: whether its weight takes a gradient.
     """
 

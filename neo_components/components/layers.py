@@ -1,4 +1,4 @@
-"""Small layers of a block: the norm and the gated feed-forward."""
+"""Layers of a block: RMSNorm (Zhang and Sennrich 2019) and the gated feed-forward (Shazeer 2020)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 
 class _NormOnCPU(torch.autograd.Function):
-    """``F.rms_norm`` on float32 copies, bit for bit, with a gradient of its own.
+    """``F.rms_norm`` on float32 copies, bit for bit, with its own gradient.
 
     Torch has no fused kernel for it on CPU. Its autograd keeps three float32 tensors of x's size for the backward pass
     and goes over them in many steps; this keeps x alone and one number per vector.
@@ -118,5 +118,5 @@ class GatedFeedForward(nn.Module):
         self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
-        """x [..., D] -> [..., D]. ``inputs`` is not looked at: a feed-forward that routes by modality takes it."""
+        """x [..., D] -> [..., D]. ``inputs`` is ignored here; a feed-forward that routes by modality reads it."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -1,8 +1,9 @@
-"""A native primitive that keeps less for the backward pass than autograd does, with the same numbers and weights.
+"""A native primitive that keeps less for the backward pass than autograd does, with equal results and weights.
 
-Two things that are cheap to compute twice are not kept: what a norm or a gate gives the linear layers behind it, and
-rotated queries and keys. :class:`~neo_components.components.primitive.NativePrimitive` is the plain form; stacks are
-built of this one. Layers that are more than the library's own (adapters, hooks, expert routing) are called as they are.
+It recomputes in the backward pass what is cheap to compute (selective recomputation, Korthikanti et al. 2022, arXiv
+2205.05198): the outputs of norms and gates, and rotated queries and keys.
+:class:`~neo_components.components.primitive.NativePrimitive` is the plain form; stacks are built of this one. Layers
+that are more than the library's own (adapters, hooks, expert routing) are called as they are.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def lean_feed_forward(feed_forward: nn.Module, norm: nn.Module, x: Tensor, input
 
 
 def linears_after(norm: nn.Module, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """``[linear(norm(x)) for linear in linears]``; what the norm gives is not kept."""
+    """``[linear(norm(x)) for linear in linears]``; the norm's output is not kept."""
     if isinstance(norm, RMSNorm) and plain(norm):
         return linears_of(partial(rms_norm, eps=norm.eps, offset=norm.offset), (x, norm.weight), linears)
     x = norm(x)

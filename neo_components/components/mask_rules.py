@@ -1,4 +1,4 @@
-"""The mask rules that ship. A rule says, elementwise, whether a query attends to a key; ``masks.py`` renders it.
+"""The mask rules that ship. A rule states, elementwise, whether a query attends to a key; ``masks.py`` renders it.
 
 A rule's parameters behind ``query`` and ``key`` are its options.
 """
@@ -27,7 +27,7 @@ def causal(query: Tokens, key: Tokens) -> Tensor:
     return (query.document == key.document) & (query.position >= key.position)
 
 
-# Both are causal but inside an image, where so many pairs of n tokens attend to each other: estimates count by these
-# numbers what they would otherwise count by looking at every pair.
+# Both are causal except inside an image, where so many pairs of n tokens attend to each other: with these numbers the
+# FLOP estimate does not have to evaluate every pair.
 mixed.pairs_inside = lambda n: n * n
 causal.pairs_inside = lambda n: n * (n + 1) // 2

@@ -1,8 +1,9 @@
 """Who attends to whom: a mask rule, written once and rendered three ways.
 
-A rule (``mask_rules.py``) says, elementwise, whether a query attends to a key. It is rendered as a dense boolean matrix
-(:func:`dense_mask`), as a FlexAttention BlockMask (:func:`block_mask`), and per document (:func:`document_spans`,
-:func:`span_mask`), so that the cost of a packed sequence grows with its documents, not with the square of its length.
+A rule (``mask_rules.py``) states, elementwise, whether a query attends to a key. It is rendered as a dense boolean
+matrix (:func:`dense_mask`), as a FlexAttention BlockMask (:func:`block_mask`), and per document
+(:func:`document_spans`, :func:`span_mask`), so that the cost of a packed sequence grows with its documents, not with
+the square of its length.
 
 A layer may have a window: there a query attends only to the last tokens of what its rule shows it (:func:`rule_of`).
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a rule may ask of tokens; queries and keys come in shapes that broadcast to [..., queries, keys].
+    """The tokens that a rule compares; queries and keys come in shapes that broadcast to [..., queries, keys].
 
     Args:
         document: number of the document; ``-1`` for padding.
@@ -65,7 +66,7 @@ MaskRule = Callable[[Tokens, Tokens], Tensor]
 class RuleName(NamedTuple):
     """A rule with options, as a key of dictionaries.
 
-    Args:
+    Attributes:
         name: registered name.
         options: (name, value) pairs.
     """
@@ -147,7 +148,7 @@ def block_mask(
     compiled: bool | None = None,
     token_kinds: Tensor | None = None,
 ) -> BlockMask:
-    """The rule as FlexAttention wants it; arguments as in :func:`dense_mask`.
+    """The rule as a FlexAttention BlockMask; arguments as in :func:`dense_mask`.
 
     Args:
         compiled: whether it is built by a compiled function, which never forms the [B, L, L] matrix; ``None``: on CUDA.
@@ -173,7 +174,7 @@ def _create_block_mask(compiled: bool) -> Any:
 
 @dataclass(frozen=True)
 class Span:
-    """Where one document lies: index of its packed sequence, of its first token, and its length."""
+    """The location of one document: index of its packed sequence and of its first token, and its length."""
 
     sequence: int
     start: int
@@ -194,7 +195,7 @@ def document_spans(document_ids: Tensor) -> list[Span]:
 
 
 def span_tokens(image_ids: Tensor, lengths: Tensor, token_kinds: Tensor | None = None) -> Tokens:
-    """The tokens of documents that lie one to a row, aligned left; arguments as in :func:`span_mask`.
+    """The tokens of documents, one document to a row, aligned left; arguments as in :func:`span_mask`.
 
     Filling behind a document is a document of one token each, so that no row of a softmax is empty.
     """
@@ -212,10 +213,10 @@ def span_mask(
     window: int | None = None,
     token_kinds: Tensor | None = None,
 ) -> Tensor:
-    """The rule inside documents that lie one to a row, aligned left.
+    """The rule inside documents, one document to a row, aligned left.
 
     Args:
-        image_ids: [n, m]; what lies behind a document's length is not looked at.
+        image_ids: [n, m]; what comes after a document's length is ignored.
         lengths: [n] tokens of each document.
         rule: registered name.
         window: see :func:`rule_of`.

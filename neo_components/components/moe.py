@@ -1,4 +1,4 @@
-"""Mixture of experts: a feed-forward of which each token uses a few parts that a router chooses.
+"""Mixture of experts: a router sends each token to a few of several gated feed-forwards.
 
 Source: Qwen3-MoE (softmax over all experts, then the likeliest); Shazeer et al. 2017.
 """
@@ -75,7 +75,7 @@ class SparseFeedForward(nn.Module):
         self.experts = Experts(hidden_size, expert_size, num_experts)
 
     def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
-        """x [..., D] -> [..., D]; the router looks at x alone, not at ``inputs``."""
+        """x [..., D] -> [..., D]; the router reads x alone, not ``inputs``."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(tokens)
         # Slots sorted by expert, so that each expert reads one run of tokens.

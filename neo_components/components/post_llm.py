@@ -1,6 +1,6 @@
-"""The post-LLM: a pretrained language model whose blocks got height and width channels.
+"""The post-LLM: a pretrained language model whose blocks have added H and W channels (NEO paper section 3.1).
 
-At the start the new keys are zero, so the H/W score is exactly 0 and text reads as in the language model.
+The new keys start as zero, so the H/W score is exactly 0 and the model computes text as the language model does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.block_arguments import BlockArguments, flat_arguments
-from neo_components.components.block_inputs import Attend
 from neo_components.components.experts import start_from
 from neo_components.components.layers import RMSNorm
 from neo_components.components.post_llm_files import PostLLMFiles
@@ -25,6 +24,8 @@ from neo_components.types import NO_IMAGE, DocumentTokens, kinds_of
 class PostLLM(PrimitiveStack, PostLLMFiles):
     """Word embedding, ``depth`` native primitives, final norm and head.
 
+    Called as :meth:`PrimitiveStack.forward`: all blocks and the final norm.
+
     Args:
         vocab_size: V.
         depth: number of blocks.
@@ -33,7 +34,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         nope_layers: numbers of the blocks without rotation of the T channels (NoPE); ``None``: none.
         expert_layers: numbers of the blocks that have experts; ``None``: all.
         expert_size: width of one expert; ``None``: ``feed_forward_size``.
-        embedding_multiplier: factor of the word embeddings. Visual tokens are put in after it.
+        embedding_multiplier: factor of the word embeddings. Visual tokens are inserted after it.
         logits_divisor: what the head's output is divided by.
         tie_embeddings: the head is the word embedding.
         image_token_id: id of a visual token. A vocabulary without the three image tokens gets the next free ids: they
@@ -45,7 +46,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         init_std: standard deviation of the initial weights.
 
     Attributes:
-        hf_config: config of the language model that it was read from, to write it back; ``None`` if it was built anew.
+        hf_config: config of the language model that it was read from, to write it back; ``None`` if it was built new.
     """
 
     def __init__(
@@ -99,11 +100,11 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         refined = {"window": ("window_layers", "window_base_t"), "num_experts": ("expert_layers", "expert_size")}
         for name, finer in refined.items():
             if lost := [finer_name for finer_name in finer if h[finer_name] is not None and h[name] is None]:
-                raise ArgumentError(lost[0], f"says nothing without {name}, which is not given")
+                raise ArgumentError(lost[0], f"has no effect without {name}, which is not given")
         super().build(arguments)
 
     def block_changes(self, number: int) -> dict[str, Any]:
-        """What block ``number`` has other than the arguments for all blocks say."""
+        """Arguments in which block ``number`` differs from those for all blocks."""
         h = self.hparams
         changes: dict[str, Any] = {}
         if h.window is not None and h.window_layers is not None and number not in h.window_layers:
@@ -124,7 +125,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         return self.word_embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Word embeddings [B, L, D] of [B, L] ids, as the first block wants them; an image token's id beyond the
+        """Word embeddings [B, L, D] of [B, L] ids, as the first block reads them; an image token's id beyond the
         vocabulary gives an arbitrary row, which the caller replaces."""
         x = self.word_embedding(token_ids.clamp(max=self.word_embedding.num_embeddings - 1))
         if self.hparams.embedding_multiplier == 1.0:
@@ -133,25 +134,11 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         return x * torch.tensor(self.hparams.embedding_multiplier, dtype=x.dtype, device=x.device)
 
     def word_ids(self, rows: Sequence[int]) -> Tensor:
-        """Those rows of the word embedding as ids on its device, [n] int64."""
+        """Row numbers of the word embedding as ids on its device, [n] int64."""
         return torch.tensor(rows, dtype=torch.int64, device=self.word_embedding.weight.device)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        document_ids: Tensor,
-        image_ids: Tensor,
-        token_kinds: Tensor | None = None,
-        *,
-        attend: Attend | Sequence[Attend] | None = None,
-        hidden_states: dict[str, Tensor] | None = None,
-        first: int = 0,
-    ) -> Tensor:
-        """All blocks and the final norm, [B, L, D] -> [B, L, D]; arguments as in :meth:`PrimitiveStack.forward`."""
-        x = super().forward(
-            x, positions, document_ids, image_ids, token_kinds, attend=attend, hidden_states=hidden_states, first=first
-        )
+    def behind_blocks(self, x: Tensor) -> Tensor:
+        """The final norm, [B, L, D] -> [B, L, D]."""
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -182,7 +169,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         return self.logits(self(self.embed(token_ids), positions, torch.zeros_like(token_ids), none))
 
     def init_new_from_llm(self) -> None:
-        """Sets what a language model does not have to the start that leaves it unchanged: H/W parts, and experts."""
+        """Initializes what was added to a language model, H/W parts and experts, so that its output stays the same."""
         for block in self.blocks:
             block.self_attn.init_hw_from_t()
             start_from(block.added)

@@ -91,7 +91,7 @@ def image_token_ids(folder: Path, vocab_size: int) -> dict[str, Any]:
     ``IMAGE_TOKENS``; a folder without tokenizer counts on from ``vocab_size``."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return {name: vocab_size + place for place, name in enumerate(IMAGE_TOKENS)}
+        return {name: vocab_size + index for index, name in enumerate(IMAGE_TOKENS)}
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))

@@ -1,7 +1,7 @@
-"""The pre-Buffer: native primitives before the language model, and all that belongs to their side.
+"""The pre-Buffer: native primitives before the language model (NEO paper section 3.2), with the patch embedding.
 
 It carries the patch embedding layer and the two vectors that frame an image, so that its weights alone are the
-reusable asset (NEO paper section 3.2): save it, load it in another project, attach it to another language model.
+reusable asset: save it, load it in another project, attach it to another language model.
 """
 
 from __future__ import annotations

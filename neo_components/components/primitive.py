@@ -20,7 +20,7 @@ from neo_components.registry import EXPERTS
 from neo_components.types import kinds_of
 
 PLACEMENTS = ("before", "after", "both")
-"""Where a block norms: what goes into attention and feed-forward, what comes out (OLMo 2), or both (Gemma 3)."""
+"""Placement of the norms: on the inputs of attention and feed-forward, on their outputs (OLMo 2), or both (Gemma 3)."""
 
 
 @flat_arguments
@@ -108,7 +108,7 @@ class NativePrimitive(Component):
         token_kinds: Tensor | None = None,
         backend: str = "auto",
     ) -> BlockInputs:
-        """What a block that is used alone reads beside x; a stack prepares it once for all its blocks.
+        """The inputs beside x of a block that is used alone; a stack prepares it once for all its blocks.
 
         Args:
             positions: [B, L, 3].

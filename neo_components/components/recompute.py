@@ -1,7 +1,9 @@
-"""Operations that keep, for the backward pass, what their input was computed from instead of their input.
+"""Selective recomputation: linear layers that keep, for the backward pass, what their input was computed from.
 
-A linear layer needs its input again for the gradient of its weight. What a norm or a gate gives is cheap to compute a
-second time from tensors that are kept anyway, so keeping it too would only cost memory.
+A linear layer needs its input again for the gradient of its weight. The output of a norm or a gate is cheap to
+recompute from tensors that are kept anyway, so keeping it too would only cost memory.
+
+Source: Korthikanti et al. 2022, arXiv 2205.05198 (selective activation recomputation).
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def keeps_inputs() -> bool:
 def linears_of(compute: Compute, inputs: Sequence[Tensor], linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Several linear layers over ``compute(*inputs)``, of which only ``inputs`` are kept.
 
-    Without gradients, under ``torch.compile`` (which chooses by itself what to keep) and for modules that are more than
-    an ``nn.Linear`` (adapters, hooks), it is what it says: ``compute``, then the modules.
+    Without gradients, under ``torch.compile`` (which chooses what to keep) and for modules that are more than
+    an ``nn.Linear`` (adapters, hooks), it calls ``compute``, then the modules.
 
     Args:
         compute: gives [..., D].
@@ -61,7 +63,7 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
 
 
 def again(compute: Compute, tensors: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Any, list[Tensor]]:
-    """``compute`` once more, with a graph: its result, and those of its inputs that need a gradient."""
+    """Recomputes ``compute`` with a graph: its result, and those of its inputs that need a gradient."""
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
     with torch.enable_grad():
         result = compute(*leaves)
@@ -69,7 +71,7 @@ def again(compute: Compute, tensors: Sequence[Tensor], needed: Sequence[bool]) -
 
 
 def spread(found: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of the inputs that need one, in their places among all inputs."""
+    """Gradients of the inputs that need one, at their positions among all inputs."""
     rest = iter(found)
     return [next(rest) if need else None for need in needed]
 
@@ -91,16 +93,16 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count, needed = ctx.count, ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors  # asked for once: under activation checkpointing they are computed by asking
+        saved = ctx.saved_tensors  # read once: under activation checkpointing each access recomputes them
         inputs, weights = saved[:count], saved[count:]
         with torch.autocast(inputs[0].device.type, enabled=False):
             result, leaves = again(ctx.compute, inputs, needed[:count])
             x = _rounded(result.detach(), ctx.dtype).flatten(0, -2)
             for_x: Tensor | None = None
             for_weights: list[Tensor | None] = []
-            for place, grad in enumerate(grads):
-                weight, bias = weights[2 * place : 2 * place + 2]
-                of_weight, of_bias = needed[count + 2 * place : count + 2 * place + 2]
+            for index, grad in enumerate(grads):
+                weight, bias = weights[2 * index : 2 * index + 2]
+                of_weight, of_bias = needed[count + 2 * index : count + 2 * index + 2]
                 if grad is None:
                     for_weights += [None, None]
                     continue

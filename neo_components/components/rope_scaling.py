@@ -1,8 +1,8 @@
-"""How language models stretch their rotary frequencies to contexts longer than those they were first trained on.
+"""RoPE scaling: rotary frequencies for contexts longer than those that a language model was first trained on.
 
-A scaling is a plain mapping, as in a Hugging Face config with nothing left out: ``rope_type`` and its numbers. Two of
-them, ``longrope`` and ``dynamic``, rotate a long document by other frequencies than a short one:
-:func:`length_bucket_of` gives the rope length bucket of a document, the set of frequencies that its length selects.
+A scaling is a plain mapping, as in a complete Hugging Face config: ``rope_type`` and its parameters. Two kinds,
+``longrope`` and ``dynamic``, rotate a long document by other frequencies than a short one: :func:`length_bucket_of`
+gives the rope length bucket of a document, the set of frequencies that its length selects.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from neo_components.errors import ArgumentError
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -28,11 +30,11 @@ NUMBERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "longrope": ({"short_factor", "long_factor", ORIGINAL}, {"factor", "attention_factor"}),
 }
-"""By ``rope_type``: what a scaling must say and what it may say. Lengths are T positions."""
+"""By ``rope_type``: the required and the optional keys of a scaling. Lengths are T positions."""
 
 
 def check_scaling(scaling: Scaling, width: int) -> None:
-    """Looks whether a scaling is complete and known.
+    """Checks that a scaling is complete and of a known kind.
 
     Args:
         scaling: the mapping.
@@ -43,18 +45,18 @@ def check_scaling(scaling: Scaling, width: int) -> None:
     """
     kind = scaling.get("rope_type")
     if kind not in NUMBERS:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} is not supported (supported: {', '.join(NUMBERS)})")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} is not supported (supported: {', '.join(NUMBERS)})")
     must, may = NUMBERS[kind]
     given = {name for name, value in scaling.items() if value is not None} - {"rope_type"}
     if missing := must - given:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(sorted(missing))}")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} lacks {', '.join(sorted(missing))}")
     if unknown := given - must - may:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} does not know {', '.join(sorted(unknown))}")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} has no {', '.join(sorted(unknown))}")
     if kind == "dynamic" and width < 4:
-        raise ValueError(f"rope_scaling of rope_type 'dynamic' needs 4 or more turning channels, got {width}")
+        raise ArgumentError("rope_scaling", f"of rope_type 'dynamic' needs 4 or more rotated channels, got {width}")
     for name in ("short_factor", "long_factor"):
         if name in given and len(scaling[name]) != width // 2:
-            raise ValueError(f"rope_scaling's {name} must have {width // 2} numbers, got {len(scaling[name])}")
+            raise ArgumentError("rope_scaling", f"{name} must have {width // 2} numbers, got {len(scaling[name])}")
 
 
 def length_bucket_of(scaling: Scaling | None, length: int) -> int:
@@ -91,7 +93,7 @@ def powers(width: int, base: float) -> Tensor:
 
 
 def magnitude(scaling: Scaling | None) -> float:
-    """What the turned channels are multiplied by (queries and keys alike): 1 but for ``yarn`` and ``longrope``."""
+    """Factor of the rotated channels (of queries and keys alike): 1 except for ``yarn`` and ``longrope``."""
     kind = None if scaling is None else scaling["rope_type"]
     if scaling is None or kind not in ("yarn", "longrope"):
         return 1.0
@@ -99,9 +101,9 @@ def magnitude(scaling: Scaling | None) -> float:
         return float(scaling["attention_factor"])
     factor = scaling.get("factor")
     if kind == "yarn":
-        part, whole = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        if part and whole:
-            return _yarn_magnitude(factor, part) / _yarn_magnitude(factor, whole)
+        part, full = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if part and full:
+            return _yarn_magnitude(factor, part) / _yarn_magnitude(factor, full)
         return _yarn_magnitude(factor, 1.0)
     if factor is None or factor <= 1.0:
         return 1.0
@@ -130,17 +132,17 @@ def _llama3(scaling: Scaling, width: int, base: float, length_bucket: int) -> Te
     """Long waves are stretched, short ones kept, those between mixed (Llama 3.1)."""
     plain, original = 1.0 / powers(width, base), scaling[ORIGINAL]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = original * plain / (2 * math.pi)
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - share) * plain / scaling["factor"] + share * plain
+    rotations = original * plain / (2 * math.pi)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / scaling["factor"] + kept * plain
 
 
 def _yarn(scaling: Scaling, width: int, base: float, length_bucket: int) -> Tensor:
     """A ramp over the pairs from kept to stretched frequencies (Peng et al. 2023, section 3.2)."""
 
-    def pair(turns: float) -> float:
-        """The pair, as a real number, that turns that often over the original context."""
-        return width * math.log(scaling[ORIGINAL] / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def pair(rotations: float) -> float:
+        """The pair, as a real number, that rotates that often over the original context."""
+        return width * math.log(scaling[ORIGINAL] / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = pair(scaling.get("beta_fast") or 32), pair(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
@@ -155,7 +157,7 @@ def _yarn(scaling: Scaling, width: int, base: float, length_bucket: int) -> Tens
 
 
 def _longrope(scaling: Scaling, width: int, base: float, length_bucket: int) -> Tensor:
-    """A factor of its own for every pair, one list for short and one for long documents (Ding et al. 2024)."""
+    """One factor for every pair, one list for short and one for long documents (Ding et al. 2024)."""
     factors = torch.tensor(
         scaling["long_factor" if length_bucket else "short_factor"], dtype=torch.float32, device="cpu"
     )

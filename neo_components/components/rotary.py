@@ -1,9 +1,9 @@
 """Rotary position embedding: one implementation, every variant as data.
 
 A variant is an index rule (which T, H and W position a token has) and a table (which axis and which frequency each
-pair of channels rotates by). The channels of a query or key head lie in three sections, T (E channels, as in the
+pair of channels rotates by). The channels of a query or key head form three sections, T (E channels, as in the
 language model), H and W (E/2 channels each). Inside a section pair k joins channels k and k + width/2 ("rotate half").
-The variants lie in ``ropes/``.
+The variants are in ``ropes/``.
 
 Source: NEO paper equation 2; Su et al. 2021.
 """
@@ -62,7 +62,7 @@ class RopeVariant:
 
     def positions(self, document: DocumentTokens) -> Tensor:
         """[L, 3] int64 or float: T, H and W position of each token. Text behind the document's end counts on from it,
-        so that generation can ask for the positions of tokens to come."""
+        so that generation gets the positions of new tokens."""
         raise NotImplementedError
 
     def table(self, frequency_t: Sequence[float]) -> PairTable:
@@ -149,7 +149,7 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Moves with the model to another device, but not to another type: rounded frequencies rotate far positions
-        by wrong angles. Computed again rather than moved, so a model can also come from the meta device."""
+        by wrong angles. They are recomputed rather than moved, so that a model can also come from the meta device."""
         super()._apply(fn, recurse)
         device = self.frequency.device
         if device.type != "meta":
@@ -158,7 +158,7 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def fill_tables(self) -> None:
-        """Writes axes and frequencies where they lie: after a move from the meta device they hold nothing."""
+        """Fills axes and frequencies in place: after a move from the meta device they hold nothing."""
         self.axis.copy_(torch.tensor(self.table(0).axis))
         self.frequency.copy_(self._frequency(0))
 
@@ -176,14 +176,14 @@ class Rotary(nn.Module):
 
         Args:
             positions: [B, L, 3].
-            document_ids: [B, L]; ``None``: each row is one. Only looked at where a document's length selects
-                its frequencies.
+            document_ids: [B, L]; ``None``: each sequence is one document. Only read where a document's length
+                selects its frequencies.
 
         Returns:
             [B, L, 1, E] float32 each: one entry per pair, for any head.
         """
         frequency = self._by_document(positions, document_ids) if self.looks_at_length else self.frequency
-        # Half precision would merge neighbouring positions, so the angle is float32 whatever the model's type.
+        # Half precision would merge neighboring positions, so the angle is float32 whatever the model's type.
         angle = positions[..., self.axis].float() * frequency
         cosines, sines = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
         if self._loud == 1.0:
@@ -193,11 +193,11 @@ class Rotary(nn.Module):
         return cosines * loud, sines * loud
 
     def _by_document(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
-        """[B, L, E]: each token's frequencies, by its own document's length alone, so that neighbours never matter."""
+        """[B, L, E]: each token's frequencies, by its own document's length alone, whatever else is packed with it."""
         if document_ids is None:
             document_ids = torch.zeros(positions.shape[:2], dtype=torch.int64, device=positions.device)
-        row = torch.arange(len(document_ids), device=document_ids.device)[:, None].expand_as(document_ids)
-        _, document = torch.stack([row, document_ids]).flatten(1).unique(dim=1, return_inverse=True)
+        sequence = torch.arange(len(document_ids), device=document_ids.device)[:, None].expand_as(document_ids)
+        _, document = torch.stack([sequence, document_ids]).flatten(1).unique(dim=1, return_inverse=True)
         last = positions[..., T].flatten()
         lengths = torch.zeros(int(document.max()) + 1, dtype=last.dtype, device=last.device)
         lengths = lengths.scatter_reduce(0, document, last, "amax") + 1

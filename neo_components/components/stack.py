@@ -1,4 +1,4 @@
-"""A stack of native primitives: what the pre-Buffer and the post-LLM have in common."""
+"""A stack of native primitives, the base of the pre-Buffer and the post-LLM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Prepared = dict[tuple[LayerRule, str], Attend]
 
 
 class PrimitiveStack(Component):
-    """``depth`` primitives. Base of ``PreBuffer`` and ``PostLLM``, whose arguments say what is in it.
+    """``depth`` primitives. Base of ``PreBuffer`` and ``PostLLM``, whose arguments describe its blocks.
 
     Blocks that rotate by the same table share it, blocks that attend alike share a prepared backend.
 
@@ -69,12 +69,12 @@ class PrimitiveStack(Component):
 
     @property
     def rotary(self) -> Rotary:
-        """The table of the stack's own arguments; it knows the RoPE variant."""
+        """The table of the stack's own arguments; it holds the RoPE variant."""
         return self.rotaries[0]  # type: ignore[return-value]
 
     @property
     def layer_rules(self) -> list[LayerRule]:
-        """Whom the tokens of each block attend to."""
+        """Mask rule and window of each block."""
         return [block.layer_rule for block in self.blocks]
 
     def prepare(
@@ -140,6 +140,10 @@ class PrimitiveStack(Component):
                 x = block(x, inputs)
             if hidden_states is not None:
                 hidden_states[f"layer_{first + number}"] = x
+        return self.behind_blocks(x)
+
+    def behind_blocks(self, x: Tensor) -> Tensor:
+        """What the stack computes behind its last block, [B, L, D] -> [B, L, D]: nothing, if not overridden."""
         return x
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -169,7 +173,7 @@ def share_tables(own: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) ->
     """One rotary table for all blocks that rotate alike.
 
     Args:
-        own: arguments of the stack; its table comes first, needed or not, as it knows the RoPE variant.
+        own: arguments of the stack; its table comes first, needed or not, as it holds the RoPE variant.
         blocks: arguments of each block.
 
     Returns:

@@ -1,7 +1,9 @@
 """Where text goes: through the pre-Buffer like the images (NEO), or around it.
 
-A route selects the tokens that pass the pre-Buffer and says how these attend to each other there. The model, its
-exports and the estimates of its cost ask the same route.
+A route selects the tokens that pass the pre-Buffer and defines how these attend to each other there. The model, its
+exports and the estimates of its cost use the same route.
+
+Source: NEO paper section 3.2 (``shared``).
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class TextRoute:
         """[B, L]: the documents that tokens belong to inside the pre-Buffer; ``-1`` for padding and for tokens that do
         not pass it.
 
-        On the way around, each image with its boundary tokens is a document, with another number in every sequence. A
+        With ``bypass``, each image with its boundary tokens is a document, numbered differently in every sequence. A
         boundary token without an image is one too.
         """
         if self.words_pass:
@@ -92,7 +94,8 @@ class TextRoute:
 
 
 def _select(batch: Batch, documents: Tensor, index: Tensor) -> Passing:
-    """Tokens of a batch in one row; its images are numbered by their documents, as the rows of a batch count alike."""
+    """Selected tokens of a batch as one sequence; images are numbered by their documents, as each sequence numbers its
+    images from 0."""
     ids, positions, own, image_ids, kinds = (
         column.flatten(0, 1)[index][None]
         for column in (batch.token_ids, batch.positions, documents, batch.image_ids, batch.token_kinds)

@@ -1,7 +1,7 @@
-"""The loss at labelled tokens, in chunks: logits of all tokens never exist together, in neither direction.
+"""The loss at target tokens, in chunks: the logits of all tokens never exist at once, forward or backward.
 
-The gradient with respect to a chunk's logits is known as soon as the logits are. It is turned into those of the hidden
-states and the head at once, so the backward pass computes no logit again. The idea is that of cut and fused
+The gradient with respect to a chunk's logits is known as soon as the logits are. The forward pass turns it into those
+of the hidden states and the head at once, so the backward pass recomputes no logit. The idea is that of cut and fused
 cross-entropies (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024, arXiv 2410.10989).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from neo_components.components.recompute import autocast_type
 
 CHUNK = 256
-"""Labelled tokens whose logits exist at the same time, at least."""
+"""Target tokens whose logits exist at the same time, at least."""
 LOGITS = 1 << 23
 """Logits that may exist at the same time where ``CHUNK`` tokens have fewer."""
 
@@ -27,14 +27,14 @@ def token_loss(
     """``sum(weight * cross_entropy((state @ head.T) / divisor, target))``.
 
     Args:
-        state: [n, D], rows that have a label.
+        state: [n, D], hidden states of the tokens that predict a target.
         head: [V, D]; no gradient is computed for a frozen one.
         target: [n] int64.
         weight: [n] float32.
         divisor: of the logits.
 
     Returns:
-        Scalar float32, whose gradient can be taken once; and each row's cross entropy, [n] float32, without gradient.
+        Scalar float32, whose gradient can be taken once; and each token's cross entropy, [n] float32, without gradient.
     """
     wanted = torch.is_grad_enabled()
     total, each = _TokenLoss.apply(state, head, target, weight, divisor, autocast_type(state), wanted)
@@ -53,7 +53,7 @@ class _TokenLoss(torch.autograd.Function):
         of_head = torch.zeros_like(head, dtype=torch.float32) if wanted and ctx.needs_input_grad[1] else None
         with torch.autocast(state.device.type, enabled=False):
             factor = head if dtype is None else head.to(dtype)
-            # Half of the small numbers that probabilities are would be lost to float16.
+            # float16 would round many small probabilities to zero.
             back = factor.float() if factor.dtype == torch.float16 and wanted else factor
             size = max(CHUNK, LOGITS // len(head))
             for start in range(0, len(target), size):

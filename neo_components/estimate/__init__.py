@@ -1,1 +1,1 @@
-"""What a model and a stage cost, told before they run: FLOPs, kept activations, memory by kind. No weights needed."""
+"""Estimates of what a stage costs before it runs: FLOPs, kept activations, memory by kind. No weights needed."""

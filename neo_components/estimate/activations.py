@@ -23,11 +23,11 @@ class Block:
     """Bytes that one block keeps.
 
     Args:
-        whole: all that its backward pass needs.
-        input: its input alone, kept where the rest is computed again.
+        full: all that its backward pass needs.
+        input: its input alone, which activation checkpointing keeps.
     """
 
-    whole: int
+    full: int
     input: int
 
 
@@ -58,13 +58,13 @@ class Activations:
         """Bytes kept if the first blocks of both stacks keep only their input."""
         kept = self.patch_embedding + self.bridges + self.head + self.loss + self.shared
         for blocks, again in ((self.pre_buffer, pre_recomputed), (self.post_llm, post_recomputed)):
-            kept += sum(block.input if n < again else block.whole for n, block in enumerate(blocks))
+            kept += sum(block.input if n < again else block.full for n, block in enumerate(blocks))
         return kept
 
     def largest(self, pre_recomputed: int, post_recomputed: int) -> int:
-        """Bytes of the largest block among those that are computed again: for a moment it is kept whole."""
+        """Bytes of the largest checkpointed block: the backward pass recomputes one at a time in full."""
         again = [*self.pre_buffer[:pre_recomputed], *self.post_llm[:post_recomputed]]
-        return max((block.whole for block in again), default=0)
+        return max((block.full for block in again), default=0)
 
 
 def kept_activations(model: NEO, batch: Batch, setting: Setting) -> Activations:
@@ -74,7 +74,7 @@ def kept_activations(model: NEO, batch: Batch, setting: Setting) -> Activations:
 
     Args:
         model: its weights may lie on the meta device.
-        batch: packed rows; the ids, labels and sizes of images are looked at, of the patches only how many there are.
+        batch: packed sequences; the ids, labels and sizes of images are read, of the patches only their number.
         setting: device and precision of the step.
     """
     trace = _Trace(model, batch, setting)
@@ -94,7 +94,7 @@ class _Trace:
     def run(self) -> Activations:
         model, batch = self.model, self.batch
         words, images = _trains(model.post_llm.word_embedding), _trains(model.patch_embedding)
-        rows, length = batch.token_ids.shape
+        count, length = batch.token_ids.shape
         ids = batch.document_ids, batch.image_ids, batch.token_kinds
         passing = model.route.passing(batch)
         own = passing.document_ids, passing.image_ids, passing.token_kinds
@@ -102,13 +102,13 @@ class _Trace:
         flow = images or model.pre_buffer.boundary.requires_grad
         if model.route.words_pass:
             flow = flow or words or (model.bridge_in is not None and _trains(model.bridge_in))
-        bridges = self._linear(model.bridge_in, (rows, length), words)
+        bridges = self._linear(model.bridge_in, (count, length), words)
         pre, flow = self._stack(model.pre_buffer, own, own_shape, flow)
         bridges += self._linear(model.bridge_out, own_shape, flow)
         flow = flow or words or (model.bridge_out is not None and _trains(model.bridge_out))
-        post, flow = self._stack(model.post_llm, ids, (rows, length), flow)
+        post, flow = self._stack(model.post_llm, ids, (count, length), flow)
         patches = self._patches() if len(batch.patches) else 0
-        head, loss = self._head(rows, length, flow)
+        head, loss = self._head(count, length, flow)
         return Activations(patches, bridges, pre, post, head, loss, sum(self.shared.values()))
 
     def _stack(
@@ -116,10 +116,10 @@ class _Trace:
     ) -> tuple[list[Block], bool]:
         found = []
         for layer in stack.blocks:
-            whole = self._block(layer, ids, shape, flow, stack.backend)
+            full = self._block(layer, ids, shape, flow, stack.backend)
             flow = flow or _trains(layer)
             entering = shape[0] * shape[1] * stack.hparams.hidden_size * self._size(layer)
-            found.append(Block(whole, entering if flow else 0))
+            found.append(Block(full, entering if flow else 0))
         return found, flow
 
     def _block(
@@ -148,11 +148,11 @@ class _Trace:
         def inputs() -> tuple[Any, ...]:
             attend, shared = self.attention[where](self.setting)
             x = fake((*shape, hidden), dtype, self.setting, flow)
-            turn = [fake((*shape, 1, width), torch.float32, self.setting) for _ in range(2)]
+            rotary = [fake((*shape, 1, width), torch.float32, self.setting) for _ in range(2)]
             self.shared[where] = sum(tensor.nbytes for tensor in shared)
-            self.shared["rotary", shape, width] = 2 * turn[0].nbytes
-            self.apart = [*shared, *turn]
-            return x, BlockInputs((turn[0], turn[1]), attend, image_ids, kinds)
+            self.shared["rotary", shape, width] = 2 * rotary[0].nbytes
+            self.apart = [*shared, *rotary]
+            return x, BlockInputs((rotary[0], rotary[1]), attend, image_ids, kinds)
 
         return kept_by(block, self.setting, inputs, lambda _: self.apart)
 
@@ -172,13 +172,13 @@ class _Trace:
         width, dtype = part.hparams.in_width, self._dtype(part)
         return kept_by(part, self.setting, lambda: (fake((*shape, width), dtype, self.setting, flow),), lambda _: ())
 
-    def _head(self, rows: int, length: int, flow: bool) -> tuple[int, int]:
+    def _head(self, count: int, length: int, flow: bool) -> tuple[int, int]:
         norm, hidden = self.model.post_llm.norm, self.model.post_llm.hparams.hidden_size
         dtype = self._dtype(norm)
-        kept = kept_by(norm, self.setting, lambda: (fake((rows, length, hidden), dtype, self.setting, flow),), _none)
+        kept = kept_by(norm, self.setting, lambda: (fake((count, length, hidden), dtype, self.setting, flow),), _none)
         targets = int((self.batch.labels[:, 1:] != IGNORED).sum())
         head, states = self.model.post_llm.head_weight, flow or _trains(norm)
-        kept += rows * (length - 1) * states  # which tokens are targets
+        kept += count * (length - 1) * states  # which tokens are targets
         loss = targets * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
         return kept, loss
 

@@ -19,7 +19,7 @@ class Document:
     Args:
         visual: visual tokens of its image; 0: no image. Tokens that a patch embedding adds to them come on top.
         text: other tokens, without the two around the image.
-        targets: share of the text that are targets, the last tokens.
+        targets: fraction of the text that are targets, the last tokens.
     """
 
     visual: int

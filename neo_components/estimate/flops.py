@@ -2,9 +2,9 @@
 
 Counted are matrix products only, 2 FLOPs per multiply-add (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B):
 norms, rotary and activation functions are left out. Attention counts the pairs of query and key that the mask shows,
-padding counts nothing, and logits are formed at learnt tokens only. The backward pass counts a gradient only where
-something that trains needs it: frozen weights cost none, and nothing flows below the first part that trains. What
-activation checkpointing does twice is no part of the model's FLOPs and reported apart.
+padding counts nothing, and logits are formed at target tokens only. The backward pass counts a gradient only where
+something that trains needs it: frozen weights cost none, and nothing flows below the first part that trains. The
+FLOPs that activation checkpointing adds are reported apart from the model's FLOPs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Flops:
 
     @property
     def model(self) -> int:
-        """Forward and backward: the numerator of a model FLOP utilisation."""
+        """Forward and backward: the numerator of a model FLOP utilization."""
         return self.forward + self.backward
 
     def __add__(self, other: Flops) -> Flops:
@@ -56,23 +56,23 @@ class Flops:
 def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     """FLOPs of a training step on a batch.
 
-    What trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks`` of both stacks. Only the
-    ids and labels of the batch are looked at, and one number per document is read from its device; hand it a batch on
+    What trains is read off ``requires_grad``, what is checkpointed off ``checkpointed_blocks`` of both stacks. Only the
+    ids and labels of the batch are read, and one number per document is read from its device; hand it a batch on
     the CPU where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
     accumulated batches, add up.
 
     Args:
         model: the model; see above.
-        batch: packed rows.
+        batch: packed sequences.
 
     Returns:
         ``Flops`` by part: ``patch_embedding``, ``pre_buffer``, ``post_llm``, ``head``, and ``bridge`` where there is
         one. ``sum(part.model for part in step_flops(model, batch).values())`` over seconds and the device's peak is the
-        model FLOP utilisation.
+        model FLOP utilization.
     """
     real = batch.document_ids != PADDING
     tokens = int(real.sum())
-    learnt = int((batch.labels[:, 1:] != IGNORED).sum())
+    targets = int((batch.labels[:, 1:] != IGNORED).sum())
     documents, images, kinds = batch.document_ids, batch.image_ids, batch.token_kinds
     own = model.route.documents(documents, images, batch.token_kinds)
     own_tokens = int((own != PADDING).sum())
@@ -95,7 +95,7 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow, kinds)
     flow = flow or _trains(model.post_llm.norm)
     head = model.post_llm.head_weight
-    found["head"] = _product(learnt, head.shape[0], head.shape[1], flow, head.requires_grad)
+    found["head"] = _product(targets, head.shape[0], head.shape[1], flow, head.requires_grad)
     return found
 
 
@@ -223,9 +223,9 @@ def _bridge(part: nn.Module, tokens: int, flow: bool) -> Flops:
 def _linear(part: nn.Module, tokens: int, flow: bool) -> Flops:
     """A linear layer, or one inside another module with adapters beside it, each fed by the one before (LoRA)."""
     total, fed = Flops(), flow
-    for place, inner in enumerate(inner for inner in part.modules() if isinstance(inner, nn.Linear)):
+    for index, inner in enumerate(inner for inner in part.modules() if isinstance(inner, nn.Linear)):
         total += _product(tokens, inner.out_features, inner.in_features, fed, inner.weight.requires_grad)
-        fed = flow or (place > 0 and inner.weight.requires_grad)
+        fed = flow or (index > 0 and inner.weight.requires_grad)
     return total
 
 
@@ -242,8 +242,8 @@ def _trains(part: nn.Module) -> bool:
 def attended_pairs(document_ids: Tensor, image_ids: Tensor, rule: LayerRule, token_kinds: Tensor | None = None) -> int:
     """How many pairs of query and key the mask shows, padding left out.
 
-    A rule that says how many ``pairs_inside`` an image attend to each other, and is causal elsewhere, is counted from
-    the lengths of documents and images; another rule is asked about every pair of each document.
+    A rule that states how many ``pairs_inside`` an image attend to each other, and is causal elsewhere, is counted from
+    the lengths of documents and images; another rule is evaluated for every pair of each document.
 
     Args:
         document_ids: [B, L].
@@ -271,12 +271,12 @@ def _causal_pairs(length: int, window: int | None) -> int:
 
 def _image_lengths(document_ids: Tensor, image_ids: Tensor) -> list[int]:
     """Visual tokens of every image of the batch."""
-    rows = torch.arange(len(image_ids), device=image_ids.device)[:, None].expand_as(image_ids)
+    sequences = torch.arange(len(image_ids), device=image_ids.device)[:, None].expand_as(image_ids)
     visual = (image_ids != NO_IMAGE) & (document_ids != PADDING)
-    places = torch.stack([rows, document_ids, image_ids])[:, visual]
-    if not places.shape[1]:
+    owners = torch.stack([sequences, document_ids, image_ids])[:, visual]
+    if not owners.shape[1]:
         return []
-    lengths: Tensor = torch.unique_consecutive(places, dim=1, return_counts=True)[1]
+    lengths: Tensor = torch.unique_consecutive(owners, dim=1, return_counts=True)[1]
     return lengths.tolist()
 
 

@@ -20,15 +20,15 @@ STRATEGIES = ("single", "ddp", "fsdp2")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is laid over devices.
+    """How a model is distributed over devices.
 
     Args:
-        strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimiser states
-            are divided among the devices and put together block by block.
-        devices: all of them; each reads rows of its own.
+        strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimizer states
+            are sharded over the devices and gathered block by block.
+        devices: all of them; each reads its own packed sequences.
 
     Raises:
-        ValueError: if the numbers are not possible.
+        ValueError: if the combination is not possible.
     """
 
     strategy: str = "single"
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        """Into how many parts weights, gradients and states are divided."""
+        """Into how many shards weights, gradients and states are split."""
         return self.devices if self.strategy == "fsdp2" else 1
 
 
@@ -73,30 +73,30 @@ def step_memory(
 ) -> Memory:
     """Bytes on one device in a training step.
 
-    Weights, gradients, states and activations are those of the code as it stands; working space is a rule: the
+    Weights, gradients, states and activations are those of the code as it stands; working space is a rule of thumb: the
     gradients inside one feed-forward. What a GPU's driver and its allocator take comes on top, one or two GB.
 
     Args:
-        model: what trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks``.
-        batch: rows of one device.
+        model: what trains is read off ``requires_grad``, what is checkpointed off ``checkpointed_blocks``.
+        batch: packed sequences of one device.
         setting: device and precision.
-        plan: how the model is laid over devices.
+        plan: how the model is distributed over devices.
         activations: of the model, batch and setting (``kept_activations``).
-        single_moment: weights whose optimiser keeps one number each (Muon); the others are AdamW's, which keeps two.
+        single_moment: weights whose optimizer keeps one number each (Muon); the others are AdamW's, which keeps two.
         average: whether an average of the weights is kept.
         accumulates: whether gradients stay from batch to batch.
     """
     single = {id(weight) for weight in single_moment}
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    # What FSDP keeps divided has the model's own type, and what it gathers the setting's.
+    # What FSDP keeps sharded has the model's own type, and what it gathers the setting's.
     kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
     gradients = _bytes(trained, kept)
     states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
     again = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     always = {
         "weights": _bytes(parameters, kept) // plan.shards,
-        "optimiser states": states // plan.shards,
+        "optimizer states": states // plan.shards,
         "average of weights": _bytes(parameters, kept) // plan.shards if average else 0,
         "gradient buckets": gradients if plan.strategy == "ddp" else 0,
         "gathered parts": _gathered(model, setting) if plan.strategy == "fsdp2" else 0,
@@ -105,7 +105,7 @@ def step_memory(
     passing = {
         "gradients": gradients // plan.shards,
         "activations": activations.total(*again),
-        "one recomputed block": activations.largest(*again),
+        "one checkpointed block": activations.largest(*again),
         "autocast copies": _autocast_copies(model, setting),
         "logits of one chunk": _chunk(model, batch, setting),
         "working space": _working(model, batch, setting),
@@ -126,9 +126,9 @@ def _peak_of_backward(
     for stack, blocks in reversed(stacks):
         for number in reversed(range(len(blocks))):
             again = number < stack.checkpointed_blocks
-            inside = blocks[number].whole if again else 0
+            inside = blocks[number].full if again else 0
             most = max(most, left + made + inside + passing["working space"])
-            left -= blocks[number].input if again else blocks[number].whole
+            left -= blocks[number].input if again else blocks[number].full
             if not accumulates:
                 trained = [p for p in stack.layers[number].parameters() if p.requires_grad]
                 made += _bytes(trained, kept) // plan.shards
@@ -140,8 +140,8 @@ def _bytes(parameters: list[nn.Parameter], setting: Setting) -> int:
 
 
 def _gathered(model: NEO, setting: Setting) -> int:
-    """Two blocks put together, the present and the next one (or a larger embedding), and what is in no part of its own;
-    and of the largest of them the gradient before it is divided, once as computed and once in float32 for the sum.
+    """Two gathered blocks, the present and the next one (or a larger embedding), and the parameters outside of blocks;
+    and of the largest of them the gradient before it is sharded, once as computed and once in float32 for the sum.
 
     The parts are those of ``training.fsdp2.strategy.shard``."""
     blocks = [list(block.parameters()) for stack in (model.pre_buffer, model.post_llm) for block in stack.layers]
@@ -171,8 +171,8 @@ def _chunk(model: NEO, batch: Batch, setting: Setting) -> int:
     under autocast a copy of the head; and, if the head trains, its gradient from one chunk."""
     weight = model.post_llm.head_weight
     size = (setting.autocast or setting.weights or weight.dtype).itemsize
-    learnt = min(max(CHUNK, LOGITS // len(weight)), int((batch.loss_weights > 0).sum()))
-    logits = learnt * len(weight) * (4 if size == 4 else 4 + size)
+    targets = min(max(CHUNK, LOGITS // len(weight)), int((batch.loss_weights > 0).sum()))
+    logits = targets * len(weight) * (4 if size == 4 else 4 + size)
     return logits + weight.numel() * (size * weight.requires_grad + size * (setting.autocast is not None))
 
 

@@ -1,7 +1,7 @@
-"""Runs modules without numbers, to see what they would keep for the backward pass.
+"""Counts what modules would keep for the backward pass, by running them on fake tensors (shapes without values).
 
-The modules' own code runs on fake tensors, which have shapes and no values, so what is counted is what the code does:
-there is no formula to fall behind it. Nothing is allocated, and a GPU is not needed to trace for one.
+The modules' own code runs, so there is no formula to keep up to date. Nothing is allocated, and a GPU is not needed to
+trace for one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SavedBytes:
 
 @contextmanager
 def tracing(setting: Setting) -> Iterator[None]:
-    """Tensors made inside are fake, and autocast is as the setting says, whether or not its device is there."""
+    """Tensors made inside are fake, and autocast is as the setting states, whether or not its device is there."""
     before = torch.is_autocast_enabled(setting.device), torch.get_autocast_dtype(setting.device)
     try:
         with FakeTensorMode():
@@ -135,7 +135,7 @@ def known(values: Tensor) -> Tensor:
 
 
 def weights_of(module: nn.Module, setting: Setting) -> dict[str, Tensor]:
-    """Fake weights of a module whose own may lie anywhere; inside :func:`tracing`."""
+    """Fake weights of a module whose own may be on any device; inside :func:`tracing`."""
     made: dict[int, Tensor] = {}
     for parameter in module.parameters():
         dtype = setting.weights or parameter.dtype
@@ -193,18 +193,18 @@ def traced_attention(
     def spans(setting: Setting) -> tuple[Attend, list[Tensor]]:
         made = SpanAttention.__new__(SpanAttention)
         made.buckets, shared = [], []
-        # What is computed from values elsewhere is given here: no unit of pairs, and of the real tokens their number.
-        made.__dict__ |= {"units": [], "places": []}
+        # These are computed from values, so they are set here: no unit of pairs, and only the number of real tokens.
+        made.__dict__ |= {"units": [], "token_indices": []}
         for bucket, real, masked in shapes:
             count, length = bucket.index.shape
             index, images, kinds = (fake((count, length), torch.int64, setting) for _ in range(3))
             mask = fake((count, 1, length, length), torch.bool, setting) if masked else None
-            place, *both = (fake((real,), torch.int64, setting) for _ in range(3))
+            real_index, *both = (fake((real,), torch.int64, setting) for _ in range(3))
             one = Bucket(index, fake((count,), torch.int64, setting), images, kinds, rule.rule, rule.window)
             one.__dict__["mask"] = mask
             made.buckets.append(one)
-            made.places.append((place, tuple(both)))  # type: ignore[arg-type]
-            shared += [index, place, *both, *([] if mask is None else [mask])]
+            made.token_indices.append((real_index, tuple(both)))  # type: ignore[arg-type]
+            shared += [index, real_index, *both, *([] if mask is None else [mask])]
         return made, shared
 
     return spans
@@ -226,7 +226,7 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def evenly_routed(module: nn.Module) -> Iterator[None]:
-    """Experts get equal numbers of tokens: fake tokens choose none."""
+    """Experts get equal numbers of tokens, as fake tokens have no values to route by."""
     parts = [part for part in module.modules() if isinstance(part, SparseFeedForward)]
 
     def even(part: SparseFeedForward) -> Callable[[Tensor], list[int]]:

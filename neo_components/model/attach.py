@@ -1,8 +1,8 @@
 """The pre-Buffer asset: take it out of a trained model, attach it to another language model.
 
-Between two language models stand two bridges, one for word embeddings coming in and one for the output going on. Both
-are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is only the
-second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
+Two bridges join the two widths: one maps word embeddings to the pre-Buffer, the other maps its output to the language
+model. Both are fitted on the tokens that the two vocabularies share. Where text goes around the pre-Buffer there is
+only the second. Alone, a pre-Buffer is a vision tower: :func:`image_features`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AUTO = "auto"
 WHERE = re.compile(r"(?<![\w.:/-])(/[\w.@+ -]+)*/([\w.@+-]+)")
 """A local path from the root on, in the text of a recipe; its name is the second group."""
 REPORTED_FROM = 0.1
-"""Share of variance that a bridge for words loses, from which on the other route for words is pointed out."""
+"""Fraction of variance that the bridge for text loses, from which on the log points out ``text="bypass"``."""
 MIN_SHARED = 16
 """Fewest shared tokens that a bridge is fitted from."""
 
@@ -49,7 +49,7 @@ def export_pre_buffer(
         folder: made if absent.
         tokenizer: folder or hub id of the tokenizer of its language model.
         anchors: most tokens in the anchor table; the first ids of a BPE vocabulary are the most used.
-        info: normalisation, provenance, licence and card to keep with it.
+        info: normalization, provenance, license and card to keep with it.
 
     Returns:
         The folder.
@@ -75,18 +75,18 @@ def export_pre_buffer(
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What a model's folder tells of its training, its recipes among it, but not where things lay.
+    """What a model's folder records of its training, recipes included, without local paths.
 
     Args:
         folder: of a trained model; without ``provenance.json`` the result is empty.
     """
     path = folder / "provenance.json"
-    told = read_json(path) if path.is_file() else {}
-    for stage in told.get("stages", []):
+    recorded = read_json(path) if path.is_file() else {}
+    for stage in recorded.get("stages", []):
         stage["data"] = [Path(name).name for name in stage.get("data", [])]
         if "recipe" in stage:
             stage["recipe"] = WHERE.sub(r"\2", stage["recipe"])
-    return told
+    return recorded
 
 
 def attach(
@@ -114,7 +114,7 @@ def attach(
         A model ready for tuning. What each fitted bridge leaves unexplained is logged, and kept as its ``unexplained``.
 
     Raises:
-        ValueError: if the two cannot be joined that way; the message says why and what to do.
+        ValueError: if the two cannot be joined that way; the message states why and what to do.
     """
     route = TextRoute(text)
     if bridge != AUTO:
@@ -142,7 +142,7 @@ def attach(
     bridge_out = BRIDGES.make(bridge, in_width=inner, out_width=outer)
     if any(hasattr(part, "fit") for part in (bridge_in, bridge_out)):
         _fit(bridge_in, bridge_out, *shared_embeddings(pre, llm, tokenizer))
-    # Fitted in full precision, then of the type of what they join.
+    # Fitted in full precision, then cast to the type of the modules that they join.
     for part in (bridge_in, bridge_out):
         if part is not None:
             part.to(llm.head_weight.dtype)
@@ -183,7 +183,7 @@ def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None)
 
 
 def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Word embeddings of the tokens that both sides know: [n, D of the pre-Buffer] and [n, D of the language model].
+    """Word embeddings of the shared tokens: [n, D of the pre-Buffer] and [n, D of the language model].
 
     Raises:
         ValueError: if the pre-Buffer has no anchors, the tokenizer is unknown, or too few tokens are shared.
@@ -198,11 +198,11 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     if not source:
         raise ValueError(f"the language model's tokenizer is not known: give tokenizer=folder_or_hub_id{way_out}")
     strings = token_strings(source)
-    pairs = [(place, strings[text]) for place, text in enumerate(pre.anchors.tokens) if text in strings]
-    pairs = [(place, row) for place, row in pairs if row < llm.hparams.vocab_size]
+    pairs = [(index, strings[text]) for index, text in enumerate(pre.anchors.tokens) if text in strings]
+    pairs = [(index, row) for index, row in pairs if row < llm.hparams.vocab_size]
     if len(pairs) < MIN_SHARED:
         raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
-    ours = pre.anchors.vectors[[place for place, _ in pairs]]
+    ours = pre.anchors.vectors[[index for index, _ in pairs]]
     with filled(llm.word_embedding):
         theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
     return ours, theirs
@@ -210,7 +210,7 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
 
 @torch.no_grad()
 def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
-    """A pre-Buffer as a vision tower: what it makes of images, each alone between its boundary vectors.
+    """The features of a pre-Buffer used as a vision tower: each image passes it alone, between its boundary vectors.
 
     Args:
         pre_buffer: with its patch embedding, as an asset has it.

@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer and image limits: ask a question, get an answer."""
+"""Questions to a trained model: the model with its tokenizer and image limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 @dataclass
 class Chat:
-    """A model and what turns a user's input into its input.
+    """A model with the tokenizer and image limits that prepare its input.
 
     Args:
         model: the model.
@@ -67,13 +67,13 @@ class Chat:
         return folder
 
     def save_beside(self, folder: str | Path) -> None:
-        """Writes what lies beside the model: tokenizer and image limits."""
+        """Writes the files beside the model: tokenizer and image limits."""
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder)
         write_text(folder / PREPROCESSOR, json.dumps(self.image_config(), indent=2) + "\n")
 
     def image_config(self) -> dict[str, Any]:
-        """Normalisation and limits of images, as stored beside models and assets."""
+        """Normalization and limits of images, as stored beside models and assets."""
         return {
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
@@ -91,9 +91,7 @@ class Chat:
             ValueError: if the question is empty, or an image cannot be read.
         """
         if not question.strip():
-            raise ValueError(
-                f"the question is empty, got {question!r}; ask something, such as 'What is in the picture?'"
-            )
+            raise ValueError(f"the question is empty, got {question!r}; ask something, such as 'What is in the image?'")
         factor = self.model.input_spec.factor
         limit = max_pixels_per_image(len(images), self.min_pixels, self.max_pixels)
         pixels = [load_image(image, factor, self.min_pixels, limit) for image in images]
@@ -108,7 +106,7 @@ class Chat:
         """The answer.
 
         Args:
-            question: text; ``<image>`` marks the place of each image.
+            question: text; ``<image>`` marks the position of each image.
             images: paths, bytes or PIL images.
             max_new_tokens: most tokens of the answer.
             options: of ``NEO.generate``.

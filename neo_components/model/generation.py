@@ -1,10 +1,10 @@
 """Autoregressive generation with a key/value cache, for many prompts at once.
 
-The prompts are packed into one row for the prefill (mixed mask); then each step computes one token per prompt.
+The prompts are packed into one sequence for the prefill (mixed mask); then each step computes one token per prompt.
 Nothing is kept on the model between calls.
 
-Some language models turn long documents by other frequencies than short ones (``components/scaling.py``). Where a
-document grows from one kind into another its cached keys are void, so everything is computed anew: once for
+Some language models rotate long documents by other frequencies than short ones (``components/rope_scaling.py``). When a
+document grows into another rope length bucket its cached keys are void, and the prefill runs again: once for
 ``longrope``, at every token beyond the original context for ``dynamic``.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Generating(Protocol):
-    """What can continue prompts: ``NEO``, or whatever computes like it."""
+    """The interface that :func:`generate` needs; ``NEO`` has it."""
 
     @property
     def input_spec(self) -> InputSpec: ...
@@ -58,7 +58,7 @@ def generate(
 
     Args:
         model: a ``NEO``: has ``hidden``, ``layer_rules``, ``length_buckets``, ``input_spec`` and ``post_llm``.
-        prompts: one packed row [1, L] without padding.
+        prompts: one packed sequence [1, L] without padding.
         max_new_tokens: most tokens to add to each.
         do_sample: draw instead of taking the likeliest token.
         temperature: divides the logits before drawing.
@@ -110,12 +110,12 @@ def _cache(model: Generating, prompts: Batch, room: int) -> KVCache:
 
 
 def _prefill(model: Generating, prompts: Batch, cache: KVCache) -> Tensor:
-    """Fills the cache; what the last token of each prompt gives, [S, D]."""
+    """Fills the cache; the hidden state of the last token of each prompt, [S, D]."""
     return model.hidden(prompts, cache.layers)[0, cache.lengths.cumsum(0) - 1]
 
 
 def _turns_anew(model: Generating, positions: Tensor) -> bool:
-    """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them turned by."""
+    """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them were rotated by."""
     ends = [math.ceil(end) for end in positions[:, 0].tolist()]
     return any(model.length_buckets(end) != model.length_buckets(end + 1) for end in ends)
 
@@ -132,14 +132,14 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
         columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
         columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
         columns["token_kinds"] += [prompts.token_kinds[0, inside], torch.full_like(ids, TokenKind.TEXT)]
-    rows: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
-    rows["labels"] = torch.full_like(rows["token_ids"], IGNORED)
-    rows["loss_weights"] = torch.zeros(rows["labels"].shape, device=rows["labels"].device)
-    return replace(prompts, **rows)
+    changed: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
+    changed["labels"] = torch.full_like(changed["token_ids"], IGNORED)
+    changed["loss_weights"] = torch.zeros(changed["labels"].shape, device=changed["labels"].device)
+    return replace(prompts, **changed)
 
 
 def _later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
-    """[S, count, 3]: where the model's index rule puts the tokens behind each prompt, as if they were text."""
+    """[S, count, 3]: positions that the model's index rule gives the tokens after each prompt, as text."""
     spec = model.input_spec
     document_ids, image_ids, kinds = (
         x[0].cpu() for x in (prompts.document_ids, prompts.image_ids, prompts.token_kinds)

@@ -1,6 +1,6 @@
-"""Checkpoint layouts of whole models: our own, and the released NEO layout of either kit. Always strict.
+"""Checkpoint layouts of NEO models: our own, and the released one of the training or inference kit. Always strict.
 
-Both are read into the same parts; ``NEO.from_pretrained`` tells them apart by config.json.
+Both are read into the same parts; ``NEO.from_pretrained`` distinguishes them by config.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIGS = ("llm_config", "vision_config")
 """The sections of a released config."""
 
 RENAMED = {"unturned_layers": "nope_layers"}
-"""Arguments of the post-LLM under another name in models that were written before."""
+"""Arguments of the post-LLM that models written earlier have under another name."""
 
 Parts = dict[str, Any]
 """Keyword arguments of ``NEO``."""
@@ -57,7 +57,7 @@ def layout_of(config: dict[str, Any], folder: Path) -> str:
         "pre_buffer": "; it is a pre-Buffer: load it by PreBuffer.from_pretrained and attach it",
         None: "",
     }.get(kind, "; if it is a language model, load it by PostLLM.from_pretrained")
-    raise ValueError(f"{folder} is no NEO checkpoint (config.json says {kind!r}){advice}")
+    raise ValueError(f"{folder} is no NEO checkpoint (config.json states {kind!r}){advice}")
 
 
 def own_config(model: NEOParts) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
 def parts_from_released(config: dict[str, Any], folder: Path) -> Parts:
     """Empty parts as a released config of either kit describes them.
 
-    ``layer_types`` is not looked at: the training kit writes 32 entries whatever the depth. Numbers may be lists of
-    one: so a tuple is written that a trailing comma made.
+    ``layer_types`` is ignored: the training kit writes 32 entries whatever the depth. A number may be a list of one
+    element, from a tuple that a trailing comma made.
 
     Raises:
         ValueError: if a setting is not supported or missing.
@@ -158,7 +158,7 @@ def _language_model(llm: dict[str, Any], depth: int, tied: bool) -> dict[str, An
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether a released config ties the head to the word embedding; either level may say so."""
+    """Whether a released config ties the head to the word embedding; either level may state it."""
     return bool(_scalar(config.get("tie_word_embeddings", config["llm_config"].get("tie_word_embeddings", False))))
 
 
@@ -246,15 +246,15 @@ def load_released(model: NEOParts, folder: Path, dtype: torch.dtype = torch.floa
         elif len(rows) < 2:
             log.warning("%s has no vectors of <img> and </img>, by their ids or beside; they start as random", folder)
             model.pre_buffer.boundary.normal_(0.0, model.pre_buffer.hparams.init_std)
-        for place, row in rows.items():
-            model.pre_buffer.boundary[place] = table[row]
+        for index, row in rows.items():
+            model.pre_buffer.boundary[index] = table[row]
 
 
 def save_released(model: NEOParts, folder: str | Path) -> Path:
     """Writes the released layout with the training kit's config.
 
     Raises:
-        ValueError: if the model has what that layout cannot say: bridges, another RoPE or mask, other sizes of
+        ValueError: if the model has what that layout cannot express: bridges, another RoPE or mask, other sizes of
             pre-Buffer and post-LLM.
     """
     _check_expressible(model)
@@ -265,8 +265,8 @@ def save_released(model: NEOParts, folder: str | Path) -> Path:
         if name != "pre_buffer.boundary"
     }
     embedding = state["language_model.model.embed_tokens.weight"].clone()
-    for place, row in _boundary_rows(model).items():
-        embedding[row] = model.pre_buffer.boundary[place]
+    for index, row in _boundary_rows(model).items():
+        embedding[row] = model.pre_buffer.boundary[index]
     state["language_model.model.embed_tokens.weight"] = embedding
     folder = save_folder(folder, state, released_config(model))
     (folder / f"{BOUNDARY}.safetensors").unlink(missing_ok=True)  # of an earlier save
@@ -283,7 +283,7 @@ def released_of(model: NEOParts) -> Released:
 
 
 def _boundary_rows(model: NEOParts) -> dict[int, int]:
-    """Place among the boundary vectors -> row of the word embedding, for those that have one."""
+    """Index of a boundary vector -> row of the word embedding, for those that have one."""
     h = model.post_llm.hparams
     return {n: row for n, row in enumerate((h.image_start_id, h.image_end_id)) if row < h.vocab_size}
 
@@ -312,11 +312,11 @@ STATED = (
     "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps",
     "base_t", "base_h", "base_w",
 )  # fmt: skip
-"""Arguments of a block that a released config has words for; ``rope`` and ``attention`` are told apart beside them."""
+"""Arguments of a block that a released config can express; ``rope`` and ``attention`` are checked separately."""
 
 
 def _unstated(hparams: Any) -> dict[str, Any]:
-    """Arguments that say otherwise than NEO on Qwen3 -> the only value that a released model has."""
+    """Arguments that differ from NEO on Qwen3 -> the only value that a released model has."""
     defaults = {name: entry.default for name, entry in inspect.signature(PostLLM).parameters.items()}
     names = {*PARAMETERS, "nope_layers", "embedding_multiplier", "logits_divisor"} - {*STATED, "rope", "attention"}
     return {name: defaults[name] for name in sorted(names & set(hparams)) if hparams[name] not in (defaults[name], [])}

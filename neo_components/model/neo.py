@@ -24,7 +24,7 @@ from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sa
 
 
 class NEO(NEOFiles):
-    """The whole model.
+    """The full model.
 
     Args:
         patch_embedding: pixels to tokens.
@@ -36,9 +36,9 @@ class NEO(NEOFiles):
             alone with its two boundary tokens, and words reach the language model untouched.
 
     Attributes:
-        route: where text goes, :class:`~neo_components.components.text_route.TextRoute`.
-        every_part: whether all parts compute in every batch, also where a batch without an image has no use for some.
-            Processes that shard the weights need it: whoever gathers a part, gathers it together with all others.
+        route: path of text tokens, :class:`~neo_components.components.text_route.TextRoute`.
+        every_part: whether all parts compute in every batch, also those that a batch without an image does not need.
+            Sharded training needs it: all processes must gather a part together.
 
     Raises:
         ValueError: if the widths do not meet, the parts' types differ, pre-Buffer and post-LLM count positions by
@@ -76,7 +76,7 @@ class NEO(NEOFiles):
         seams = [("bridge_in", self.bridge_in, outer, inner), ("bridge_out", self.bridge_out, inner, outer)]
         if not self.route.words_pass:
             if self.bridge_in is not None:
-                raise ValueError(f"text={self.text!r} leads no word into the pre-Buffer, so bridge_in must be None")
+                raise ValueError(f"text={self.text!r} leads no text into the pre-Buffer, so bridge_in must be None")
             seams = seams[1:]
         for name, bridge, before, behind in seams:
             widths = (bridge.hparams.in_width, bridge.hparams.out_width) if bridge is not None else (before, before)
@@ -95,7 +95,7 @@ class NEO(NEOFiles):
 
     @property
     def input_spec(self) -> InputSpec:
-        """What ``pack`` has to know about this model."""
+        """The properties of this model that ``pack`` needs."""
         embedding, llm = self.patch_embedding, self.post_llm.hparams
         return InputSpec(
             image_token_id=llm.image_token_id,
@@ -111,7 +111,7 @@ class NEO(NEOFiles):
 
     @property
     def layer_rules(self) -> list[LayerRule]:
-        """Whom the tokens of every block attend to, pre-Buffer first: mask rule and window."""
+        """Mask rule and window of every block, pre-Buffer first."""
         return [*self.pre_buffer.layer_rules, *self.post_llm.layer_rules]
 
     def length_buckets(self, length: int) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class NEO(NEOFiles):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of parameters, by module; a stage names those that it trains.
 
-        ``pre_buffer`` includes the boundary vectors but not the patch embedding; ``post_llm`` is the whole language
+        ``pre_buffer`` includes the boundary vectors but not the patch embedding; ``post_llm`` is the full language
         model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
         ``visual_experts`` is what expert routing added to the blocks of both.
         """
@@ -149,7 +149,7 @@ class NEO(NEOFiles):
         return self._with_images(x, batch.token_ids, batch.image_ids, batch)
 
     def _with_images(self, x: Tensor, token_ids: Tensor, image_ids: Tensor, batch: Batch) -> Tensor:
-        """x [B, L, D of the pre-Buffer] with boundary vectors and tokens of images where the ids say so."""
+        """x [B, L, D of the pre-Buffer] with boundary vectors and tokens of images at their ids."""
         llm = self.post_llm.hparams
         for vector, token_id in zip(self.pre_buffer.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
             x = torch.where((token_ids == token_id)[..., None], vector.to(x.dtype), x)
@@ -318,7 +318,7 @@ class NEO(NEOFiles):
     @torch.no_grad()
     def attention_maps(self, batch: Batch) -> list[Tensor]:
         """Attention weights of every block, pre-Buffer first: [B, N, L, L] each. Under ``text="bypass"`` those of the
-        post-LLM alone: no sequence passes the pre-Buffer as a whole."""
+        post-LLM alone: no full sequence passes the pre-Buffer."""
         attend = [
             EagerAttention(batch.document_ids, batch.image_ids, *rule, token_kinds=batch.token_kinds)
             for rule in self.layer_rules

@@ -1,4 +1,4 @@
-"""Saving and loading of whole models."""
+"""Saving and loading of a NEO: config, weights and model card, in our own layout or the released one."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class NEOFiles(NEOParts):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> Self:
-        """Reads a model in our own or the released layout, told apart by config.json. No random numbers are drawn.
+        """Reads a model in our own or the released layout, distinguished by config.json. No random numbers are drawn.
 
         Args:
             source: folder or hub id.

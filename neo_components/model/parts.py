@@ -1,4 +1,4 @@
-"""The parts of a whole model, by name: what layouts, exports and saving know of a ``NEO``."""
+"""The parts of a NEO model by name, as layouts, exports and saving read them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class NEOParts(Component):
         post_llm: the widened language model.
         bridge_in: before the pre-Buffer; ``None``: none.
         bridge_out: behind it.
-        route: where text goes.
+        route: path of text tokens.
     """
 
     pre_buffer: PreBuffer

@@ -1,8 +1,8 @@
-"""What the tokens of a vocabulary read as, so that those of different tokenizers can be compared.
+"""The text of the tokens of a vocabulary, to compare different tokenizers.
 
-Byte-level BPE (GPT-2, Qwen, Llama 3) writes every byte as a printable character, so ``é`` is ``Ã©`` and a blank ``Ġ``;
-sentencepiece (Llama 2, Gemma, InternLM) writes a blank as ``▁``, and ``<0xC3>`` for a byte of a character that it does
-not know. Both are turned back here into the text that they stand for.
+Byte-level BPE (GPT-2, Qwen, Llama 3) writes every byte as a printable character, so ``é`` is ``Ã©`` and a space ``Ġ``;
+sentencepiece (Llama 2, Gemma, InternLM) writes a space as ``▁``, and ``<0xC3>`` for a byte of a character that is
+not in its vocabulary. This module decodes both into the text that they represent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def token_strings(source: str | Path) -> dict[str, int]:
-    """What each token of a tokenizer reads as -> its id, in order of ids.
+    """The text of each token of a tokenizer -> its id, in order of ids.
 
     Bytes that are no text alone, because they are a part of a character, read as ``<0xC3>``, and so does the byte 0.
     Where two tokens read the same, the first counts, and one that is a byte's last resort only if there is no other.
@@ -56,9 +56,9 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The characters of byte-level BPE -> the bytes that they stand for.
+    """The characters of byte-level BPE -> the bytes that they represent.
 
-    Printable Latin-1 stands for itself, the other bytes in their order for the characters from U+0100 on
+    Printable Latin-1 represents itself; the other bytes, in order, are the characters from U+0100 on
     (Radford et al. 2019, the tokenizer of GPT-2).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -82,6 +82,6 @@ def _read_piece(token: str) -> str:
 
 
 def _decode(data: bytes) -> str:
-    """UTF-8, with ``<0xC3>`` for what is no whole character; so too for the zero, which parts texts in an asset."""
+    """UTF-8, with ``<0xC3>`` for bytes of an incomplete character and for byte 0, which separates texts in an asset."""
     text = data.decode("utf-8", "surrogateescape")
     return re.sub(r"[\0\udc80-\udcff]", lambda found: f"<0x{ord(found[0]) % 0xDC00:02X}>", text)

@@ -101,14 +101,14 @@ class PatchEmbedding(ImageEmbedding):
             ridge: added to the variances, relative to their mean; keeps directions without variance from exploding.
 
         Raises:
-            ValueError: if there are fewer patches than pixels in one, or all are equal.
+            ValueError: if there are fewer patches than values in one patch, or all are equal.
 
         Source: Krizhevsky 2009, appendix A (ZCA); Jordan 2024 (arXiv 2404.00498) as the start of a first layer.
         """
         x = patches.double()
         if len(x) < x.shape[1] or not bool((x != x[0]).any()):
             raise ValueError(
-                f"whitening needs at least as many patches as each has numbers ({x.shape[1]}), and not all the same; "
+                f"whitening needs at least as many patches as one has values ({x.shape[1]}), and not all the same; "
                 f"got {len(x)}"
             )
         mean = x.mean(0)

@@ -1,4 +1,4 @@
-"""Plain 1D RoPE: every token, visual or not, is one step behind the token before it (InternVL3 as compared in NEO)."""
+"""Plain 1D RoPE: every token, visual or not, is one step after the token before it (InternVL3 as compared in NEO)."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from neo_components.components.image_embedding import ImageEmbedding, Product
 from neo_components.components.masks import dense_mask
 from neo_components.data import read_shards, write_shards
 from neo_components.estimate.flops import step_flops
+from neo_components.export.hf.folder import _check_parts
 from neo_components.export.torch_export import write_programs
 from neo_components.model.attach import image_features
 from neo_components.recipe import import_user_modules
@@ -268,6 +269,9 @@ def test_exports(page: dict[str, str], name: str) -> None:
     else:
         assert done.status == 0, done.err
         assert (Path("programs") / name / "inputs.pt2").is_file()
+        image = image_of(NEO.from_pretrained(f"outputs/{name}/neo"))
+        program = torch.export.load(f"programs/{name}/images.pt2").module()
+        assert torch.allclose(program(image), image_features(asset, [image])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -608,6 +612,8 @@ def test_a_family(page: dict[str, str], tmp_path: Path) -> None:
     assert "model_type 'my_llm' is unknown" in fresh(
         "-c", "from neo_components import PostLLM; PostLLM.from_pretrained('my_llm')"
     ).stderr  # fmt: skip
+    good("export", "outputs/my_llm", "--to", "program", "-o", "programs/my_llm")
+    _check_parts(NEO.from_pretrained("outputs/my_llm/neo"))  # nothing in it is foreign to --to hf
     edit_config(Path("my_llm"), lambda c: c.update(hidden_act="relu"))
     try:
         with pytest.raises(ValueError, match="this my_llm config is not supported: hidden_act='relu'"):

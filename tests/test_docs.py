@@ -340,7 +340,7 @@ def _owned(key: str) -> bool:
 def test_files_exist() -> None:
     """Paths in code; words in capitals stand for a user's own."""
     package = ROOT / "neo_components"
-    places = [ROOT, package, *(package / name for name in ("components", "llms", "hf"))]
+    places = [ROOT, package, *(package / name for name in ("components", "llms", "export/hf"))]
     found = 0
     for page in PAGES:
         for code in inline(page):

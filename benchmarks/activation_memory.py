@@ -1,11 +1,11 @@
-"""What a step keeps for its backward pass, and its peak: estimate beside measured.
+"""Memory of a training step, estimated and measured: bytes kept for the backward pass, and the peak.
 
     python benchmarks/activation_memory.py
     python benchmarks/activation_memory.py --device cuda
 
 ``kept`` is counted by hooks on every tensor that autograd saves, each storage once, weights and batch left out; the
 estimate is that of ``neo_components.estimate``, which runs the same code on fake tensors. The gradients that the loss
-holds by itself are left out of both. ``peak`` is what forward and
+holds are left out of both. ``peak`` is what forward and
 backward take beyond what was there before: of a process of its own on a CPU (Linux, glibc), of torch's allocator on a
 GPU; its estimate is a rule for the working space on top of exact counts. Each line is a process of its own.
 """
@@ -46,13 +46,13 @@ class Case:
     documents: int
     length: int
     stage: int
-    share: float
+    checkpointed: float
     bf16: bool
     device: str = "cpu"
 
 
 SHAPES = [
-    # hidden, pre, post, vocabulary, documents of a row, tokens of each
+    # hidden, pre, post, vocabulary, documents of a packed sequence, tokens of each
     (128, 3, 3, 2048, 64, 64),
     (256, 2, 6, 8192, 8, 256),
     (512, 4, 8, 32768, 8, 256),
@@ -77,7 +77,7 @@ def build(case: Case) -> tuple[NEO, Batch]:
         )
     train_only(model, STAGES[case.stage])
     for stack in (model.pre_buffer, model.post_llm):
-        stack.checkpointed_blocks = round(case.share * len(stack.layers))
+        stack.checkpointed_blocks = round(case.checkpointed * len(stack.layers))
     samples = [document(case.length, model.input_spec, n) for n in range(case.documents)]
     return model, pack(samples, model.input_spec).to(case.device)
 
@@ -126,7 +126,7 @@ def _status(name: str) -> int:
 
 
 def estimates(model: NEO, batch: Batch, case: Case) -> tuple[int, int]:
-    """Kept bytes and peak, as the library tells them; ids are looked at on the CPU."""
+    """Kept bytes and peak, as the library estimates them; ids are read on the CPU."""
     setting, ids = setting_of(case), batch.to("cpu")
     activations = kept_activations(model, ids, setting)
     memory = step_memory(model, ids, setting, Plan(), activations)
@@ -153,9 +153,9 @@ def main() -> None:
     options = parser.parse_args()
     name = f"{platform.machine()} CPU" if options.device == "cpu" else torch.cuda.get_device_name(0)
     print(f"device: {name}, torch {torch.__version__}; MiB, and estimate over measured")
-    print(f"{'hidden':>6s} {'blocks':>6s} {'row':>9s} {'stage':>5s} {'again':>5s} {'type':>8s} {'kept est.':>9s} "
+    print(f"{'hidden':>6s} {'blocks':>6s} {'tokens':>9s} {'stage':>5s} {'again':>5s} {'type':>8s} {'kept est.':>9s} "
           f"{'measured':>9s} {'ratio':>6s} {'peak est.':>9s} {'measured':>9s} {'ratio':>6s}")  # fmt: skip
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of glibc: what is freed leaves the process, so its size tells
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of glibc: freed memory leaves the process
     spawn = multiprocessing.get_context("spawn")
     for shape in GPU_SHAPES if options.device == "cuda" else SHAPES:
         for stage, share, bf16 in [(s, r, b) for s in STAGES for r in (0.0, 0.5, 1.0) for b in (False, True)]:
@@ -166,8 +166,8 @@ def main() -> None:
             there.close()
             guess, count, guess_peak, high = here.recv()
             process.join()
-            row = f"{case.documents} x {case.length}"
-            print(f"{case.hidden:6d} {f'{case.pre}+{case.post}':>6s} {row:>9s} {stage:5d} {share:5.1f} "
+            tokens = f"{case.documents} x {case.length}"
+            print(f"{case.hidden:6d} {f'{case.pre}+{case.post}':>6s} {tokens:>9s} {stage:5d} {share:5.1f} "
                   f"{'bfloat16' if bf16 else 'float32':>8s} {guess / 2**20:9.1f} {count / 2**20:9.1f} "
                   f"{guess / count:6.3f} {guess_peak / 2**20:9.1f} {high / 2**20:9.1f} "
                   f"{guess_peak / high:6.3f}", flush=True)  # fmt: skip

@@ -103,7 +103,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_equal(plain: PlainDataset, data: NEODataModule) -> None:
-    """That both loaders make the same of the samples of one batch."""
+    """Checks that both loaders give equal samples for one batch."""
     batch = next(iter(data.train_dataloader()))
     spec, used = data.input_spec, 0
     assert spec is not None

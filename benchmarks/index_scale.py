@@ -1,4 +1,4 @@
-"""How long it takes to open a folder of shards, and the memory that takes: the index is simulated, shards are sparse.
+"""Time and memory to open a folder of shards; the index is simulated, the shards are sparse files.
 
     python benchmarks/index_scale.py [--samples 100_000 300_000 1_000_000] [--per-shard 10_000]
 

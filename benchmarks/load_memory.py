@@ -1,9 +1,9 @@
-"""How much memory loading takes: peak resident memory of a fresh process beside the size of the model that it loads.
+"""Memory of loading: peak resident memory of a fresh process, and the size of the model that it loads.
 
     python benchmarks/load_memory.py --gigabytes 4
 
 writes random models of that size to a temporary folder (a language model in the Hugging Face layout, in several files,
-and a whole NEO), loads each in a process of its own, in the type of the files and in another, looks at all weights,
+and a full NEO), loads each in its own process, in the type of the files and in another, reads all weights,
 and prints a table. The same language model is loaded by transformers in the same run, for comparison.
 
 Linux only: the peak is ``VmHWM`` of ``/proc/self/status``, which counts pages of mapped files too.
@@ -103,7 +103,7 @@ def measure(reader: str, folder: Path, dtype: str) -> dict[str, float]:
 
     Returns:
         Bytes: ``size`` of all parameters in memory, ``before`` (resident when everything is imported), ``peak``; and
-        ``seconds`` of the loading and one look at all weights.
+        ``seconds`` of loading and of reading all weights once.
     """
     command = [sys.executable, __file__, "--measure", reader, str(folder), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def _measured(reader: str, folder: str, dtype: str) -> dict[str, float]:
 
     before, began = _status("VmRSS"), time.monotonic()
     model = load()
-    # Whoever only maps the files has not read them yet: every page is asked for.
+    # A reader that only maps the files has not read them yet, so every page is touched.
     checksum = sum(float(parameter.detach().flatten()[::1024].float().sum()) for parameter in model.parameters())
     seconds = time.monotonic() - began
     assert math.isfinite(checksum)
@@ -142,7 +142,7 @@ def _status(name: str) -> int:
 
 
 def table(gigabytes: float, root: Path) -> bool:
-    """Writes the models, prints a line for each way to load them; tells whether all are under the target."""
+    """Writes the models, prints a line for each way to load them; returns whether all are under the target."""
     stored = torch.bfloat16
     write_llm(root / "llm", gigabytes, stored)
     write_neo(root / "neo", gigabytes, stored)

@@ -1,6 +1,6 @@
-"""What a worker of the data loader costs the machine; run by ``benchmarks/data.py``.
+"""Memory of one more worker of the data loader; run by ``benchmarks/data.py``.
 
-It reports three figures. ``one more``: how much the memory of the whole tree of processes grows with each worker, from
+It reports three figures. ``one more``: how much the memory of the process tree grows with each worker, from
 their proportional sizes (PSS: a page that n processes share counts 1/n in each), which is what one more worker takes
 from the machine. ``private`` (USS): pages of the largest worker that no other process has. ``resident`` (RSS): all
 pages of that worker, also the code of libraries and what it shares with the process that it was forked from; the sum

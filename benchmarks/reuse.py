@@ -6,16 +6,16 @@
 
 ``run`` makes two tasks, three language models and the trained sources (reuse_setting.py), then trains arm after arm.
 Arms of one language model, task and seed differ in the line of ``ARMS`` and in nothing else: data, their order, batch
-and schedule (warm-up, then constant) are the same. The random arms go on longer, to see how low they come. Each seed
-has a source of its own, trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the
-source saw another task than the one that is learnt: that shows transfer.
+and schedule (warm-up, then constant) are the same. The random arms train longer, to show the loss that they reach. Each
+seed has its own source, trained with language model ``a``; arms attach it to ``b`` or ``c``. With ``--source`` the
+source was trained on another task than the arm: this measures transfer.
 
 Every arm is one line of ``arms.jsonl`` when it is done, and one that is there already is not run again, so a run can
 be stopped, continued, and shared by several processes with other arms, seeds or language models.
 
-Measured: the validation loss every few steps on the same rows, and exact match over the same validation questions
-after the same number of steps. ``report`` tells when the random arm has the loss that an arm ends with, and how many
-steps an arm needs for the lowest loss that the random one has at all.
+Measured: the validation loss every few steps on the same packed sequences, and exact match over the same validation
+questions after the same number of steps. ``report`` prints how many steps an arm needs for the losses of the random arm
+after parts of its steps.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ ARMS: dict[str, list[str]] = {
     "PB1 bypass": BYPASS,
     "PB2 bypass": BYPASS,
 }
-"""What an arm changes in recipe quickstart/attach, in which the pre-Buffer is reused, words go through it and all of
-the model learns. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads visual
-tokens and words straight into the language model."""
+"""What an arm changes in recipe quickstart/attach, in which the pre-Buffer is reused, text passes it and all of
+the model is trained. ``own`` is a new pre-Buffer of the language model's own width, without bridges; ``none`` leads
+visual tokens and text straight into the language model."""
 SCHEDULE = [
     "stage.train=[all]", "stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01", "stage.min_lr_ratio=1.0",
     "stage.warmup_steps=10", "stage.checkpoint_every=0", "stage.predictions=0", "data.seq_len=1024",
@@ -104,12 +104,12 @@ class Arm:
 
     @property
     def key(self) -> tuple[str, str, str, str, int, int]:
-        """What tells it from others."""
+        """What distinguishes it from other arms."""
         return self.arm, self.llm, self.source, self.task, self.seed, self.steps
 
 
 class Curve(Callback):
-    """Keeps the validation losses, and asks the questions after some of the steps."""
+    """Keeps the validation losses, and answers the questions after some of the steps."""
 
     def __init__(self, ask: Callable[[], dict[str, float]], at: Container[int]) -> None:
         self.points: list[tuple[int, float]] = []
@@ -168,7 +168,7 @@ def train_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
-    """What a command line asks for; arms that reuse nothing do not depend on the source and are run once."""
+    """The arms that a command line selects; arms that reuse nothing do not depend on the source and are run once."""
     device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     found = []
     for seed, llm, task, name in itertools.product(options.seeds, options.llms, options.tasks, options.arms):
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--llms", nargs="+", choices=["a", "b", "c"], default=["b", "c"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--source", choices=STEPS, help="what the source saw; the task of the arm if not given")
+    parser.add_argument("--source", choices=STEPS, help="task of the source; by default that of the arm")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--random-steps", type=int, default=320, help="steps of the random arms that set the goal")

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GOALS = ("random", "random bypass")
-"""The random arms. An arm is compared with the one that leads words the same way."""
+"""The random arms. An arm is compared with the one that leads text the same way."""
 PARTS = (0.5, 0.75, 1.0)
 """After these parts of its steps a random arm has the losses that others are to reach."""
 DRAWN = {
     "random bypass": COLORS[0], "random": COLORS[5], "own": COLORS[4], "none": COLORS[7],
     "tuned bypass": COLORS[3], "frozen bypass": COLORS[2], "tuned": COLORS[1],
 }  # fmt: skip
-"""Arms whose curves are drawn, and in which colour."""
+"""Arms whose curves are drawn, and in which color."""
 Curve = Sequence[tuple[int, float]]
 """(step, validation loss) of each validation."""
 
@@ -39,7 +39,7 @@ class Done(Protocol):
 
 
 Setting = tuple[str, str]
-"""Task of the source, task that is learnt."""
+"""Task of the source, task of the arms."""
 
 
 def report(arms: Sequence[Done], figures: Path | None = None) -> str:
@@ -53,8 +53,8 @@ def report(arms: Sequence[Done], figures: Path | None = None) -> str:
 
 
 def settings_of(arms: Iterable[Done]) -> dict[Setting, list[Done]]:
-    """The arms that are comparable, together. Arms that reuse nothing are kept under their task; the random ones stand
-    beside those of every source."""
+    """The arms that are comparable, together. Arms that reuse nothing are kept under their task; the random ones are
+    listed with every source."""
     arms = list(arms)
     order = sorted({(arm.task, arm.source != arm.task, arm.source) for arm in arms if not reuses_nothing(arm.arm)})
     return {
@@ -78,7 +78,7 @@ def table(setting: Setting, arms: Sequence[Done]) -> str:
     asked = set.intersection(*({step for step, _ in arm.scores} for arm in arms))
     if not asked:
         raise ValueError(
-            f"the arms of {setting} were asked after different steps; run all of them with the same --steps"
+            f"the arms of {setting} were evaluated after different steps; run all of them with the same --steps"
         )
     steps, llms = max(asked), sorted({arm.llm for arm in arms})
     last = max(max(step for step, _ in arm.curve) for arm in arms)
@@ -96,7 +96,7 @@ def table(setting: Setting, arms: Sequence[Done]) -> str:
 
 
 def _cells(name: str, arms: Sequence[Done], steps: int) -> list[str]:
-    """Loss, exact match, and steps to a random arm's losses as shares of its own, of one language model."""
+    """Loss, exact match, and steps to a random arm's losses as fractions of its steps, of one language model."""
     some = [arm for arm in arms if arm.arm == name]
     if not some:
         return ["", "", ""]
@@ -104,22 +104,22 @@ def _cells(name: str, arms: Sequence[Done], steps: int) -> list[str]:
     loss = spread([dict(smooth(arm.curve))[steps] for arm in some])
     score = spread([dict(arm.scores)[steps]["overall"] for arm in some])
     pairs = [(smooth(arm.curve), smooth(goals[arm.seed])) for arm in some if arm.seed in goals]
-    return [loss, score, ", ".join(_share(pairs, part) for part in PARTS) if pairs else ""]
+    return [loss, score, ", ".join(_fraction(pairs, part) for part in PARTS) if pairs else ""]
 
 
-def _share(pairs: Sequence[tuple[Curve, Curve]], part: float) -> str:
+def _fraction(pairs: Sequence[tuple[Curve, Curve]], part: float) -> str:
     """Steps that curves need for the loss of others after a part of their steps, divided by those of the others.
 
-    Where a curve ends before, its steps count as if it came there with the next one, and the mean is a lower bound.
+    A curve that ends before counts with its last step, and the mean is a lower bound.
     """
-    shares, ended = [], False
+    fractions, ended = [], False
     for curve, goal in pairs:
         at = part * goal[-1][0]
         low = min(value for step, value in goal if step <= at)
         there = next((step for step, value in curve if value <= low), None)
         ended = ended or there is None
-        shares.append((curve[-1][0] if there is None else there) / first_at(goal, low))
-    return f"{'over ' * ended}{statistics.mean(shares):.2f}"
+        fractions.append((curve[-1][0] if there is None else there) / first_at(goal, low))
+    return f"{'over ' * ended}{statistics.mean(fractions):.2f}"
 
 
 def first_at(curve: Curve, loss: float) -> int:
@@ -130,8 +130,8 @@ def first_at(curve: Curve, loss: float) -> int:
 def smooth(curve: Curve) -> Curve:
     """Each loss as the mean of a validation and the two before it: a single one is luck by a hundredth or two."""
     return [
-        (step, statistics.mean(value for _, value in curve[max(0, place - 2) : place + 1]))
-        for place, (step, _) in enumerate(curve)
+        (step, statistics.mean(value for _, value in curve[max(0, index - 2) : index + 1]))
+        for index, (step, _) in enumerate(curve)
     ]
 
 
@@ -152,12 +152,12 @@ def draw(settings: dict[Setting, list[Done]], path: Path) -> Path:
     rows = -(-len(panels) // columns)
     figure = new_figure(3.6 * columns, 3.0 * rows + 0.5)
     handles: dict[str, Any] = {}
-    for place, (title, arms) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for index, (title, arms) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
         for name in dict.fromkeys(arm.arm for arm in arms):
             handles[name] = _line(axes, name, [arm.curve for arm in arms if arm.arm == name])
         goal = [value for arm in arms if arm.arm in GOALS for step, value in arm.curve if step]
-        if goal:  # where words pass untrained bridges, the first steps are far above all else
+        if goal:  # where text passes untrained bridges, the first steps are far above all else
             axes.set_ylim(0.9 * min(value for arm in arms for _, value in arm.curve), 1.5 * statistics.median(goal))
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("steps", fontsize=8)

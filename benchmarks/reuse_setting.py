@@ -1,10 +1,10 @@
 """What benchmarks/reuse.py compares on: two tasks, three small language models, and pre-Buffers trained on the first.
 
-Everything is made once, in a folder, and kept: a second call finds it there.
+Everything is made once, in a folder, and kept: a second call reuses it.
 
-- Tasks: ``easy_vqa`` (one shape; which, which colour, yes/no), and ``scenes`` (``neo data synth``: several shapes;
-  place, relation, nearest, count).
-- Language models, all trained on the questions and captions of both tasks, never on a picture: ``a``, Qwen3; ``b``,
+- Tasks: ``easy_vqa`` (one shape; which, which color, yes/no), and ``scenes`` (``neo data synth``: several shapes;
+  position, relation, nearest, count).
+- Language models, all trained on the questions and captions of both tasks, never on an image: ``a``, Qwen3; ``b``,
   Qwen3 of another width; ``c``, Llama of a third width and head width with a tokenizer of the other kind.
 - Sources: pre-Buffers for each task and seed, trained with ``a`` in the three stages of the quickstart, and exported
   after each (the paper's PB1, PB2, PB3). One more, ``captions``, is trained on the captions of the scenes alone, for
@@ -29,7 +29,7 @@ from neo_components.training.run import train
 
 TASKS = ("easy_vqa", "scenes")
 PIXELS = 96**2
-"""Of every picture: 3 x 3 visual tokens."""
+"""Of every image: 3 x 3 visual tokens."""
 HELD_OUT = 400
 SCENES = {"questions": 24_000, "captions": 12_000}
 LLMS: dict[str, dict[str, Any]] = {
@@ -82,13 +82,13 @@ def asset(root: Path, source: str, seed: int, stage: int | None = None) -> Path:
 
 
 def _write_scenes(folder: Path) -> None:
-    """Questions and captions to train on, half captions in ``train_all``; validation asks questions only."""
+    """Questions and captions to train on, half captions in ``train_all``; validation has questions only."""
     asked = list(scenes(SCENES["questions"], seed=0))
-    told = list(scenes(SCENES["captions"], seed=1, captions=True))
-    write_shards(told, folder / "train_open")
+    captions = list(scenes(SCENES["captions"], seed=1, captions=True))
+    write_shards(captions, folder / "train_open")
     write_shards(asked, folder / "train_all")
     write_shards(scenes(1600, seed=2), folder / "validation")
-    texts = [_blind(sample) for sample in [*asked[:6000], *told[:2000]]]
+    texts = [_blind(sample) for sample in [*asked[:6000], *captions[:2000]]]
     write_shards(texts, folder / "train_text")
 
 
@@ -121,10 +121,10 @@ def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> 
             "midtrain": ("train_all", "train_open"),
             "sft": ("train_all",),
         }
-        shares = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
+        weights = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
         data = [
-            f"{{shards: {root / task / name}, weight: {share}}}"
-            for name, share in zip(seen[stage], shares, strict=True)
+            f"{{shards: {root / task / name}, weight: {weight}}}"
+            for name, weight in zip(seen[stage], weights, strict=True)
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),
@@ -135,12 +135,12 @@ def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> 
         result = train(recipe)
         info = AssetInfo(Chat.from_pretrained(result.folder).image_config(), provenance_of(result.folder))
         export_pre_buffer(result.model, asset(root, source, seed, number), root / "llm_a", info=info)
-        told = {name: round(value, 3) for name, value in result.metrics.items() if name.startswith("val/")}
-        print(f"source {source}, seed {seed}, after {stage}: {told}", flush=True)
+        metrics = {name: round(value, 3) for name, value in result.metrics.items() if name.startswith("val/")}
+        print(f"source {source}, seed {seed}, after {stage}: {metrics}", flush=True)
 
 
 def common(root: Path, llm: str, task: str) -> list[str]:
-    """Overrides of every recipe here: pictures, rows and tokenizer."""
+    """Overrides of every recipe here: images, packed sequences and tokenizer."""
     return [
         f"data.tokenizer={root / f'llm_{llm}'}", f"data.validation=[{{shards: {shards(root, task)[1]}}}]",
         f"data.min_pixels={PIXELS}", f"data.max_pixels={PIXELS}", "data.seq_len=2048", "data.workers=0",

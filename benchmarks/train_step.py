@@ -1,19 +1,19 @@
-"""One training step beside a plain textbook NEO: time and peak memory, same weights, same batch, equal losses.
+"""One training step and that of a plain textbook NEO: time and peak memory, same weights, same batch, equal losses.
 
     python benchmarks/train_step.py --lengths 1024 4096 --stages 1 3
     python benchmarks/train_step.py --device cuda --precision bf16 --compile --lengths 8192 --documents 16 \\
         --hidden 2048 --heads 16 --pre 12 --post 28 --vocabulary 151936      # the 2.2B shape
 
-The other side is ``tests/reference_neo.py``: full logits, a dense mask over the whole row, rotary tables in every
-block, convolutions over padded images. Each side runs in a process of its own on the same number of threads, and the
-two take turns, so that what else the machine does falls on both. A step is forward, backward and AdamW. Time is the
+The other side is ``tests/reference_neo.py``: full logits, a dense mask over the packed sequence, rotary tables in every
+block, convolutions over padded images. Each side runs in its own process on the same number of threads, and the two
+alternate, so that other load on the machine affects both. A step is forward, backward and AdamW. Time is the
 least of the repetitions; memory is the peak of the process during a step beyond what it held before its first
 (gradients and moments are part of it, weights are not); on CUDA, what torch allocated. Losses that differ end the
 program with an error.
 
 On CUDA the model FLOP utilization is given too: what the step must compute (matrix products forward, the gradients of
-what learns and of what lies between, the head at labelled tokens, attention as the mask has it; nothing that is
-computed twice) over its time and ``--peak-tflops``.
+trained weights and of what is between them, the head at target tokens, attention as the mask has it; nothing that is
+recomputed) over its time and ``--peak-tflops``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from neo_components.types import IGNORED
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}
-"""How far the losses of both sides may lie apart."""
+"""Largest allowed difference of the two losses."""
 STAGES = {1: ["patch_embedding", "pre_buffer", "post_llm.hw"], 3: ["all"]}
 SIDES = ("neo_components", "reference")
 
@@ -94,8 +94,8 @@ def clock(options: argparse.Namespace) -> float:
 
 
 def linear_flops(model: NEO, batch: Batch) -> float:
-    """FLOPs of the matrix products with weights in a step in which the patch embedding learns, as in stages 1 and 3:
-    forward, the gradient of the input (which all but the first need), and that of the weight where it learns."""
+    """FLOPs of the matrix products with weights in a step that trains the patch embedding, as in stages 1 and 3:
+    forward, the gradient of the input (which all but the first need), and that of the weight where it is trained."""
     tokens, patches, embedding = batch.token_ids.numel(), len(batch.patches), model.patch_embedding
     counts = {
         embedding.patch_proj: patches,
@@ -201,9 +201,9 @@ def reference_bytes(length: int, options: argparse.Namespace) -> int:
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens per sequence")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], choices=[1, 3])
-    parser.add_argument("--documents", type=int, default=0, help="per row (default: one for each 256 tokens)")
+    parser.add_argument("--documents", type=int, default=0, help="per sequence (default: one for each 256 tokens)")
     for name, value in (("hidden", 512), ("heads", 8), ("pre", 4), ("post", 8), ("vocabulary", 32768)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

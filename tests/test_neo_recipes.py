@@ -83,7 +83,7 @@ def test_numbers_are_those_of_the_spec(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_header_says_what_a_reader_asks(name: str) -> None:
+def test_the_header_states_origin_hardware_and_batch(name: str) -> None:
     folder, stage = name.split("/")
     path = load_recipe(name).path
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -91,7 +91,7 @@ def test_the_header_says_what_a_reader_asks(name: str) -> None:
     for word in ("what:", "reproduces:", "hardware:", "hours", "expected score:", f"neo train {name}"):
         assert word in text, word
     want = TABLE[folder][stage]
-    assert f"{want.batch} samples" in text and f"{want.rows} rows of {want.row} tokens" in text
+    assert f"{want.batch} samples" in text and f"{want.rows} packed sequences of {want.row} tokens" in text
     assert f"{round(want.rows * want.row / want.batch)} tokens long" in text
 
 

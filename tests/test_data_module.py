@@ -224,7 +224,7 @@ def test_checkpoints_of_version_0_1_are_resumed(folders: tuple[Path, Path]) -> N
 
 
 def test_faults_are_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    message = r"micro_batch_size must be at least 1, got 0; .*loss_reduction.*'mean'; weight of x must be over 0"
+    message = r"micro_batch_size must be at least 1, got 0; .*loss_reduction.*'mean'; train\.0\.weight must be over 0"
     with pytest.raises(ValueError, match=message):
         module(Source("x", 0.0), micro_batch_size=0, loss_reduction="mean")
     with pytest.raises(FileNotFoundError, match="no shards"):

@@ -237,7 +237,7 @@ def test_held_out_text_alone_is_a_validation_and_has_no_images(root: Path) -> No
     path.write_text(path.read_text().replace(f"  validation: [{{shards: {root}/validation}}]\n", ""))
     result = train(load_recipe(path))
     assert "val/loss" not in result.metrics and "val/text_perplexity" in result.metrics
-    with pytest.raises(ValueError, match=r"data.text_validation is of text alone, but .*train has samples with images"):
+    with pytest.raises(ValueError, match=r"data.text_validation holds text alone, but .*train has samples with images"):
         train(load_recipe(path, [f"data.text_validation.0.shards={root}/train"]))
 
 

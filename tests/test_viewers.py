@@ -174,3 +174,10 @@ def test_control_characters_in_answers_are_written_as_escapes(tmp_path: Path) ->
         for name, answer in {"odd": "\x07\x1b", "plain": "\\x07\\x1b"}.items()
     )
     assert odd.read_bytes() == plain.read_bytes()
+
+
+def test_a_character_that_the_font_lacks_is_a_box(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A model may answer in any script; drawing its answer prints no warning."""
+    path = draw_mask(torch.ones(2, 2).tril().bool(), tmp_path / "mask.png", ["ษ", "b"])
+    assert path.stat().st_size > 0
+    assert not [entry for entry in recwarn if "Glyph" in str(entry.message)]

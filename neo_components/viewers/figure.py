@@ -5,6 +5,7 @@ matplotlib is imported when a figure is drawn, without pyplot: no global state a
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,16 +50,19 @@ def save(figure: Figure, path: str | PathLike[str]) -> Path:
     if file.suffix.lower() != ".png":
         raise ValueError(f"figures are written as PNG: give a name that ends in .png, got {fspath(path)!r}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The tight box keeps long titles and trims the margin of a fixed aspect ratio.
-    figure.savefig(
-        file,
-        format="png",
-        dpi=DPI,
-        facecolor="white",
-        bbox_inches="tight",
-        pad_inches=0.12,
-        metadata={"Software": None},
-    )
+    with warnings.catch_warnings():
+        # A model may answer in any script; a character that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        # The tight box keeps long titles and trims the margin of a fixed aspect ratio.
+        figure.savefig(
+            file,
+            format="png",
+            dpi=DPI,
+            facecolor="white",
+            bbox_inches="tight",
+            pad_inches=0.12,
+            metadata={"Software": None},
+        )
     return file
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, build, load_recipe
 from neo_components.components.rotary import Rotary
 from neo_components.model.chat import Chat
-from neo_components.storage.deferred import unfilled
+from neo_components.storage.deferred import new_weights, unfilled
 from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, settle
 
 ROOT = Path(__file__).parent.parent
@@ -113,8 +113,9 @@ def test_new_parts_depend_on_the_seed_alone(tmp_path: Path) -> None:
     h = PostLLM.from_pretrained(llm).hparams
     names = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps", "base_t")
     torch.manual_seed(5)
-    alone = PreBuffer(1, **{name: h[name] for name in names})
-    alone.adopt(PatchEmbedding(h.hidden_size, width=16))
+    patch_embedding = PatchEmbedding(h.hidden_size, width=16)
+    alone = new_weights(lambda: PreBuffer(1, **{name: h[name] for name in names}))
+    alone.adopt(patch_embedding)
     assert same_tensors(built.pre_buffer.state_dict(), alone.state_dict())
     torch.manual_seed(5)
     rounded = build(load_recipe(recipe_file(tmp_path, model), ["model.dtype=bfloat16"]).model)

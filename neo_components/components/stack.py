@@ -13,6 +13,7 @@ from neo_components.components.backends import prepare_attention
 from neo_components.components.block_arguments import block_arguments, complete_choices
 from neo_components.components.block_inputs import Attend, BlockInputs
 from neo_components.components.component import Component
+from neo_components.components.layers import RMSNorm
 from neo_components.components.lean_primitive import LeanPrimitive
 from neo_components.components.masks import LayerRule
 from neo_components.components.moe import Experts
@@ -56,7 +57,10 @@ class PrimitiveStack(Component):
         blocks = [shared | self.block_changes(number) for number in range(h.depth)]
         self.rotaries, self._tables = share_tables(shared, blocks)
         self.layers = nn.ModuleList(LeanPrimitive(**block) for block in blocks)
-        init_linear(self.layers, h.init_std)
+
+    def init_weights(self) -> None:
+        """Sets all weights of a new stack."""
+        init_linear(self.layers, self.hparams.init_std)
 
     def block_changes(self, number: int) -> dict[str, Any]:
         """Arguments in which block ``number`` differs from the stack's."""
@@ -197,3 +201,5 @@ def init_linear(module: nn.Module, std: float) -> None:
                 part.bias.zero_()
         elif isinstance(part, Experts):
             part.reset(std)
+        elif isinstance(part, RMSNorm):
+            part.reset_parameters()

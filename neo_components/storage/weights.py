@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neo_components.storage.deferred import notes
+from neo_components.storage.deferred import deferred, later
+from neo_components.storage.shards import local_of, rows_of, set_rows
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -222,15 +224,26 @@ def load_strict(
     if faults:
         more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ValueError(f"{tensors.folder} does not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
-    with torch.no_grad():
-        for source, name in wanted.items():
-            target = _real(module, name, dtype) if state[name].is_meta else state[name]
-            if target.is_meta and (taken := notes()) is not None:
-                taken.stored(target, tensors, source, change.get(name))
-            elif name in change:
-                target.copy_(change[name](tensors.get(source)))
-            else:
-                tensors.read_into(source, target)
+    for source, name in wanted.items():
+        if state[name].is_meta:
+            _real(module, name, dtype)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        later(owner, partial(_read, owner, leaf, tensors, source, change.get(name)))
+
+
+@torch.no_grad()
+def _read(
+    owner: nn.Module, leaf: str, tensors: Tensors, source: str, change: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Reads a weight; of one that is sharded only the rows that this process holds."""
+    target = getattr(owner, leaf)
+    if change is not None:
+        set_rows(target, change(tensors.get(source)))
+    elif target.dim() == 0 or rows_of(target) == (0, len(target)):
+        tensors.read_into(source, local_of(target))
+    else:
+        local_of(target).copy_(tensors.rows(source, *rows_of(target)))
 
 
 def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
@@ -238,7 +251,7 @@ def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
-    device = "cpu" if notes() is None else "meta"
+    device = "cpu" if deferred() is None else "meta"
     new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     return new
@@ -250,15 +263,15 @@ def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
     compute them again when they move to a device. Deferred weights stay on the meta device.
     """
-    taken = notes()
+    now = deferred() is None
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.is_meta and (taken is None or taken.unset(parameter)):
+            if parameter.is_meta and now:
                 _real(part, name, dtype)
         if any(table.is_meta for table in part.buffers(recurse=False)):
             part.to_empty(device="cpu", recurse=False)
     # Lightning's modules keep note of their device and type.
-    module.to(device="cpu" if taken is None else None, dtype=dtype)
+    module.to(device="cpu" if now else None, dtype=dtype)
 
 
 def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], card: str = "") -> Path:

@@ -2,14 +2,14 @@
 
     python benchmarks/data.py [--seconds 4] [--sides 224 448 1024] [--photos FOLDER] [--only speed|memory|pixels]
 
-Beside it, in the same run and in turns, a plain map-style loader does the same work as most training kits do it: Pillow
-opens and resizes a file, numpy normalises it, the tokenizer encodes each turn's text with the image tokens written out,
+A plain map-style loader runs beside it, alternating in the same run, and does the work as most training kits do: Pillow
+opens and resizes a file, numpy normalizes it, the tokenizer encodes each turn's text with the image tokens written out,
 images are collated in a list and texts padded. Token ids and labels must be equal, and pixels where they are exact.
 Images are synthetic photographs (JPEG, quality 90) a third larger than what they are resized to; each sample has one,
-and a short talk about it.
+and a short conversation about it.
 
 Speed is counted in seconds of the processor, so that other programs on the machine count little; the median of rounds.
-How far fast pixels are from exact ones is told for the synthetic photographs, and for those of ``--photos``.
+How far fast pixels are from exact ones is reported for the synthetic photographs, and for those of ``--photos``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_setting import TOKENIZER, ours
 from loader_memory import print_memory
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from neo_components.data import NEODataModule, Source, load_tokenizer, smart_resize, write_shards
+from neo_components.data import NEODataModule, load_tokenizer, smart_resize, write_shards
 from neo_components.data import packed as packed_module
 from neo_components.data import samples as samples_module
 from neo_components.data.image.decoding import decode
@@ -39,13 +40,10 @@ from neo_components.data.image.files import open_image
 from neo_components.data.image.images import IMAGE_MEAN, IMAGE_STD, resize, resize_fast
 from neo_components.data.packing import patchify
 from neo_components.data.shards.folder import ShardFolder
-from neo_components.data.text.conversation import image_token_ids
-from neo_components.types import InputSpec
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "conversation" / "tokenizer"
 SAMPLES = 96
 BATCH = 8
-"""Samples of a batch of the plain loader; ours are rows of as many tokens as eight samples have."""
+"""Samples of a batch of the plain loader; ours are packed sequences of as many tokens as eight samples have."""
 
 ROUNDS = 7
 SCALES = (0.5, 0.75, 1.5, 2.0, 3.0)
@@ -63,7 +61,7 @@ def photograph(side: int, seed: int) -> bytes:
     return data.getvalue()
 
 
-def talk(number: int) -> list[dict[str, str]]:
+def conversation(number: int) -> list[dict[str, str]]:
     """No two samples have a text in common."""
     answer = " ".join(f"The thing at place {n} is red and lies near number {number}." for n in range(4))
     return [{"from": "human", "value": f"<image>\nWhat is at place {number}?"}, {"from": "gpt", "value": answer}]
@@ -84,7 +82,7 @@ class PlainDataset(Dataset[dict[str, Any]]):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).astype(np.float32) / 255
         pixels = (pixels - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-        ids, labels = self.encode(talk(number), height * width // 32**2)
+        ids, labels = self.encode(conversation(number), height * width // 32**2)
         return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "ids": ids, "labels": labels}
 
     def encode(self, turns: list[dict[str, str]], visual: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,30 +102,13 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def positions(image_ids: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
-    """Positions as the native RoPE counts them, T alone: their cost is that of the real ones."""
-    found = torch.zeros(len(image_ids), 3, dtype=torch.int64)
-    found[:, 0] = torch.arange(len(image_ids))
-    return found
-
-
-def ours(shards: Path, side: int, seq_len: int, workers: int = 0, **options: Any) -> NEODataModule:
-    data = NEODataModule(
-        str(TOKENIZER), [Source(str(shards))], seq_len=seq_len, min_pixels=side**2, max_pixels=side**2,
-        workers=workers, **options,
-    )  # fmt: skip
-    tokenizer = data.tokenizer
-    data.input_spec = InputSpec(*image_token_ids(tokenizer), len(tokenizer), 16, 2, 3, positions)
-    return data
-
-
 def check_equal(plain: PlainDataset, data: NEODataModule) -> None:
     """That both loaders make the same of the samples of one batch."""
     batch = next(iter(data.train_dataloader()))
     spec, used = data.input_spec, 0
     assert spec is not None
-    for place, key in enumerate(batch.keys[0]):
-        sample, mine = plain[int(key[1:])], batch.document_ids[0] == place
+    for document, key in enumerate(batch.keys[0]):
+        sample, mine = plain[int(key[1:])], batch.document_ids[0] == document
         patches = patchify([sample["image"]], spec)[0]
         assert torch.equal(batch.token_ids[0, mine], sample["ids"])
         assert torch.equal(batch.labels[0, mine], sample["labels"])
@@ -159,12 +140,12 @@ def plain_size(batch: Any) -> tuple[int, int]:
     return len(batch["images"]), int((batch["ids"] != 0).sum())
 
 
-def shares(data: NEODataModule, batches: int) -> dict[str, float]:
-    """Share of the time in each part."""
+def fractions(data: NEODataModule, batches: int) -> dict[str, float]:
+    """Fraction of the time in each part."""
     spent: dict[str, float] = defaultdict(float)
     places = [
         (samples_module, "decode", "decode"), (samples_module, "resize", "resize"),
-        (samples_module, "resize_fast", "resize"), (samples_module, "encode_conversation", "tokenise"),
+        (samples_module, "resize_fast", "resize"), (samples_module, "encode_conversation", "tokenize"),
         (packed_module, "pack", "pack"), (ShardFolder, "read", "read"),
     ]  # fmt: skip
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
@@ -200,7 +181,7 @@ def write(side: int, folder: Path) -> tuple[Path, Path]:
     for number in range(SAMPLES):
         (images / f"{number:04d}.jpg").write_bytes(photograph(side, number))
     files = enumerate(sorted(images.glob("*.jpg")))
-    samples = ({"key": f"s{n:04d}", "conversations": talk(n), "images": [file]} for n, file in files)
+    samples = ({"key": f"s{n:04d}", "conversations": conversation(n), "images": [file]} for n, file in files)
     write_shards(samples, folder / "shards")
     return images, folder / "shards"
 
@@ -228,8 +209,8 @@ def print_speed(side: int, seconds: float, plain: PlainDataset, shards: Path, se
         print(f"{side:5d}  {name:12s} {samples:10.1f} {tokens:12.0f} {ratios[name]:8.2f}x")
     for name, exact in (("ours", False), ("exact", True)):
         text = ", ".join(
-            f"{label} {100 * share:.0f} %"
-            for label, share in shares(ours(shards, side, seq_len, exact_pixels=exact), 6).items()
+            f"{label} {100 * part:.0f} %"
+            for label, part in fractions(ours(shards, side, seq_len, exact_pixels=exact), 6).items()
         )
         print(f"       time, {name}: {text}")
 

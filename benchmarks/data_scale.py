@@ -4,9 +4,9 @@
 
 First come smaller runs: how evenly visual tokens lie on the ranks at each step. Then full size, that of NEO's
 pre-training (arXiv 2510.14979, Table 2). Lengths are drawn at random: a long tail, three of ten samples are text alone.
-Reported are the time and memory of planning, for every worker plans for itself, the time to go on in the middle of an
-epoch, and the size of a place in a checkpoint. At a thousandth of the scale a whole epoch is planned by all workers of
-all ranks: they must agree, share no sample, and leave none out.
+The script reports the time and memory of planning (every worker plans for itself), the time to resume in the middle of
+an epoch, and the size of a position in a checkpoint. At a thousandth of the scale all workers of all ranks plan a whole
+epoch: they must agree, repeat no sample, and leave none out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from neo_components.data.plan.pack_plan import PackPlan, Supply
 from neo_components.data.plan.step_plan import StepPlan
 
-ROW = 16384
+SEQ_LEN = 16384
 
 
 def lengths_file(path: Path, samples: int, mean: float, visual: bool, seed: int) -> None:
@@ -42,10 +42,10 @@ def lengths_file(path: Path, samples: int, mean: float, visual: bool, seed: int)
 
 
 def supplies(folder: Path, samples: int, shards: int) -> list[Supply]:
-    """Pictures and text, 7 to 3, mapped from their files."""
+    """Images and text, 7 to 3, mapped from their files."""
     found = []
-    for name, share, mean, visual in (("pictures", 0.7, 6.3, True), ("text", 0.3, 5.6, False)):
-        count, pieces = int(samples * share), max(1, int(shards * share))
+    for name, weight, mean, visual in (("images", 0.7, 6.3, True), ("text", 0.3, 5.6, False)):
+        count, pieces = int(samples * weight), max(1, int(shards * weight))
         lengths_file(folder / f"{name}.npy", count, mean, visual, seed=int(visual))
         table = np.load(folder / f"{name}.npy", mmap_mode="r")
         sizes = np.full(pieces, count // pieces)
@@ -54,8 +54,8 @@ def supplies(folder: Path, samples: int, shards: int) -> list[Supply]:
     return found
 
 
-def plan(sources: list[Supply], ranks: int, place: dict | None = None) -> StepPlan:
-    return StepPlan(PackPlan(sources, [7, 3], seq_len=ROW, shuffle=10_000), ranks, 1, place)
+def plan(sources: list[Supply], ranks: int, position: dict | None = None) -> StepPlan:
+    return StepPlan(PackPlan(sources, [7, 3], seq_len=SEQ_LEN, shuffle=10_000), ranks, 1, position)
 
 
 def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
@@ -68,12 +68,12 @@ def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
     while time.perf_counter() - start < 60 * options.minutes:
         step = steps.next_step()
         assert step is not None
-        rows = [row for mine in step for row in mine]
-        samples += sum(len(row.members) for row in rows)
-        tokens += sum(row.tokens for row in rows)
-        visual = np.array([sum(row.visual for row in mine) for mine in step], float)
+        sequences = [sequence for mine in step for sequence in mine]
+        samples += sum(len(sequence.members) for sequence in sequences)
+        tokens += sum(sequence.tokens for sequence in sequences)
+        visual = np.array([sum(sequence.visual for sequence in mine) for mine in step], float)
         slowest.append((visual.max(), visual.mean()))
-        fills.append(sum(row.tokens for row in rows) / (ROW * len(rows)))
+        fills.append(sum(sequence.tokens for sequence in sequences) / (SEQ_LEN * len(sequences)))
         count += 1
     gone = time.perf_counter() - start
     total = sum(len(source.tokens) for source in sources)
@@ -86,15 +86,15 @@ def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
     over = 100 * (top / np.maximum(mean, 1) - 1)
     print(f"slowest rank's visual tokens {over.mean():9.1f} % over the mean of its step, on average;", end=" ")
     print(f"99 of 100 steps {np.quantile(over, 0.99):.1f} %, all {over.max():.1f} %")
-    place = steps.state()
+    position = steps.state()
     buffer = io.BytesIO()
-    torch.save(place, buffer)
-    print(f"place in a checkpoint        {len(buffer.getvalue()) / 1000:10.0f} kB, for all ranks and workers together")
+    torch.save(position, buffer)
+    print(f"position in a checkpoint     {len(buffer.getvalue()) / 1000:10.0f} kB, for all ranks and workers together")
     start = time.perf_counter()
-    again = plan(sources, options.ranks, place)
+    again = plan(sources, options.ranks, position)
     seconds = time.perf_counter() - start
     assert again.next_step() == steps.next_step()
-    print(f"going on there               {seconds:10.2f} s, the next step is the same")
+    print(f"resuming there               {seconds:10.2f} s, the next step is the same")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     own = {line.split(":")[0]: line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]}
     private = int(own["Anonymous"][1]) / 1000
@@ -104,12 +104,12 @@ def at_scale(sources: list[Supply], options: argparse.Namespace) -> None:
 def long_tailed(count: int, shards: int = 1) -> list[Supply]:
     """Images of 64 to 4,096 visual tokens and, three of ten, text alone, both with long tails; so many shards each."""
     random = np.random.default_rng(0)
-    pictures, texts = count * 7 // 10, count * 3 // 10
-    visual = np.clip(np.exp(random.normal(np.log(400), 1.0, pictures)), 64, 4096).astype(np.int32)
-    words = np.clip(np.exp(random.normal(np.log(80), 0.9, pictures)), 10, 4000).astype(np.int32)
+    images, texts = count * 7 // 10, count * 3 // 10
+    visual = np.clip(np.exp(random.normal(np.log(400), 1.0, images)), 64, 4096).astype(np.int32)
+    words = np.clip(np.exp(random.normal(np.log(80), 0.9, images)), 10, 4000).astype(np.int32)
     text = np.clip(np.exp(random.normal(np.log(300), 1.0, texts)), 20, 8192).astype(np.int32)
     return [
-        Supply("pictures", visual + words + 2, visual, np.full(shards, pictures // shards)),
+        Supply("images", visual + words + 2, visual, np.full(shards, images // shards)),
         Supply("text", text, np.zeros(texts, np.int32), np.full(shards, texts // shards)),
     ]
 
@@ -117,26 +117,27 @@ def long_tailed(count: int, shards: int = 1) -> list[Supply]:
 def balance(steps_of_rank: int) -> None:
     """How far the slowest rank's visual tokens are over the mean of its step, for some sizes of a run."""
     print("visual tokens of the slowest rank / mean of the step, long-tailed images and text")
-    print(f"{'row':>6} {'ranks':>6} {'B':>3} {'steps':>6} {'mean':>7} {'99 %':>7} {'max':>7} {'fill':>7}  us/sample")
+    print(f"{'L':>6} {'ranks':>6} {'B':>3} {'steps':>6} {'mean':>7} {'99 %':>7} {'max':>7} {'fill':>7}  us/sample")
     sources = long_tailed(200_000)
-    for row in (4096, 16384):
+    for seq_len in (4096, 16384):
         for ranks in (2, 8, 64):
-            for rows in (1, 4):
+            for size in (1, 4):
                 start, samples = time.perf_counter(), 0
-                count = max(32, min(2048 // (ranks * rows) * 2, steps_of_rank))
-                steps = StepPlan(PackPlan(sources, [7, 3], seq_len=row, shuffle=10_000), ranks, rows)
+                count = max(32, min(2048 // (ranks * size) * 2, steps_of_rank))
+                steps = StepPlan(PackPlan(sources, [7, 3], seq_len=seq_len, shuffle=10_000), ranks, size)
                 over, fills = [], []
                 for _ in range(count):
                     step = steps.next_step()
                     assert step is not None
-                    visual = np.array([sum(row.visual for row in mine) for mine in step], float)
+                    visual = np.array([sum(sequence.visual for sequence in mine) for mine in step], float)
                     over.append(visual.max() / visual.mean() if visual.any() else 1.0)
-                    planned = [row for mine in step for row in mine]
+                    planned = [sequence for mine in step for sequence in mine]
                     samples += sum(len(one.members) for one in planned)
-                    fills.append(sum(one.tokens for one in planned) / (row * len(planned)))
+                    fills.append(sum(one.tokens for one in planned) / (seq_len * len(planned)))
                 gone = 1e6 * (time.perf_counter() - start) / samples
                 print(
-                    f"{row:6} {ranks:6} {rows:3} {count:6} {np.mean(over):7.4f} {np.quantile(over, 0.99):7.4f}", end=" "
+                    f"{seq_len:6} {ranks:6} {size:3} {count:6} {np.mean(over):7.4f} {np.quantile(over, 0.99):7.4f}",
+                    end=" ",
                 )
                 print(f"{np.max(over):7.4f} {np.mean(fills):7.4f} {gone:10.1f}")
 
@@ -153,30 +154,30 @@ def proof(options: argparse.Namespace, folder: Path) -> None:
         assert step is not None
         expected.append(step)
         for mine in step:
-            for row in mine:
-                for source, number, _ in row.members:
+            for sequence in mine:
+                for source, number, _ in sequence.members:
                     counts[source][number] += 1
     counts = [np.zeros(len(source.tokens), np.int64) for source in sources]
     start = time.perf_counter()
     for worker in range(options.workers):
-        # All ranks have the same plan, so one plan of each worker tells what that worker reads on every rank.
+        # All ranks have the same plan, so one plan of each worker determines what that worker reads on every rank.
         mine = plan(sources, options.ranks)
         for number in range(len(expected)):
             step = mine.next_step()
             assert step == expected[number], "two workers disagree"
             if number % options.workers == worker:
                 for rank in step:
-                    for row in rank:
-                        for source, sample, _ in row.members:
+                    for sequence in rank:
+                        for source, sample, _ in sequence.members:
                             counts[source][sample] += 1
-    pictures = counts[0]
+    images = counts[0]
     print(f"at a thousandth: {len(expected)} steps of {options.ranks} ranks x {options.workers} workers,", end=" ")
-    print(f"{pictures.sum() + counts[1].sum():,d} samples read, {time.perf_counter() - start:.0f} s")
+    print(f"{images.sum() + counts[1].sum():,d} samples read, {time.perf_counter() - start:.0f} s")
     # The last block of steps may hold the first samples of the next epoch.
-    print(f"    of {epoch:,d} pictures {int((pictures >= 1).sum()):,d} were read,", end=" ")
-    print(f"{int((pictures > 1).sum()):,d} more than once, as the last step goes on into the next epoch")
-    assert pictures.min() >= 1 or pictures.max() == 1
-    assert pictures.max() <= 2 and int((pictures > 1).sum()) <= options.ranks * 200
+    print(f"    of {epoch:,d} images {int((images >= 1).sum()):,d} were read,", end=" ")
+    print(f"{int((images > 1).sum()):,d} more than once, as the last step reaches into the next epoch")
+    assert images.min() >= 1 or images.max() == 1
+    assert images.max() <= 2 and int((images > 1).sum()) <= options.ranks * 200
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/index_scale.py [--samples 100_000 300_000 1_000_000] [--per-shard 10_000]
 
 Each sample has a conversation and one image. Every process of a run opens the folder once; workers share its arrays.
-Both grow in proportion, so the last column tells what the 345 million samples of NEO's pre-training (arXiv 2510.14979,
-Table 2) would take in one folder.
+Both grow in proportion, so the last columns report what the 345 million samples of NEO's pre-training (arXiv
+2510.14979, Table 2) would take in one folder.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ SIZE = 20_480
 
 def simulate(folder: Path, samples: int, per_shard: int) -> None:
     """A folder whose shards hold nothing but the header of their last sample."""
-    rows = []
+    entries = []
     for number in range(samples):
         start = number % per_shard * SIZE
         members = [[start + 512, 400], [start + 1536, 18_000]]
         facts = {"turns": 2, "characters": 180, "images": [[480, 640]], "members": members}
-        rows.append(
+        entries.append(
             {"key": f"{number // per_shard:06d}{number % per_shard:08d}", "shard": number // per_shard, **facts}
         )
     shards = []
     for shard in range(-(-samples // per_shard)):
         last = min((shard + 1) * per_shard, samples) - 1
         with (folder / f"shard-{shard:06d}.tar").open("wb") as file:
-            file.seek(rows[last]["members"][0][0] - 512)
-            file.write(tarfile.TarInfo(f"{rows[last]['key']}.json").tobuf(tarfile.USTAR_FORMAT))
+            file.seek(entries[last]["members"][0][0] - 512)
+            file.write(tarfile.TarInfo(f"{entries[last]['key']}.json").tobuf(tarfile.USTAR_FORMAT))
             file.truncate(per_shard * SIZE)
         shards.append({"name": f"shard-{shard:06d}.tar", "bytes": per_shard * SIZE})
-    index = {"format_version": FORMAT_VERSION, "shards": shards, "samples": rows}
+    index = {"format_version": FORMAT_VERSION, "shards": shards, "samples": entries}
     (folder / "index.json").write_text(json.dumps(index, separators=(",", ":")))
 
 

@@ -1,6 +1,6 @@
 """What a worker of the data loader costs the machine; run by ``benchmarks/data.py``.
 
-Three figures are told. ``one more``: how much the memory of the whole tree of processes grows with each worker, from
+It reports three figures. ``one more``: how much the memory of the whole tree of processes grows with each worker, from
 their proportional sizes (PSS: a page that n processes share counts 1/n in each), which is what one more worker takes
 from the machine. ``private`` (USS): pages of the largest worker that no other process has. ``resident`` (RSS): all
 pages of that worker, also the code of libraries and what it shares with the process that it was forked from; the sum
@@ -24,10 +24,10 @@ TARGET = 400
 
 
 def print_memory(folders: dict[int, tuple[Path, int]]) -> None:
-    """A row for each side.
+    """Prints a line for each side.
 
     Args:
-        folders: by side: folder of shards, tokens of a row.
+        folders: by side: folder of shards, tokens of a packed sequence.
 
     Raises:
         AssertionError: if one more worker costs more than the target.
@@ -60,7 +60,7 @@ def measure(side: int, shards: Path, seq_len: int, workers: int) -> dict[str, fl
     import multiprocessing
 
     import torch
-    from data import ours
+    from data_setting import ours
 
     torch.set_num_threads(1)
     loader = iter(ours(shards, side, seq_len, workers).train_dataloader())

@@ -52,7 +52,7 @@ class TokenKind:
 class Frame(NamedTuple):
     """Which frame of which video an image is.
 
-    Args:
+    Attributes:
         video: number of the video in its document.
         time: seconds since the video's first frame.
     """

@@ -25,9 +25,17 @@ from neo_components.recipe import list_recipes
 def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     """All commands with their words, groups included."""
     found = [(path, group)]
-    for name, command in getattr(group, "commands", {}).items():
+    for name, command in subcommands(group).items():
         found += commands(command, (*path, name))
     return found
+
+
+def subcommands(group: Any) -> dict[str, Any]:
+    """Commands of a group by name, also those that it makes when asked."""
+    if not hasattr(group, "list_commands"):
+        return {}
+    context = typer.Context(group)
+    return {name: group.get_command(context, name) for name in group.list_commands(context)}
 
 
 COMMANDS = commands(typer.main.get_command(app))
@@ -60,7 +68,7 @@ def test_help_tells_all(path: tuple[str, ...], command: Any, monkeypatch: pytest
             assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text), name
         if isinstance(parameter.default, int | float) and parameter.default is not False:
             assert f"[default: {parameter.default}]" in text
-    for name, inner in getattr(command, "commands", {}).items():
+    for name, inner in subcommands(command).items():
         first = " ".join(inner.help.split("\n\n")[0].split())
         assert re.search(rf"│ {name} +{re.escape(first)}", text), name
 
@@ -228,16 +236,16 @@ def test_a_second_run_leaves_no_checkpoint_of_the_first_as_the_last(world: Path,
 
 PARTS = '''
 """A user's own parts."""
-from neo_components.components.masks import register_mask
-from neo_components.components.rotary import RopeVariant, register_rope, rope_variant, sequential_positions
+from neo_components.components.ropes.native import Native
+from neo_components.registry import MASKS, ROPES
 
 
-@register_rope("mine")
-def mine():
-    return RopeVariant(sequential_positions, rope_variant("native").table)
+@ROPES.register("mine")
+class Mine(Native):
+    pass
 
 
-@register_mask("everyone")
+@MASKS.register("everyone")
 def everyone(query, key):
     return query.document == key.document
 '''

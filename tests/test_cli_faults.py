@@ -29,8 +29,9 @@ FAULTS = [
     ("export {w}/llm -o {t}/a", r"{w}/llm is no NEO checkpoint .*"),
     ("export {w}/neo -o {t}/a --anchors 0", r"anchors must be positive, got 0; .*"),
     ("attach {w}/llm {w}/other -o {t}/a", r"{w}/llm holds no pre-Buffer but 'qwen3'"),
-    ("attach {t}/asset {w}/other -o {t}/a --bridge identity", r"bridge_in must map width 48 to 32 .*"),
-    ("attach {t}/asset {w}/other -o {t}/a --bridge x", r"bridge must be one of auto, identity, .* got 'x'"),
+    ("attach {t}/asset {w}/other -o {t}/a --bridge identity",
+     r"bridge 'identity' needs equal widths, got 48 and 32; .*"),
+    ("attach {t}/asset {w}/other -o {t}/a --bridge x", r"bridge 'x' is unknown; registered: identity, .*"),
     ("attach {t}/asset {w}/neo -o {t}/a", r"model_type 'neo' is unknown; registered: gemma3, .*"),
     ("convert {w}/neo -o {t}/a --layout x", r"layout must be 'neo_components' or 'released', got 'x'"),
     # recipes
@@ -38,10 +39,10 @@ FAULTS = [
     ("recipes copy quickstart/pretrain {w}/run.yaml", r"{w}/run\.yaml exists already; remove it or .*"),
     ("inspect {t}/none.yaml", r"'{t}/none\.yaml' is no file, and no recipe that ships has that name.*"),
     # data
-    ("data llava {t}/none.json -o {t}/a", r"no such file: {t}/none\.json"),
+    ("data llava {t}/none.json -o {t}/a", r"conversations: no such file or folder: {t}/none\.json"),
     ("data llava {t}/talk.json -o {t}/a", r"{t}/talk\.json holds no usable record \(missing_image: 1\); .*"),
     ("data llava {t}/talk.json -o {w}/shards --images {w}", r"{w}/shards is not empty; .*"),
-    ("data llava {t}/talk.json -o {t}/a --images {t}/none", r"no such image folder: {t}/none"),
+    ("data llava {t}/talk.json -o {t}/a --images {t}/none", r"images: no such file or folder: {t}/none"),
     # train
     ("train {w}/run.yaml output={t}/a --resume last", r"no checkpoint {t}/a/checkpoints/last\.ckpt to resume from; .*"),
     ("train {w}/run.yaml output={t}/a --resume {w}/red.png",
@@ -107,7 +108,7 @@ def test_faults_of_a_recipe_come_together(world: Path) -> None:
         first, *faults = done.err.splitlines()
         assert first == "error: 5 faults in the recipe:"
         keys = sorted(fault.split(": ")[1] for fault in faults)
-        assert keys == ["model.pre_bufer", "model.rope.kind", "seed", "stage.steps", "stage.train.0"]
+        assert keys == ["model.pre_bufer", "model.rope", "seed", "stage.steps", "stage.train.0"]
         assert all(fault.startswith("  override '") for fault in faults)
 
 

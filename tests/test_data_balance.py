@@ -22,7 +22,7 @@ LongTailed = Callable[[int], list[Supply]]
 
 @pytest.fixture
 def long_tailed(monkeypatch: pytest.MonkeyPatch) -> LongTailed:
-    """The lengths of benchmarks/data_scale.py, in shards of 700 pictures or 300 texts."""
+    """The lengths of benchmarks/data_scale.py, in shards of 700 images or 300 texts."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     data_scale = importlib.import_module("data_scale")
     return lambda count: list(data_scale.long_tailed(count, count // 1000))
@@ -87,11 +87,11 @@ def test_no_step_holds_a_sample_twice_before_every_other_one_came(
     long_tailed: LongTailed, ranks: int, size: int
 ) -> None:
     """A small source of which a block holds several epochs."""
-    (pictures, _) = long_tailed(3000)
-    counts = np.zeros(len(pictures.tokens), int)
-    usable = pictures.tokens <= 4096
+    (images, _) = long_tailed(3000)
+    counts = np.zeros(len(images.tokens), int)
+    usable = images.tokens <= 4096
     fewest = 0
-    for step in steps_of(PackPlan([pictures], [1.0], seq_len=4096, shuffle=500), ranks, size, 2400 // ranks // size):
+    for step in steps_of(PackPlan([images], [1.0], seq_len=4096, shuffle=500), ranks, size, 2400 // ranks // size):
         for mine in step:
             for sequence in mine:
                 for _, number, _ in sequence.members:
@@ -124,7 +124,7 @@ def test_trades_keep_to_their_part_and_to_the_length() -> None:
 
 
 def easy_vqa(folder: Path, images: int) -> Supply:
-    """The package's own pictures with two questions a sample, written as shards and counted as a run does it."""
+    """The package's own images with two questions a sample, written as shards and counted as a run does it."""
     samples = [
         {
             "key": f"{image.number}-{first}",

@@ -46,8 +46,8 @@ def caption(text: str, prompt: str = "") -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.png", "sub/c.png")):
         (folder / name).write_bytes(png(color=(number, 0, 0)))
@@ -56,16 +56,16 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["beside", "csv", "jsonl", "txt"])
-def test_images_with_captions(kind: str, pictures: Path, tmp_path: Path) -> None:
+def test_images_with_captions(kind: str, photos: Path, tmp_path: Path) -> None:
     texts = {"a.png": "one, two", "b.png": '"quoted"', "sub/c.png": "drei ü", "bad.png": "lost", "gone.png": "lost"}
     file: Path | None = tmp_path / f"captions.{kind}"
     expected = {"unreadable": 1, "missing_image": 1, "caption": 1}
     if kind == "beside":
         file, expected = None, {"unreadable": 1, "caption": 1}
-        (pictures / "d.png").write_bytes(png())
+        (photos / "d.png").write_bytes(png())
         for name, text in texts.items():
             if name != "gone.png":
-                (pictures / name).with_suffix(".txt").write_text(f"{text}\n", encoding="utf-8")
+                (photos / name).with_suffix(".txt").write_text(f"{text}\n", encoding="utf-8")
     elif kind == "csv":
         with (tmp_path / "captions.csv").open("w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(
@@ -77,15 +77,15 @@ def test_images_with_captions(kind: str, pictures: Path, tmp_path: Path) -> None
     else:
         lines = [f"{name}\t{text}" for name, text in texts.items()]
         (tmp_path / "captions.txt").write_text("\n".join([*lines, "no tab"]), encoding="utf-8")
-    skips = convert_to_shards(Captions(pictures, file, prompt="Describe it."), tmp_path / "shards")
+    skips = convert_to_shards(Captions(photos, file, prompt="Describe it."), tmp_path / "shards")
     assert skips.kept == 3 and dict(skips.skipped) == expected
     assert counts(tmp_path / "shards") == [(caption(texts[n], "Describe it."), 1) for n in list(texts)[:3]]
     samples = list(read_shards(tmp_path / "shards"))
     assert [sample["name"] for sample in samples] == list(texts)[:3]
-    assert samples[2]["images"] == [(pictures / "sub" / "c.png").read_bytes()]
+    assert samples[2]["images"] == [(photos / "sub" / "c.png").read_bytes()]
 
 
-def test_captions_faults(pictures: Path, tmp_path: Path) -> None:
+def test_captions_faults(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("name,caption\na.png,x\n")
     (tmp_path / "c.xml").write_text("")
     for file, message in (
@@ -93,15 +93,15 @@ def test_captions_faults(pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "c.xml", r"\.csv, \.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert_to_shards(Captions(pictures, file), tmp_path / "shards")
+            convert_to_shards(Captions(photos, file), tmp_path / "shards")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        convert_to_shards(Captions(pictures, tmp_path / "none.csv"), tmp_path / "shards")
+        convert_to_shards(Captions(photos, tmp_path / "none.csv"), tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
 
 
 def test_vlmevalkit_tables(tmp_path: Path) -> None:
     red, blue = (base64.b64encode(png(color=color)).decode() for color in ((200, 0, 0), (0, 0, 200)))
-    rows = [
+    lines = [
         {"index": "0", "image": red, "question": "Which?", "answer": "B", "A": "blue", "B": "red", "category": "color"},
         {"index": "1", "image": "0", "question": "What, then?", "answer": "Red.", "hint": "Look."},
         {"index": "2", "image": json.dumps([red, blue]), "question": "Compare", "answer": "Differ."},
@@ -115,7 +115,7 @@ def test_vlmevalkit_tables(tmp_path: Path) -> None:
             file, ["index", "image", "question", "hint", "A", "B", "answer", "category"], delimiter="\t"
         )
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(lines)
     skips = convert_to_shards(VLMEval(tmp_path / "bench.tsv"), tmp_path / "shards")
     assert dict(skips.skipped) == {"no_answer": 1, "missing_image": 1, "unreadable": 2}
     samples = list(read_shards(tmp_path / "shards"))
@@ -145,7 +145,7 @@ def test_image_text_tars(tmp_path: Path) -> None:
         "000002.png": png(), "000002.json": b'{"url": "x"}',
         "000003.png": b"nonsense", "000003.txt": b"x",
         "000004.txt": b"no image",
-        "talk.json": content("<image>What?"), "talk.png": png(),
+        "chat.json": content("<image>What?"), "chat.png": png(),
         "readme.md": b"ignored",
     })  # fmt: skip
     whole = tar(source / "00001.tar", {"a.png": png(), "a.txt": b"whole", "b.png": png(200, 200), "b.txt": b"cut"})
@@ -158,7 +158,7 @@ def test_image_text_tars(tmp_path: Path) -> None:
         (turns("<image>What?"), 1),
         (caption("whole"), 1),
     ]
-    assert [sample["id"] for sample in read_shards(tmp_path / "shards")] == ["000000", "000001", "talk", "a"]
+    assert [sample["id"] for sample in read_shards(tmp_path / "shards")] == ["000000", "000001", "chat", "a"]
 
 
 @pytest.mark.parametrize("name", ["../a.txt", "/etc/a.png", "a.pkl", "a.npy"])
@@ -198,15 +198,15 @@ def test_texts(kind: str, tmp_path: Path) -> None:
 
 
 def test_chat_messages(tmp_path: Path) -> None:
-    talk = [
+    chat = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Ho"},
     ]
     records = [
-        {"messages": talk},
-        {"messages": talk[:2]},
-        {"messages": [{"role": "tool", "content": "x"}, *talk]},
+        {"messages": chat},
+        {"messages": chat[:2]},
+        {"messages": [{"role": "tool", "content": "x"}, *chat]},
         {"messages": 3},
     ]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -297,7 +297,7 @@ def test_videos_become_samples_whose_time_advances_by_frame(tmp_path: Path) -> N
     assert batch.token_ids[0][batch.document_ids[0] == 0].tolist() == token_ids.tolist()
 
 
-def test_video_without_its_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_without_its_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'neo-components\[video\]'"):
@@ -334,7 +334,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptur
     assert [folder.read(n)["images"][0] for n in range(3)] == [png(color=(n, 0, 0)) for n in (1, 2, 3)]
 
 
-def test_a_full_disk_stops_clearly_and_the_conversion_goes_on_later(tmp_path: Path) -> None:
+def test_a_full_disk_stops_clearly_and_the_conversion_continues_later(tmp_path: Path) -> None:
     source = llava_source(tmp_path)
     big = [{"conversations": turns("Say it", "word " * 20000)} for _ in range(12)]
     source.write_text(json.dumps([*json.loads(source.read_text())[:12], *big]))
@@ -361,7 +361,7 @@ except OSError as error:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
 
 
-def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
+def test_another_conversion_does_not_continue_with_it(tmp_path: Path) -> None:
     source = llava_source(tmp_path)
     part = tmp_path / "shards.part"
     convert_to_shards(Llava(source, tmp_path / "images"), tmp_path / "first", shard_size=6)
@@ -375,12 +375,12 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
 # --- commands
 
 
-def test_commands_close_with_a_summary(tmp_path: Path, pictures: Path) -> None:
+def test_commands_close_with_a_summary(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "x"}\n{"text": ""}\n')
     out = good("data", "text", tmp_path / "t.jsonl", "-o", tmp_path / "text", "--workers", "0")
     assert out == f"read 2, written 1, skipped (no_answer) 1: {tmp_path}/text\n"
-    (pictures / "a.txt").write_text("An a.")
-    done = neo("data", "captions", pictures, "-o", tmp_path / "captions", "--prompt", "What?", "--workers", "2")
+    (photos / "a.txt").write_text("An a.")
+    done = neo("data", "captions", photos, "-o", tmp_path / "captions", "--prompt", "What?", "--workers", "2")
     assert done.out == f"read 4, written 1, skipped (caption) 3: {tmp_path}/captions\n"
     assert done.err.splitlines()[-1].startswith("captions: 4/4 (100 %)")
     assert counts(tmp_path / "captions") == [(caption("An a.", "What?"), 1)]
@@ -409,10 +409,10 @@ def test_inspection(tmp_path: Path) -> None:
     assert "language: en: 20, de: 10" in lines
     assert lines[-5:-2] == ["skipped (image_tags) 1: odd", "skipped (too_long) 1: long", "skipped (truncated) 1: cut"]
     for name in ("samples.png", "histograms.png"):
-        with Image.open(tmp_path / "seen" / name) as picture:
-            assert min(picture.size) > 500
-            pixels = np.asarray(picture.convert("RGB"))
-        if name == "samples.png":  # in the colour of the pictures
+        with Image.open(tmp_path / "seen" / name) as image:
+            assert min(image.size) > 500
+            pixels = np.asarray(image.convert("RGB"))
+        if name == "samples.png":  # in the color of the images
             assert (pixels[..., 1:] == (7, 9)).all(axis=-1).sum() > 50000
     index = good("data", "index", folder, "--tokenizer", TOKENIZER, "--min-pixels", "4096", "--max-pixels", "16384")
     assert index.startswith("usable 32 of 33, tokens ") and "unusable: image_tags: 1" in index
@@ -420,5 +420,5 @@ def test_inspection(tmp_path: Path) -> None:
     # Training takes exactly these lengths: nothing is counted again, even where it could not be written.
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     data = module(folder, validation=[folder], seq_len=256, max_skipped=0.5)
-    keys = Counter(key for batch in data.val_dataloader() for row in batch.keys for key in row)
+    keys = Counter(key for batch in data.val_dataloader() for sequence in batch.keys for key in sequence)
     assert len(keys) == 30 and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md run and print what their comments say."""
+"""The Python examples of the data pages run and print what their comments promise."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         exec(compile(example, str(PAGE), "exec"), {"TOKENIZER": TOKENIZER, "spec": SPEC})
     promised = re.findall(r"print\(.*\)  # (.*)", examples[0])
     assert capsys.readouterr().out.splitlines() == [*promised, "2 1 {'missing_image': 1}"]
+
+
+def test_python_of_the_page_on_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "Red is a color."}\n{"text": ""}\n')
+    page = PAGE.with_name("own_data.md").read_text(encoding="utf-8")
+    [example] = [one for one in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "--8<--" not in one]
+    exec(compile(example, "own_data.md", "exec"), {})
+    assert capsys.readouterr().out == "2 1 {'no_answer': 1}\n"
 
 
 def test_every_reason_is_explained() -> None:

@@ -26,7 +26,7 @@ OPTIONS = {"seq_len": 128, "max_skipped": 1.0}
 
 def steps(data: NEODataModule, count: int) -> list[list[str]]:
     """Keys of each of the next batches."""
-    return [[key for row in batch.keys for key in row] for batch in take(data, count)]
+    return [[key for sequence in batch.keys for key in sequence] for batch in take(data, count)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -182,7 +182,7 @@ def as_nobody(action: Callable[[], object]) -> str:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_what_may_not_be_read_is_told() -> None:
+def test_what_may_not_be_read_is_reported() -> None:
     # Not below pytest's own folder, which is closed to others.
     with tempfile.TemporaryDirectory() as base:
         Path(base).chmod(0o755)
@@ -195,7 +195,7 @@ def test_what_may_not_be_read_is_told() -> None:
         assert said == f"PermissionError: {folder} cannot be read; change its permissions"
 
 
-def test_paths_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+def test_paths_that_lead_nowhere_are_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name, reason in (

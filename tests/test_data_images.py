@@ -26,7 +26,7 @@ from neo_components.types import InputSpec
 LIMITS = {"min_pixels": 4096, "max_pixels": 16384}
 
 
-def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+def cases_of(folder: Path, name: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((folder / "preprocessing" / name).read_text())
     return found
 
@@ -39,7 +39,7 @@ def patches(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def test_smart_resize_equals_reference(data_folder: Path) -> None:
-    cases = rows(data_folder, "smart_resize.json")
+    cases = cases_of(data_folder, "smart_resize.json")
     assert len(cases) == 200
     for case in cases:
         arguments = [case[name] for name in ("height", "width", "factor", "min_pixels", "max_pixels")]
@@ -68,7 +68,7 @@ def test_smart_resize_refuses_impossible_sizes(arguments: tuple[int, ...], messa
 @pytest.mark.parametrize("transparency", ["drop", "contrast"])
 def test_pixels_equal_reference(data_folder: Path, transparency: str) -> None:
     expected = load_file(data_folder / "preprocessing" / "images.safetensors")
-    for case in rows(data_folder, "images.json"):
+    for case in cases_of(data_folder, "images.json"):
         path = data_folder / "preprocessing" / case["file"]
         limits = {name: case[name] for name in ("factor", "min_pixels", "max_pixels")}
         image = load_image(path, transparency=transparency, **limits)
@@ -108,7 +108,7 @@ def test_several_images_share_the_pixels(data_folder: Path) -> None:
     assert max_pixels_per_image(2, 4096, 16384) == 16384
     assert max_pixels_per_image(3, 4096, 16384) == 10922
     assert max_pixels_per_image(100, 4096, 16384) == 4096
-    for case in rows(data_folder, "samples.json"):
+    for case in cases_of(data_folder, "samples.json"):
         limit = max_pixels_per_image(len(case["images"]), case["min_pixels"], case["max_pixels"])
         images = [
             load_image(data_folder / "preprocessing" / name, 32, case["min_pixels"], limit) for name in case["images"]
@@ -202,9 +202,9 @@ def test_raw_pixels_are_normalised_when_packed() -> None:
     raw = resize(decode(open_image(data)), (64, 96))
     normalised = load_image(data, 32, 64 * 96, 64 * 96)
     assert raw.dtype == torch.uint8 and normalised.shape == raw.shape
-    picture = np.asarray(Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    resized = np.asarray(Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
-    assert (((picture.astype(np.float32) / np.float32(255)) - mean) / std == normalised.numpy()).all()
+    assert (((resized.astype(np.float32) / np.float32(255)) - mean) / std == normalised.numpy()).all()
     for raws in ([raw], [raw, raw.flip(1)]):
         floats = [normalised, normalised.flip(1)][: len(raws)]
         assert torch.equal(patchify(raws, spec)[0], patchify(floats, spec)[0])

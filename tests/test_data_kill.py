@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on as if nothing had happened: the same samples and losses, bit for bit."""
+"""A run that is killed at any moment continues as if nothing had happened: the same samples and losses, bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def recorded(folder: Path) -> list[list[dict[str, Any]]]:
 
 
 def ends(folder: Path) -> list[dict[str, Any]]:
-    """Checksums of weights, optimizer, schedule and place in the data of each rank."""
+    """Checksums of weights, optimizer, schedule and position in the data of each rank."""
     return [json.loads((folder / f"end{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -86,7 +86,7 @@ def check(world: Path, whole: list[list[dict[str, Any]]], stops: int, seed: int,
     chance = random.Random(seed)
     folder = world / f"stopped-{seed}"
     folder.mkdir()
-    # Only where every rank is a process of its own from the beginning can each of them be told to end.
+    # Only where every rank is a separate process from the beginning can each of them be asked to end.
     strategy = "ddp" if number == signal.SIGTERM else "ddp_fork"
     done = 0
     for left in range(stops, 0, -1):
@@ -110,7 +110,7 @@ def check(world: Path, whole: list[list[dict[str, Any]]], stops: int, seed: int,
 
 
 @pytest.mark.parametrize(("seed", "number"), [(1, signal.SIGKILL), (2, signal.SIGTERM)])
-def test_stopped_runs_go_on_exactly(world: Path, whole: list[list[dict[str, Any]]], seed: int, number: int) -> None:
+def test_stopped_runs_continue_exactly(world: Path, whole: list[list[dict[str, Any]]], seed: int, number: int) -> None:
     """Keys, losses, learning rate and random numbers of each step; at the end weights, optimizer and data."""
     check(world, whole, stops=1, seed=seed, number=number)
 
@@ -126,7 +126,7 @@ def test_stopped_at_twenty_random_moments(
 
 
 def test_other_ranks_and_workers_repeat_nothing(world: Path) -> None:
-    """Real processes: 2 ranks of 2 workers, then 1 of 1, then 2 of 1; each picture once before any comes again."""
+    """Real processes: 2 ranks of 2 workers, then 1 of 1, then 2 of 1; each image once before any comes again."""
     folder = world / "changed"
     steps: list[list[str]] = []
     for ranks, workers, until in ((2, 2, 6), (1, 1, 15), (2, 1, 48)):

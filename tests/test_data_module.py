@@ -46,7 +46,9 @@ def test_resume_equals_an_uninterrupted_run(folders: tuple[Path, Path], workers:
         return module(*sources(folders), workers=workers, **OPTIONS)
 
     whole = take(fresh(), 14)
-    assert len({key for batch in whole for row in batch.keys for key in row}) > 60  # into the second epoch of text
+    assert (
+        len({key for batch in whole for sequence in batch.keys for key in sequence}) > 60
+    )  # into the second epoch of text
     for cut in (1, 6, 7):
         first = fresh()
         begun = take(first, cut)
@@ -90,18 +92,18 @@ def test_weights_are_those_of_the_samples(folders: tuple[Path, Path]) -> None:
     data = module(*sources(folders), **OPTIONS)
     counts = Counter[str]()
     for batch in take(data, 40):
-        counts.update(key[0] for row in batch.keys for key in row)
-        # Exact but for what fills the last row.
+        counts.update(key[0] for sequence in batch.keys for key in sequence)
+        # Exact but for what fills the last sequence.
         assert abs(counts["t"] - 0.3 * counts.total()) <= 4
     assert counts.total() > 200
 
 
 def test_a_ratio_of_text_and_a_temperature(folders: tuple[Path, Path]) -> None:
-    """60 samples with pictures and 20 of text, whose weights are 0.7 and 0.3."""
+    """60 samples with images and 20 of text, whose weights are 0.7 and 0.3."""
 
     def fraction_of_text(**options: Any) -> float:
         batches = take(module(*sources(folders), **OPTIONS, **options), 60)
-        counts = Counter(key[0] for batch in batches for row in batch.keys for key in row)
+        counts = Counter(key[0] for batch in batches for sequence in batch.keys for key in sequence)
         return counts["t"] / counts.total()
 
     assert abs(fraction_of_text(text_fraction=0.6) - 0.6) < 0.01
@@ -136,9 +138,9 @@ def test_weights_may_be_those_of_tokens(folders: tuple[Path, Path]) -> None:
     batches = take(module(*sources(folders), weight_unit="tokens", **OPTIONS), 60)
     tokens = Counter[str]()
     for batch in batches:
-        for row, names in enumerate(batch.keys):
+        for sequence, names in enumerate(batch.keys):
             for number, name in enumerate(names):
-                tokens[name[0]] += int((batch.document_ids[row] == number).sum())
+                tokens[name[0]] += int((batch.document_ids[sequence] == number).sum())
     assert abs(tokens["t"] / tokens.total() - 0.3) < 0.01
 
 
@@ -148,7 +150,7 @@ def test_validation_is_the_same_each_time(folders: tuple[Path, Path]) -> None:
         loader = data.val_dataloader()
         passes = [keys(list(loader)) for _ in range(2)]
         assert passes[0] == passes[1]
-        counts = Counter(key for batch in passes[0] for row in batch for key in row)
+        counts = Counter(key for batch in passes[0] for sequence in batch for key in sequence)
         assert len(counts) == 80 and set(counts.values()) == {1}
         assert data.describe()["validation"] == {"read": 80, "skipped": {}}
 
@@ -171,15 +173,15 @@ def test_ranks_share_the_samples(tmp_path: Path) -> None:
         data.number, data.input_spec = number, SPEC
         batches = list(data.val_dataloader())
         steps.append(len(batches))
-        counts.update(key for batch in batches for row in batch.keys for key in row)
-        trained.append({key for batch in take(data, 4) for row in batch.keys for key in row})
+        counts.update(key for batch in batches for sequence in batch.keys for key in sequence)
+        trained.append({key for batch in take(data, 4) for sequence in batch.keys for key in sequence})
     assert len(counts) == 200 and set(counts.values()) == {1}
     assert steps[0] == steps[1] > 10
     assert len(trained[0]) > 10 and not trained[0] & trained[1]
 
 
 def test_every_rank_validates_the_same_number_of_steps(tmp_path: Path) -> None:
-    """Even if there are fewer samples than ranks: the others get a row of padding."""
+    """Even if there are fewer samples than ranks: the others get a sequence of padding."""
     folder = Source(str(write(tmp_path / "shards", mixed_samples(1))))
     batches = []
     for number in range(2):
@@ -303,7 +305,7 @@ def test_trainer_resumes_exactly(folders: tuple[Path, Path], tmp_path: Path, wor
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_stream_goes_on_over_lightnings_epochs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_stream_continues_over_lightnings_epochs(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data = module(*sources(folders), **OPTIONS)
     recorder = fit(tmp_path, data, max_epochs=3, limit_train_batches=3, num_sanity_val_steps=0)
     assert recorder.trained == keys(take(module(*sources(folders), **OPTIONS), 9))
@@ -316,7 +318,7 @@ def rank_of(number: int, ranks: int, size: int, folders: tuple[Path, Path], work
     return data
 
 
-def test_other_ranks_and_workers_go_on_and_repeat_nothing(folders: tuple[Path, Path]) -> None:
+def test_other_ranks_and_workers_continue_and_repeat_nothing(folders: tuple[Path, Path]) -> None:
     """Each sample once per epoch although ranks, micro-batch size and workers change twice within a block of steps."""
     counts = Counter[str]()
     state: dict[str, Any] | None = None
@@ -326,7 +328,7 @@ def test_other_ranks_and_workers_go_on_and_repeat_nothing(folders: tuple[Path, P
             data = rank_of(number, ranks, size, folders, workers)
             if state is not None:
                 data.load_state_dict(saved(state))
-            counts.update(key for batch in take(data, steps) for row in batch.keys for key in row)
+            counts.update(key for batch in take(data, steps) for sequence in batch.keys for key in sequence)
             states.append(data.state_dict())
         assert all(one["place"] == states[0]["place"] for one in states)  # every rank knows the position of all
         state = states[0] | {"tallies": [one["tallies"][0] for one in states]}
@@ -335,11 +337,13 @@ def test_other_ranks_and_workers_go_on_and_repeat_nothing(folders: tuple[Path, P
         own = [counts[f"{prefix}{number:04d}"] for number in range(size)]
         assert min(own) >= 1 and max(own) - min(own) <= 2
     # Of what the block held, nothing was lost or doubled: the sequences of the block were dealt exactly once.
-    whole = Counter(key for batch in take(rank_of(0, 1, 1, folders, 0), 13) for row in batch.keys for key in row)
+    whole = Counter(
+        key for batch in take(rank_of(0, 1, 1, folders, 0), 13) for sequence in batch.keys for key in sequence
+    )
     begun = Counter[str]()
     for number in range(2):
         data = rank_of(number, 2, 1, folders, 0)
-        begun.update(key for batch in take(data, 5) for row in batch.keys for key in row)
+        begun.update(key for batch in take(data, 5) for sequence in batch.keys for key in sequence)
     assert sum(begun.values()) < sum(whole.values())
 
 

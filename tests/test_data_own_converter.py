@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,8 +84,13 @@ def test_its_help_is_that_of_its_docstring(own: Path) -> None:
     assert any(line.startswith("│ pairs ") for line in fresh("data", "--import", "pairs", "--help").out.splitlines())
 
 
-def test_the_example_is_short_and_complete() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
+def test_the_page_shows_the_example_and_its_command(own: Path) -> None:
+    page = (EXAMPLE.parents[1] / "own_data.md").read_text(encoding="utf-8")
+    assert '--8<-- "docs/examples/pairs.py"' in page and len(EXAMPLE.read_text().splitlines()) <= 40
+    [command] = re.findall(r"```console\nneo (.*)\n```", page)
+    (own / "photos").rename(own / "images")
+    assert neo(*shlex.split(command)).out.startswith("read 4, written 2, skipped (missing_image) 1")
+    assert [sample["conversations"][1]["value"] for sample in read_shards("shards/pairs")] == ["Red.", "Blue."]
 
 
 def test_faults_of_a_converter_are_named(own: Path) -> None:

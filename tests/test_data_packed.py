@@ -41,18 +41,18 @@ def documents(batches: list[Batch]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for batch in batches:
         first_patch = 0
-        for row, row_keys in enumerate(batch.keys):
-            assert batch.document_ids[row].unique().tolist() == sorted({-1, *range(len(row_keys))}) or (
-                batch.document_ids[row].unique().tolist() == list(range(len(row_keys)))
+        for sequence, its_keys in enumerate(batch.keys):
+            assert batch.document_ids[sequence].unique().tolist() == sorted({-1, *range(len(its_keys))}) or (
+                batch.document_ids[sequence].unique().tolist() == list(range(len(its_keys)))
             )
-            for number, key in enumerate(row_keys):
-                inside = batch.document_ids[row] == number
+            for number, key in enumerate(its_keys):
+                inside = batch.document_ids[sequence] == number
                 places = inside.nonzero().flatten()
                 assert places.tolist() == list(range(int(places[0]), int(places[-1]) + 1))  # in one piece
-                patches = 4 * int((batch.image_ids[row][inside] >= 0).sum())
+                patches = 4 * int((batch.image_ids[sequence][inside] >= 0).sum())
                 document = {
-                    "token_ids": batch.token_ids[row][inside].tolist(),
-                    "labels": batch.labels[row][inside].tolist(),
+                    "token_ids": batch.token_ids[sequence][inside].tolist(),
+                    "labels": batch.labels[sequence][inside].tolist(),
                     "patches": batch.patches[first_patch : first_patch + patches],
                 }
                 first_patch += patches
@@ -81,7 +81,7 @@ def test_one_pass_gives_each_sample_whole_and_once(tmp_path: Path, workers: int)
         assert document["labels"] == labels.tolist()
         assert torch.equal(document["patches"], patchify(images, SPEC)[0])
     assert data.describe()["validation"] == {"read": 41, "skipped": {}}
-    # Best fit leaves little unused but in the last row of each worker.
+    # Best fit leaves little unused but in the last sequence of each worker.
     used = torch.cat([(batch.document_ids >= 0).float().mean(dim=1) for batch in batches])
     assert used.mean() > 0.8
 
@@ -91,8 +91,8 @@ def test_training_loses_and_doubles_nothing(tmp_path: Path) -> None:
     data = module(write(tmp_path / "shards", samples), seq_len=ROW)
     counts = Counter[str]()
     for batch in take(data, 40):
-        for row in batch.keys:
-            for key in row:
+        for sequence in batch.keys:
+            for key in sequence:
                 counts[key] += 1
                 # No sample a second time before every other one.
                 assert len(counts) == 23 or counts.most_common(1)[0][1] == 1
@@ -222,13 +222,13 @@ def test_when_a_run_stops(read: int, skipped: int, allowed: float, complete: boo
         counts.check(allowed, complete)
 
 
-def test_image_tokens_beyond_the_vocabulary_are_not_learnt(tmp_path: Path) -> None:
+def test_image_tokens_beyond_the_vocabulary_are_no_targets(tmp_path: Path) -> None:
     folder = write(tmp_path / "shards", [sample("drawn", [png()], question="Draw it", answer="see <image> here")])
     outside = InputSpec(500, 501, 502, 400, 16, 2, 3, SPEC.index_rule)
-    for spec, learnt in ((SPEC, True), (outside, False)):
+    for spec, target in ((SPEC, True), (outside, False)):
         data = module(folder, validation=[folder])
         data.input_spec = spec
         (document,) = documents(list(data.val_dataloader()))["drawn"]
         drawn = [i for i, token in enumerate(document["token_ids"]) if token in spec.image_special_token_ids]
         assert len(drawn) == 6
-        assert all((document["labels"][i] != IGNORED) == learnt for i in drawn)
+        assert all((document["labels"][i] != IGNORED) == target for i in drawn)

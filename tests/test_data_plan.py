@@ -18,7 +18,7 @@ L = 16384
 
 
 def supply(count: int, seed: int, mean: float = 6.3, visual: bool = True, name: str = "x") -> Supply:
-    """Lengths with a long tail, 30 tokens to a whole sequence; half or more of a picture's are visual."""
+    """Lengths with a long tail, 30 tokens to a whole sequence; half or more of an image sample's are visual."""
     random = np.random.default_rng(seed)
     tokens = np.clip(np.exp(random.normal(mean, 1.2, count)), 30, L).astype(np.int32)
     share = random.uniform(0.5, 0.95, count) if visual else np.zeros(count)
@@ -137,7 +137,7 @@ def test_mixture_is_right_at_any_time(weights: tuple[float, float], unit: str) -
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 333])
-def test_sequences_go_on_where_they_stopped(cut: int) -> None:
+def test_sequences_continue_where_they_stopped(cut: int) -> None:
     def fresh() -> PackPlan:
         return PackPlan([supply(800, 1), supply(90, 2)], [1.0, 2.0], seq_len=L, shuffle=70, seed=2)
 
@@ -149,7 +149,7 @@ def test_sequences_go_on_where_they_stopped(cut: int) -> None:
     assert begun + sequences_of(second, 400 - cut) == whole
 
 
-def test_a_source_without_a_usable_sample_is_told() -> None:
+def test_a_source_without_a_usable_sample_is_reported() -> None:
     with pytest.raises(ValueError, match="no sample of x is usable"):
         PackPlan([even(9, 101)], [1.0], seq_len=100)
     assert one_pass(PackPlan([even(9, 101)], [1.0], seq_len=100, endless=False)) == []
@@ -195,7 +195,7 @@ def numbers(steps: list[list[list[PlannedSequence]]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 31, 32, 33, 50])
-def test_steps_go_on_where_they_stopped(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_continue_where_they_stopped(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_plan, "SEQUENCES_PER_BLOCK", 1)  # so that 70 steps are three blocks
 
     def fresh(position: Any = None) -> StepPlan:
@@ -210,7 +210,7 @@ def test_steps_go_on_where_they_stopped(cut: int, monkeypatch: pytest.MonkeyPatc
     assert second.state()["block"] == 2
 
 
-def test_other_numbers_of_ranks_go_on_without_a_repeat() -> None:
+def test_other_numbers_of_ranks_continue_without_a_repeat() -> None:
     """Each sample once in the epoch, although ranks and sequences change again and again."""
     usable = 9000
 

@@ -35,7 +35,7 @@ def local(tmp_path: Path) -> Path:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Counts requests, and fails or sends too little as often as it is told to."""
+    """Counts requests, and fails or sends too little as often as its counters demand."""
 
     asked: ClassVar[Counter[str]] = Counter()
     failures: ClassVar[Counter[str]] = Counter()
@@ -72,7 +72,7 @@ def server(local: Path) -> Iterator[str]:
 
 
 def all_keys(batches: list[Batch]) -> Counter[str]:
-    return Counter(key for batch in batches for row in batch.keys for key in row)
+    return Counter(key for batch in batches for sequence in batch.keys for key in sequence)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -122,7 +122,7 @@ def test_memory(local: Path) -> None:
         memory.rm("/bucket", recursive=True)
 
 
-def test_what_cannot_be_fetched_is_told(server: str, local: Path) -> None:
+def test_what_cannot_be_fetched_is_reported(server: str, local: Path) -> None:
     folder = open_folder(server)
     Handler.failures["shard-000000.tar"] = 99
     with pytest.raises(ShardGoneError, match=r"cannot be fetched, in 5 tries: 503.*; put it back and resume"):
@@ -188,7 +188,7 @@ def test_without_copies_each_sample_is_fetched_by_itself(local: Path, tmp_path: 
         memory.rm("/bucket", recursive=True)
 
 
-def test_a_server_that_sends_no_parts_is_told(server: str) -> None:
+def test_a_server_that_sends_no_parts_is_reported(server: str) -> None:
     with pytest.raises(ShardGoneError, match=r"its server cannot send parts of a file \(then keep copies"):
         open_folder(server, cache_limit=0).read(0)
 

@@ -33,9 +33,9 @@ def test_samples_come_back_as_they_were(tmp_path: Path) -> None:
     assert [folder.read(number) for number in reversed(range(25))] == samples[::-1]
     assert folder.shards.tolist() == [0] * 10 + [1] * 10 + [2] * 5
     assert index["format_version"] == 1
-    row = index["samples"][3]
-    assert (row["key"], row["turns"], row["images"]) == ("s0003", 2, [[64, 64], [96, 64]])
-    assert row["characters"] == sum(len(turn["value"]) for turn in samples[3]["conversations"])
+    entry = index["samples"][3]
+    assert (entry["key"], entry["turns"], entry["images"]) == ("s0003", 2, [[64, 64], [96, 64]])
+    assert entry["characters"] == sum(len(turn["value"]) for turn in samples[3]["conversations"])
     with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as file:
         assert file.getnames()[:6] == ["s0000.json", "s0001.json", "s0001.png", "s0002.json", "s0002.png", "s0003.json"]
         assert file.getnames()[6:8] == ["s0003.0.png", "s0003.1.png"]

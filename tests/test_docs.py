@@ -68,12 +68,6 @@ def everywhere(pattern: str, also_inline: bool = True) -> list[tuple[str, str]]:
 COMMANDS = everywhere(r"neo \w")
 
 
-def subcommands(command: Any) -> dict[str, Any]:
-    """Those of a group by name; also those that a group finds when it is asked."""
-    names = command.list_commands(None) if hasattr(command, "commands") else []
-    return {name: command.get_command(None, name) for name in names}
-
-
 # --- what is typed
 
 
@@ -95,8 +89,8 @@ def test_commands_parse(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     command, context = NEO_COMMAND, None
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
-        assert words[0] in subcommands(command), f"no command {words[0]!r}"
-        command = subcommands(command)[words.pop(0)]
+        assert words[0] in command.commands, f"no command {words[0]!r}"
+        command = command.commands[words.pop(0)]
     if not words or words == ["--help"]:
         assert words or line in inline(page) or command.name in ("recipes", "quickstart")
         return
@@ -111,7 +105,7 @@ def test_options_exist() -> None:
 
     def options(command: Any) -> set[str]:
         own = {option for parameter in command.params for option in parameter.opts}
-        return own.union(*(options(inner) for inner in subcommands(command).values()))
+        return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
 
     # The last four are options of ruff, hf and tensorboard.
     known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir", "--logdir"}
@@ -174,21 +168,21 @@ def test_the_commands_of_the_recipe_page_in_their_order(clone: Path) -> None:
 def test_the_commands_of_the_data_page_in_their_order(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data, recipe and commands of the page: converted, looked at, trained on, gone on."""
+    """Data, recipe and commands of the page: converted, inspected, trained on, resumed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llm").symlink_to(world / "llm")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name, color in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
-        (tmp_path / "pictures" / f"{name}.png").write_bytes(png(64, 96, color))
+        (tmp_path / "images" / f"{name}.png").write_bytes(png(64, 96, color))
     (tmp_path / "captions.csv").write_text("file_name,caption\nred.png,A red square.\nblue.png,A blue square.\n")
     records = [{"image": f"{n}.png", "conversations": turns("<image>What is it?")} for n in ("red", "blue", "gone")]
-    (tmp_path / "talk.json").write_text(json.dumps(records))
+    (tmp_path / "conversations.json").write_text(json.dumps(records))
     (tmp_path / "texts.jsonl").write_text('{"text": "Red is a color."}\n')
     [recipe] = blocks("docs/own_data.md", "yaml")
     (tmp_path / "my_run.yaml").write_text(recipe)
     outputs = [good(*shlex.split(line)[1:]) for line in bash_lines("docs/own_data.md")]
-    assert outputs[1] == "read 3, written 2, skipped (missing_image) 1: shards/talk\n"
-    assert "read 3, written 2, skipped (missing_image) 1: shards/talk" in inline("docs/own_data.md")
+    assert outputs[1] == "read 3, written 2, skipped (missing_image) 1: shards/conversations\n"
+    assert "read 3, written 2, skipped (missing_image) 1: shards/conversations" in inline("docs/own_data.md")
     assert (tmp_path / "inspection" / "samples.png").is_file()
     assert outputs[4].startswith("usable 2 of 2, ")
     assert all("model: outputs/mine/neo" in output for output in outputs[5:])

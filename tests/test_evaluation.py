@@ -30,6 +30,7 @@ from neo_components.evaluation import (
 )
 from neo_components.model.chat import Chat
 from neo_components.quickstart.text_llm import train_text_llm
+from neo_components.registry import METRICS
 from neo_components.storage.progress import progress
 
 FACTS = {"what is up?": "sky", "what is down?": "earth", "is it day?": "no", "is it night?": "yes"}
@@ -304,6 +305,7 @@ def test_page_of_the_docs_runs(
     assert names["blind"].accuracy["overall"] == 1.0
     assert names["metric"].compute()["overall"] == 0.5
     assert "{'overall': tensor(0.5000), 'color': tensor(1.), 'shape': tensor(0.)}" in capsys.readouterr().out
+    METRICS.remove("contains")
 
 
 # --- progress

@@ -195,7 +195,7 @@ def test_what_is_not_known_is_told(world: Path, tmp_path: Path) -> None:
     done = neo("inspect", world / "run.yaml", "trainer.precision=transformer-engine")
     assert done.status == 1 and "trainer.precision 'transformer-engine' is unknown; known: 32-true" in done.err
     done = neo("inspect", world / "run.yaml", "--image-tokens", "4000")
-    assert done.status == 1 and "does not fit a row of 256" in done.err
+    assert done.status == 1 and "does not fit a packed sequence of 256" in done.err
 
 
 def test_recompute_auto_in_a_run_and_in_inspect_agree(world: Path, tmp_path: Path, caplog: Any) -> None:

@@ -151,7 +151,7 @@ def test_requeueing_names_the_task_of_an_array(
 ) -> None:
     array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not requeue(array) and "scontrol is not there; submit it again" in caplog.text
+    assert not requeue(array) and "scontrol was not found; submit it again" in caplog.text
     control = tmp_path / "scontrol"
     control.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit $FAILS\n')
     control.chmod(0o755)

@@ -162,11 +162,12 @@ def test_the_version_is_free_to_read() -> None:
 
 
 def test_relative_imports_of_a_folder() -> None:
-    known = {"neo_components.data.module", "neo_components.types"}
-    source = "from .module import Source\nfrom . import module\nfrom ..types import Sample\nfrom .. import types"
+    known = {"neo_components.data.image.images", "neo_components.types"}
+    source = "from .image.images import load_image\nfrom .image import images\n"
+    source += "from ..types import Sample\nfrom .. import types"
     assert list(imports(source, "neo_components.data", True, known)) == [
-        "neo_components.data.module",
-        "neo_components.data.module",
+        "neo_components.data.image.images",
+        "neo_components.data.image.images",
         "neo_components.types",
         "neo_components.types",
     ]

@@ -114,7 +114,7 @@ def test_shapes_are_those_of_the_spec(folder: str, depths: tuple[int, int], hidd
             position = "rotary" if name.endswith("released") else "sincos"
             assert model.patch_embedding.hparams.position == position
             assert all(p.is_meta for p in model.parameters())
-            assert any("this library knows it" in note for note in notes)
+            assert any("table of known models" in note for note in notes)
 
 
 SHORT = [

@@ -140,7 +140,7 @@ def test_image_features_are_the_same_alone_and_pooled() -> None:
 
 
 def test_what_no_program_can_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sparse experts routes by its input"):
+    with pytest.raises(ValueError, match="experts routes tokens by what they are"):
         write_programs(tiny_model(pre={"num_experts": 2, "experts_per_token": 1}), tmp_path)
     scaled = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
     with pytest.raises(ValueError, match="frequencies depend on a text's length"):

@@ -1,4 +1,4 @@
-"""A recipe loads to what it says: files, overrides, interpolation, what ships, and the page that tells the keys."""
+"""A recipe loads to its content: files, overrides, interpolation, what ships, and the reference of its keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from neo_components.recipe.stage import Group, StageConfig
 ROOT = Path(__file__).parent.parent
 
 
-def test_what_a_recipe_says(tmp_path: Path) -> None:
+def test_the_content_of_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, MODEL + RUN))
     assert isinstance(recipe.model, Compose)
     assert recipe.model.patch_embedding == {
@@ -99,7 +99,7 @@ def test_extends_overrides_and_interpolation(tmp_path: Path) -> None:
     assert load_recipe(path, ["seed=5"]).data["seed"] == 5
 
 
-def test_null_takes_away_what_another_file_said(tmp_path: Path) -> None:
+def test_null_removes_what_another_file_has(tmp_path: Path) -> None:
     written(tmp_path, MODEL, "low.yaml")
     sizes = ("vocab_size", "depth", "hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size")
     gone = ", ".join(f"{name}: null" for name in sizes)
@@ -151,9 +151,9 @@ def test_recipes_that_ship_are_listed_with_what_they_do() -> None:
     assert all(len(recipe.summary) > 10 and "#" not in recipe.summary for recipe in listed)
     assert [find_recipe(recipe.name) for recipe in listed] == SHIPPED
     assert find_recipe(f"{listed[0].name}.yaml") == SHIPPED[0]
-    told = {recipe.name: recipe.summary for recipe in listed}
-    assert "the LLM is frozen. Pictures come with open questions only, " in told["quickstart/pretrain"]
-    assert told["quickstart/pretrain"].endswith("30 % is text of all kinds.")
+    written_there = {recipe.name: recipe.summary for recipe in listed}
+    assert "the LLM is frozen. Pictures come with open questions only, " in written_there["quickstart/pretrain"]
+    assert written_there["quickstart/pretrain"].endswith("30 % is text of all kinds.")
 
 
 def test_an_unknown_recipe_proposes_the_nearest() -> None:
@@ -220,15 +220,15 @@ def defaults(section: Any, prefix: str = "") -> dict[str, set[str]]:
     return found
 
 
-def test_the_page_tells_every_key_with_its_default() -> None:
+def test_the_reference_has_every_key_with_its_default() -> None:
     page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
-    told: dict[str, set[str]] = {}
+    written_there: dict[str, set[str]] = {}
     for key, quoted, word in ROW.findall(page):
-        told.setdefault(key, set()).add(quoted or word)
+        written_there.setdefault(key, set()).add(quoted or word)
     expected = {key: values for key, values in defaults(schema()).items() if not key.startswith("trainer.")}
     expected["output"] = {"outputs/NAME"}
     assert set(expected) == {key for key in keys() if not key.startswith("trainer.")}
-    assert told == expected
+    assert written_there == expected
     assert set(re.findall(r"^\| `trainer\.(\w+)` \| ", page, re.MULTILINE)) == set(TRAINER_OWNED)
 
 

@@ -12,7 +12,6 @@ from builders import random_sample, tiny_model
 from recipe_texts import MODEL, faults, written
 
 from neo_components import NEO, PostLLM, build, load_recipe, pack
-from neo_components.components.ropes.one_dimensional import OneDimensional
 from neo_components.recipe import (
     Checkpoint,
     Compose,
@@ -129,23 +128,52 @@ def test_a_checkpoint_is_continued(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
 
 
-def test_a_rope_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+OWN_ROPE = """
+from dataclasses import dataclass
 
-    module = (
-        "from neo_components.registry import ROPES\n\n\n@ROPES.register('mine')\nclass Mine(ROPES['1d']):\n    pass\n"
-    )
-    written(tmp_path, module, "own_package/own_rope.py")
-    path = written(tmp_path, MODEL + "  rope: mine\n")
+from neo_components.components.rotary import pairs
+from neo_components.registry import ROPES
+
+
+@ROPES.register("mine")
+@dataclass(frozen=True)
+class Mine(ROPES["1d"]):
+    spacing: float = 2.5
+
+    def table(self, frequency_t):
+        spaced = pairs(0, [frequency / self.spacing for frequency in frequency_t])
+        return spaced + spaced
+"""
+
+
+def test_a_rope_of_ones_own_with_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its option is a key of recipes, reaches both stacks, and stays with the saved model."""
+    written(tmp_path, OWN_ROPE, "own_package/own_rope.py")
+    path = written(tmp_path, MODEL + "  rope: {kind: mine, spacing: 4}\n")
     assert faults(path)[0][1].startswith("unknown rope 'mine'; nearest: ")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     try:
         import_user_modules(["own_package.own_rope"])
-        model = build(load_recipe(path).model)
-        assert isinstance(model.post_llm.rotary.variant, OneDimensional)
-        assert model.pre_buffer.hparams["rope"] == "mine"
+        recipe = load_recipe(path)
+        assert isinstance(recipe.model, Compose)
+        assert recipe.model.rope == {"kind": "mine", "spacing": 4.0, "base_t": 1e6}
+        model = build(recipe.model)
+        plain = build(load_recipe(path, ["model.rope=1d"]).model)
+        assert torch.allclose(model.post_llm.rotary.frequency * 4, plain.post_llm.rotary.frequency)
+        for stack in (model.pre_buffer, model.post_llm):
+            assert stack.hparams["rope"] == {"kind": "mine", "spacing": 4.0}
+        again = NEO.from_pretrained(model.save_pretrained(tmp_path / "neo"))
+        assert torch.equal(again.pre_buffer.rotary.frequency, model.pre_buffer.rotary.frequency)
+        assert build(load_recipe(path, ["model.rope=mine"]).model).post_llm.hparams["rope"]["spacing"] == 2.5
+        assert [key for key, _ in faults(path, "model.rope.spacing=far", "model.rope.base_h=9")] == [
+            "model.rope.spacing",
+            "model.rope.base_h",
+        ]
     finally:
         ROPES.remove("mine")
+        for name in ("own_package.own_rope", "own_package"):
+            sys.modules.pop(name, None)
 
 
 def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

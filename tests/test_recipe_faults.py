@@ -1,7 +1,8 @@
-"""All that is wrong with a recipe is told at once, by file, line, key and nearest name, and no weight is loaded."""
+"""All that is wrong with a recipe is reported at once, by file, line, key and nearest name, and no weight is loaded."""
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from recipe_texts import ASSET, MODEL, PRETRAINED, RUN, faults, written
 
 from neo_components import load_recipe
+from neo_components.errors import ArgumentError, ArgumentErrors
 from neo_components.recipe import (
     RecipeError,
     validate_recipe,
@@ -103,11 +105,11 @@ SINGLE = [
 
 @pytest.mark.parametrize(("override", "key", "text"), SINGLE)
 def test_one_fault(tmp_path: Path, override: str, key: str, text: str) -> None:
-    """Each of these is one fault, told once, at the place of the override."""
+    """Each of these is one fault, reported once, at the location of the override."""
     path = written(tmp_path, MODEL + RUN)
     assert faults(path) == []
     [fault] = validate_recipe(path, [override])
-    assert (fault.place, fault.key) == (f"override {override!r}", key)
+    assert (fault.location, fault.key) == (f"override {override!r}", key)
     assert text in fault.text
     with pytest.raises(RecipeError, match=re.escape(text)):
         load_recipe(path, [override])
@@ -173,7 +175,7 @@ def test_a_misspelt_key_is_not_missing_as_well(tmp_path: Path) -> None:
     assert faults(path)[1][1].startswith("unknown key; nearest: model.post_llm.from_pretrained")
 
 
-def test_all_faults_together_each_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_together_each_at_its_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole message: two files, an override, and a fault of each kind."""
     monkeypatch.chdir(tmp_path)
     written(
@@ -225,7 +227,7 @@ stage:
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, place: str, message: str) -> None:
     [fault] = validate_recipe(written(tmp_path, text + "\n"))
-    assert fault.place.endswith(place)
+    assert fault.location.endswith(place)
     assert message in fault.text
 
 
@@ -234,3 +236,11 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     [fault] = validate_recipe(path)
     assert fault.text.startswith("no valid YAML: 'utf-8'")
+
+
+def test_errors_of_arguments_pass_between_processes() -> None:
+    """As a data worker hands them over: the argument, those beside it and the message stay."""
+    one = ArgumentError("num_kv_heads", "must divide num_heads, got 3 and 4", "num_heads")
+    several = pickle.loads(pickle.dumps(ArgumentErrors([one, ArgumentError("depth", "must be 0 or more, got -1")])))
+    assert [(e.argument, e.others) for e in several.errors] == [("num_kv_heads", ("num_heads",)), ("depth", ())]
+    assert str(several) == "num_kv_heads must divide num_heads, got 3 and 4; depth must be 0 or more, got -1"

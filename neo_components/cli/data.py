@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from inspect import Parameter, Signature, getdoc
 from itertools import pairwise
 from pathlib import Path
@@ -24,22 +25,21 @@ IMPORT = "--import"
 
 
 class ConverterGroup(TyperGroup):
-    """The commands of this module and one for each registered converter."""
+    """The commands of this module, and one for each registered converter."""
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
         """Imports the modules that ``--import`` names first, wherever it stands: they may register the command."""
         register([value for value in _values_of(IMPORT, args) if value])
         return super().parse_args(context, args)
 
-    def list_commands(self, context: Any) -> list[str]:
-        """Converters first."""
-        return [*sorted(CONVERTERS), *super().list_commands(context)]
+    @property  # type: ignore[override]
+    def commands(self) -> dict[str, Any]:
+        """Converters first; their commands are made when they are first asked for."""
+        return {name: converter_command(name, CONVERTERS[name]) for name in sorted(CONVERTERS)} | self._own
 
-    def get_command(self, context: Any, name: str) -> Any:
-        """The command of a name; that of a converter is made when it is asked for."""
-        if name in self.commands or name not in CONVERTERS:
-            return super().get_command(context, name)
-        return converter_command(name)
+    @commands.setter
+    def commands(self, own: dict[str, Any]) -> None:
+        self._own = own
 
 
 data_app = typer.Typer(cls=ConverterGroup, no_args_is_help=True, help="Make training data, and look at it.")
@@ -59,9 +59,9 @@ def data(imports: Imports = None) -> None:
     """Make training data, and look at it."""
 
 
-def converter_command(name: str) -> Any:
+@lru_cache
+def converter_command(name: str, part: Any) -> Any:
     """The command of a converter: its own options, and those that all converters share."""
-    part = CONVERTERS[name]
     own = [_option_of(parameter, part) for parameter in CONVERTERS.options(name).values()]
     common = [_option("output", Out), _option("workers", Workers, None), _option("imports", Imports, None)]
     if not part.fixed_size:

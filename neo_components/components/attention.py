@@ -64,7 +64,9 @@ class NativeAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads % num_kv_heads:
-            raise ArgumentError("num_kv_heads", f"must divide num_heads, got {num_kv_heads} and {num_heads}")
+            raise ArgumentError(
+                "num_kv_heads", f"must divide num_heads, got {num_kv_heads} and {num_heads}", "num_heads"
+            )
         one_of("qk_norm", qk_norm, QK_NORMS)
         self.head_width = head_width
         self.scale = head_width**-0.5 if attention_scale is None else attention_scale

@@ -5,8 +5,10 @@ Recipes, estimates, exports and language model families read them from the signa
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, Required, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
@@ -27,64 +29,62 @@ class BlockArguments(TypedDict, total=False):
 
     The defaults are NEO's, as on Qwen3. The arguments from ``rope_scaling`` on describe where other language
     models differ.
-
-    Args:
-        hidden_size: D.
-        num_heads: N.
-        num_kv_heads: K, divides N.
-        head_width: E, a multiple of 4.
-        feed_forward_size: width of the gated feed-forward, or of each expert of a mixture of experts.
-        norm_eps: of all norms.
-        rope: registered name of the RoPE variant, or a mapping of ``kind`` and its options.
-        base_t: base of the T frequencies.
-        base_h: base of the H frequencies.
-        base_w: base of the W frequencies.
-        attention: registered name of the mask rule, or a mapping of ``kind`` and its options.
-        experts: registered name of the expert routing by modality, or a mapping of ``kind`` and its options.
-        rope_scaling: how the T frequencies are stretched, a mapping as in ``rope_scaling.py``; ``None``: not at all.
-        rotary_width: how many of the T channels rotate; ``None``: all, 0: none. H and W always rotate.
-        window: how many tokens back a token attends (``masks.rule_of``); ``None``: all.
-        attention_scale: factor of the scores; ``None``: ``1/sqrt(E)``.
-        qk_norm: norm of the T channels of queries and keys: ``head``, ``whole`` or ``none``.
-        qkv_bias: whether the projections to T queries, T keys and values have a bias.
-        output_bias: whether the attention's output projection has one.
-        norm: form of the norms' gain, ``weight`` or ``one_plus_weight``; the H/W norms always have the first.
-        norm_placement: ``before``, ``after`` or ``both``.
-        residual_multiplier: factor of what attention and feed-forward add to x.
-        activation: of the feed-forward, ``silu`` or ``gelu_tanh``.
-        feed_forward_bias: whether the feed-forward's projections have a bias.
-        num_experts: number of experts of a mixture of experts; ``None``: one dense feed-forward.
-        experts_per_token: how many of them a token uses.
-        normalize_experts: whether the chosen experts' weights sum to 1.
     """
 
     hidden_size: Required[int]
+    """D."""
     num_heads: Required[int]
+    """N."""
     num_kv_heads: Required[int]
+    """K, divides N."""
     head_width: Required[int]
+    """E, a multiple of 4."""
     feed_forward_size: Required[int]
+    """Width of the gated feed-forward, or of each expert of a mixture of experts."""
     norm_eps: Annotated[float, Default(1e-6)]
+    """Of all norms."""
     rope: Annotated[Choice, Default("native")]
+    """Registered name of the RoPE variant, or a mapping of ``kind`` and its options."""
     base_t: Annotated[float, Default(1e6)]
+    """Base of the T frequencies."""
     base_h: Annotated[float, Default(1e4)]
+    """Base of the H frequencies."""
     base_w: Annotated[float, Default(1e4)]
+    """Base of the W frequencies."""
     attention: Annotated[Choice, Default("mixed")]
+    """Registered name of the mask rule, or a mapping of ``kind`` and its options."""
     experts: Annotated[Choice, Default("none")]
+    """Registered name of the expert routing by modality, or a mapping of ``kind`` and its options."""
     rope_scaling: Annotated[Mapping[str, Any] | None, Default(None)]
+    """How the T frequencies are stretched, a mapping as in ``rope_scaling.py``; ``None``: not at all."""
     rotary_width: Annotated[int | None, Default(None)]
+    """How many of the T channels rotate; ``None``: all, 0: none. H and W always rotate."""
     window: Annotated[int | None, Default(None)]
+    """How many tokens back a token attends (``masks.rule_of``); ``None``: all."""
     attention_scale: Annotated[float | None, Default(None)]
+    """Factor of the scores; ``None``: ``1/sqrt(E)``."""
     qk_norm: Annotated[str, Default("head")]
+    """Norm of the T channels of queries and keys: ``head``, ``whole`` or ``none``."""
     qkv_bias: Annotated[bool, Default(False)]
+    """Whether the projections to T queries, T keys and values have a bias."""
     output_bias: Annotated[bool, Default(False)]
+    """Whether the attention's output projection has one."""
     norm: Annotated[str, Default("weight")]
+    """Form of the norms' gain, ``weight`` or ``one_plus_weight``; the H/W norms always have the first."""
     norm_placement: Annotated[str, Default("before")]
+    """``before``, ``after`` or ``both``."""
     residual_multiplier: Annotated[float, Default(1.0)]
+    """Factor of what attention and feed-forward add to x."""
     activation: Annotated[str, Default("silu")]
+    """Of the feed-forward, ``silu`` or ``gelu_tanh``."""
     feed_forward_bias: Annotated[bool, Default(False)]
+    """Whether the feed-forward's projections have a bias."""
     num_experts: Annotated[int | None, Default(None)]
+    """Number of experts of a mixture of experts; ``None``: one dense feed-forward."""
     experts_per_token: Annotated[int, Default(8)]
+    """How many of them a token uses."""
     normalize_experts: Annotated[bool, Default(True)]
+    """Whether the chosen experts' weights sum to 1."""
 
 
 def _parameters() -> dict[str, inspect.Parameter]:
@@ -151,6 +151,18 @@ def flat_arguments(cls: Class) -> Class:
     flat.__signature__ = signature  # type: ignore[attr-defined]
     flat.__annotations__ = {p.name: p.annotation for p in signature.parameters.values() if p.name != "self"}
     cls.__init__ = flat  # type: ignore[misc]
-    described = inspect.cleandoc(BlockArguments.__doc__ or "").partition("Args:\n")[2]
-    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArguments of the blocks:\n{described}"
+    described = "".join(f"\n    {name}: {text}" for name, text in _descriptions().items())
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArguments of the blocks:{described}\n"
     return cls
+
+
+@functools.cache
+def _descriptions() -> dict[str, str]:
+    """The text below each argument in the declaration."""
+    (declaration,) = ast.parse(inspect.getsource(BlockArguments)).body
+    assert isinstance(declaration, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(declaration.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }

@@ -19,7 +19,7 @@ from neo_components.types import ImageLayout, plain_layout
 class Product(NamedTuple):
     """One matrix product of a forward pass, for estimates of FLOPs.
 
-    Args:
+    Attributes:
         rows: vectors that pass it.
         inputs: width of each.
         outputs: width of what comes out.

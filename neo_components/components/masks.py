@@ -65,7 +65,7 @@ MaskRule = Callable[[Tokens, Tokens], Tensor]
 class RuleName(NamedTuple):
     """A rule with options, as a key of dictionaries.
 
-    Args:
+    Attributes:
         name: registered name.
         options: (name, value) pairs.
     """

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neo_components.errors import ArgumentError
+
 ORIGINAL = "original_max_position_embeddings"
 
 Scaling = Mapping[str, Any]
@@ -43,18 +45,18 @@ def check_scaling(scaling: Scaling, width: int) -> None:
     """
     kind = scaling.get("rope_type")
     if kind not in NUMBERS:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} is not supported (supported: {', '.join(NUMBERS)})")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} is not supported (supported: {', '.join(NUMBERS)})")
     must, may = NUMBERS[kind]
     given = {name for name, value in scaling.items() if value is not None} - {"rope_type"}
     if missing := must - given:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(sorted(missing))}")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} lacks {', '.join(sorted(missing))}")
     if unknown := given - must - may:
-        raise ValueError(f"rope_scaling of rope_type {kind!r} does not know {', '.join(sorted(unknown))}")
+        raise ArgumentError("rope_scaling", f"of rope_type {kind!r} does not know {', '.join(sorted(unknown))}")
     if kind == "dynamic" and width < 4:
-        raise ValueError(f"rope_scaling of rope_type 'dynamic' needs 4 or more turning channels, got {width}")
+        raise ArgumentError("rope_scaling", f"of rope_type 'dynamic' needs 4 or more turning channels, got {width}")
     for name in ("short_factor", "long_factor"):
         if name in given and len(scaling[name]) != width // 2:
-            raise ValueError(f"rope_scaling's {name} must have {width // 2} numbers, got {len(scaling[name])}")
+            raise ArgumentError("rope_scaling", f"{name} must have {width // 2} numbers, got {len(scaling[name])}")
 
 
 def length_bucket_of(scaling: Scaling | None, length: int) -> int:

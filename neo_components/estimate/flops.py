@@ -54,7 +54,7 @@ class Flops:
 def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     """FLOPs of a training step on a batch.
 
-    What trains is read off ``requires_grad``, what is recomputed off ``checkpointed_blocks`` of both stacks. Only the
+    What trains is read off ``requires_grad``, what is checkpointed off ``checkpointed_blocks`` of both stacks. Only the
     ids and labels of the batch are looked at, and one number per document is read from its device; hand it a batch on
     the CPU where this must not wait for a GPU. Weights may lie on the meta device. For a batch of several processes or
     accumulated batches, add up.

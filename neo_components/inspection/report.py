@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import nn
 
 from neo_components.estimate.activations import kept_activations
 from neo_components.estimate.assumed import Document, assumed_batch
@@ -203,7 +205,7 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _parameters(model: NEO) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-    def count(parameters: Any) -> tuple[int, int]:
+    def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
         listed = list(parameters)
         return sum(p.numel() for p in listed), sum(p.numel() for p in listed if p.requires_grad)
 

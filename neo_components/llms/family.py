@@ -22,7 +22,7 @@ class Group:
         stored: ``stored(sizes)`` -> names inside a block of the files, in order.
         take: ``take(sizes, stored tensors)`` -> our tensors.
         write: the inverse, ``write(sizes, our tensors)`` -> stored tensors.
-        optional: the files may also hold our own form, under our names.
+        optional: the files may also hold the form of ``PostLLM``, under its names.
     """
 
     ours: tuple[str, ...]
@@ -50,7 +50,7 @@ def is_rotary_table(name: str) -> bool:
 
 
 class Family:
-    """How one family of language models is read. A subclass says what differs, and is registered by ``model_type``::
+    """How one family of language models is read. A subclass has what differs, and is registered by ``model_type``::
 
         @LLM_FAMILIES.register("my_llm")
         class MyLLM(Family):
@@ -235,7 +235,7 @@ def _scaling(config: Config, rope: Config, kind: str) -> dict[str, Any]:
     scaling |= {name: rope[name] for name in SCALING_NUMBERS[kind] if rope.get(name) is not None}
     context = config.get("max_position_embeddings")
     if kind == "dynamic":
-        # transformers stretches from max_position_embeddings on, whatever else the config says.
+        # transformers stretches from max_position_embeddings on, whatever else is in the config.
         scaling[ORIGINAL] = context
     elif kind != "linear":
         # A number beside the rope settings (Phi-3) is stronger than one among them.

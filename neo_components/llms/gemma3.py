@@ -1,4 +1,4 @@
-"""Gemma 3, its text part: four norms a block with gain 1 + weight, GeGLU, windows with a rope base of their own.
+"""Gemma 3, its text part: four norms a block with gain 1 + weight, GeGLU, a separate RoPE base in blocks with a window.
 
 ``gemma3_text`` is a text model; ``gemma3`` a vision-language model, of which the language model is taken.
 """

@@ -9,7 +9,7 @@ from neo_components.registry import LLM_FAMILIES
 
 @LLM_FAMILIES.register("granite")
 class Granite(Llama):
-    """Its configs give each factor under a name of its own."""
+    """Each factor has its own name in the config."""
 
     def sizes(self, config: Config) -> Sizes:
         """Keyword arguments of ``PostLLM`` for a Granite config."""

@@ -103,7 +103,11 @@ def draw_figures(folder: Path, found: Findings, chat: Chat) -> None:
     draw_curves({"validation": accuracy}, folder / "accuracy.png", "minutes of training", "exact match")
     answers = found.reports["neo"].predictions
     shown = _eight(found.questions)
-    rows: list[Any] = [(q.image, q.question, q.answers[0], answers[n].prediction, answers[n].right) for n, q in shown]
+    rows = [
+        (q.image, q.question, q.answers[0], answers[n].prediction, answers[n].right)
+        for n, q in shown
+        if q.image is not None
+    ]
     draw_answers(rows, folder / "answers.png", "easy-VQA test images")
     question = shown[0][1]
     sample = chat.prompt(question.question, [question.image])
@@ -115,7 +119,7 @@ def draw_figures(folder: Path, found: Findings, chat: Chat) -> None:
 def _eight(questions: list[Question]) -> list[tuple[int, Question]]:
     """Eight questions about different images, spread over the split and over kinds, with their indices."""
     chosen: list[tuple[int, Question]] = []
-    used: set[Any] = set()
+    used = set()
     step = max(1, len(questions) // 8)
     for number in range(8):
         wanted = KINDS[number % len(KINDS)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neo_components.components.patch_embeddings.neo import PatchEmbedding
+from neo_components.components.image_embedding import ImageEmbedding
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.llms import arguments_of
@@ -62,7 +62,7 @@ def build(model: ModelRecipe) -> NEO:
     return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
 
 
-def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[PatchEmbedding, PreBuffer]:
+def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[ImageEmbedding, PreBuffer]:
     """Patch embedding and pre-Buffer that fit a language model of such arguments and are no asset.
 
     Sizes and norm epsilon that the recipe does not give the pre-Buffer are the post-LLM's. What the language model's
@@ -88,7 +88,7 @@ def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
 
 
 def with_choices_of(model: Compose, pre_buffer: PreBuffer) -> Compose:
-    """The recipe for a language model under an asset: what it does not choose for the blocks is the asset's own.
+    """The recipe for a language model under an asset: a part that it does not choose for the blocks is the asset's.
 
     Raises:
         ValueError: if the recipe chooses another rope than the asset was trained with.

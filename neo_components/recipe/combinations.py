@@ -9,6 +9,7 @@ from typing import Any
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.errors import ArgumentError, ArgumentErrors
+from neo_components.model.attach import AUTO
 from neo_components.recipe.hints import required, required_arguments
 from neo_components.recipe.parts import Part
 from neo_components.recipe.reader import Reader
@@ -48,7 +49,7 @@ def check_combinations(reader: Reader) -> None:
     if asset in (PreBufferAsset, None):
         return
     only = f"only an asset (model.pre_buffer.{FROM}) is attached by a bridge"
-    if model.get("bridge", "auto") != "auto":
+    if model.get("bridge", AUTO) != AUTO:
         reader.fault("model.bridge", f"got {model['bridge']!r}, but {only}")
     trained = reader.given.get("stage", {}).get("train")
     if isinstance(trained, list) and "bridge" in trained:

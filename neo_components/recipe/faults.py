@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: single faults, their places in the files, and the error that lists them all."""
+"""What is wrong with a recipe: single faults, their locations in the files, and the error that lists them all."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class Fault:
     """One thing that is wrong.
 
     Args:
-        place: file and line, or the override.
+        location: file and line, or the override.
         key: dotted key; empty if the fault is the file's.
         text: value seen, values allowed, what to do.
     """
 
-    place: str
+    location: str
     key: str
     text: str
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.place, self.key, self.text)))
+        return ": ".join(filter(None, (self.location, self.key, self.text)))
 
 
 class RecipeError(ValueError):
@@ -39,25 +39,25 @@ class RecipeError(ValueError):
 
 @dataclass
 class Origins:
-    """Where each dotted key was written, in the order in which files and overrides are laid over each other.
+    """Where each dotted key was written, in the order in which files and overrides are merged.
 
     Args:
-        file: the recipe, the place of what was not written at all.
+        file: the recipe, the location of a key that was not written at all.
     """
 
     file: str
-    places: dict[str, list[str]] = field(default_factory=dict)
+    locations: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, key: str, place: str) -> None:
+    def add(self, key: str, location: str) -> None:
         """Notes that the key was (also) written there."""
-        self.places.setdefault(key, []).append(place)
+        self.locations.setdefault(key, []).append(location)
 
-    def place(self, key: str) -> str:
+    def location(self, key: str) -> str:
         """Where the key, or the nearest section around it, was written last."""
-        while key and key not in self.places:
+        while key and key not in self.locations:
             key = key.rpartition(".")[0]
-        return self.places[key][-1] if key else self.file
+        return self.locations[key][-1] if key else self.file
 
     def replaced(self, key: str) -> bool:
-        """Whether the key was written more than once, so that the last writing replaced another."""
-        return len(self.places.get(key, ())) > 1
+        """Whether the key was written more than once, so that the last one replaced another."""
+        return len(self.locations.get(key, ())) > 1

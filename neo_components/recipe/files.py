@@ -1,4 +1,4 @@
-"""The files and overrides of a recipe, laid over each other: ``extends``, dotted overrides, ``${...}``."""
+"""The files and overrides of a recipe, merged: ``extends``, dotted overrides, ``${...}``."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ EXTENDS = "extends"
 
 
 @dataclass(frozen=True)
-class Layer:
+class RecipeFile:
     """One file.
 
     Args:
         path: of the file.
-        config: what it says, without ``extends``.
-        places: (dotted key, file and line) in the order of the file.
+        config: its content, without ``extends``.
+        locations: (dotted key, file and line) in the order of the file.
     """
 
     path: Path
     config: DictConfig
-    places: list[tuple[str, str]]
+    locations: list[tuple[str, str]]
 
 
-def file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+def read_files(path: Path, above: tuple[Path, ...] = ()) -> list[RecipeFile]:
     """A recipe file and those that it extends, the lowest first.
 
     Args:
@@ -45,25 +45,25 @@ def file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
         RecipeError: if a file is no YAML mapping, extends a file that is not there, or extends itself.
     """
     text, config = _parse(path)
-    places = list(_places(yaml.compose(text, Loader=yaml.SafeLoader), path))
+    locations = list(_locations(yaml.compose(text, Loader=yaml.SafeLoader), path))
     base = OmegaConf.to_container(config).pop(EXTENDS, None)  # type: ignore[union-attr, call-arg, arg-type]
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != EXTENDS])
-    layer = Layer(path, config, [entry for entry in places if entry[0] != EXTENDS])
+    file = RecipeFile(path, config, [entry for entry in locations if entry[0] != EXTENDS])
     if base is None:
-        return [layer]
-    place = dict(places)[EXTENDS]
+        return [file]
+    location = dict(locations)[EXTENDS]
     if not isinstance(base, str):
-        raise RecipeError([Fault(place, EXTENDS, f"got {base!r}, wanted str (the path of one recipe, seen from this)")])
+        raise RecipeError([Fault(location, EXTENDS, f"got {base!r}, wanted str (the path of one recipe)")])
     target = Path(os.path.normpath(path.parent / base))
     chain = (*above, path)
     if target.resolve() in [file.resolve() for file in chain]:
         text = " -> ".join(str(file) for file in (*chain, target))
-        raise RecipeError([Fault(place, EXTENDS, f"goes round in a circle: {text}")])
+        raise RecipeError([Fault(location, EXTENDS, f"goes round in a circle: {text}")])
     if not target.is_file():
         raise RecipeError(
-            [Fault(place, EXTENDS, f"{base!r} is no file; looked for {target} (paths start at {path.parent})")]
+            [Fault(location, EXTENDS, f"{base!r} is no file; looked for {target} (paths start at {path.parent})")]
         )
-    return [*file_layers(target, chain), layer]
+    return [*read_files(target, chain), file]
 
 
 def _parse(path: Path) -> tuple[str, DictConfig]:
@@ -74,8 +74,8 @@ def _parse(path: Path) -> tuple[str, DictConfig]:
         config = OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError([Fault(place, "", f"no valid YAML: {error.problem or error.context}")]) from error
+        location = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError([Fault(location, "", f"no valid YAML: {error.problem or error.context}")]) from error
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise RecipeError([Fault(str(path), "", f"no valid YAML: {error}")]) from error
     if not isinstance(config, DictConfig):
@@ -83,7 +83,7 @@ def _parse(path: Path) -> tuple[str, DictConfig]:
     return text, config
 
 
-def _places(node: Any, path: Path, key: str = "") -> Iterator[tuple[str, str]]:
+def _locations(node: Any, path: Path, key: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key and line of everything in a YAML tree."""
     if isinstance(node, yaml.MappingNode):
         children = [(name.value, name, value) for name, value in node.value]
@@ -94,44 +94,44 @@ def _places(node: Any, path: Path, key: str = "") -> Iterator[tuple[str, str]]:
     for name, mark, value in children:
         inner = f"{key}.{name}" if key else str(name)
         yield inner, f"{path}:{mark.start_mark.line + 1}"
-        yield from _places(value, path, inner)
+        yield from _locations(value, path, inner)
 
 
-def lay(layers: Sequence[Layer], overrides: Sequence[str], faults: list[Fault]) -> tuple[DictConfig, Origins]:
-    """Merges files and then overrides; of sections key by key, of lists and values the later one.
+def merge(files: Sequence[RecipeFile], overrides: Sequence[str], faults: list[Fault]) -> tuple[DictConfig, Origins]:
+    """Merges files and then overrides; sections key by key; of lists and values the later one stands.
 
     Args:
-        layers: files, the lowest first.
+        files: the lowest first.
         overrides: ``dotted.key=value``, the value as in YAML.
         faults: receives what is wrong with overrides.
     """
-    origins = Origins(str(layers[-1].path))
-    for layer in layers:
-        for key, place in layer.places:
-            origins.add(key, place)
-    merged = OmegaConf.merge(*(layer.config for layer in layers))
+    origins = Origins(str(files[-1].path))
+    for file in files:
+        for key, location in file.locations:
+            origins.add(key, location)
+    merged = OmegaConf.merge(*(file.config for file in files))
     assert isinstance(merged, DictConfig)
     for text in overrides:
-        place = f"override {text!r}"
+        location = f"override {text!r}"
         key, equals, value = text.partition("=")
         if not equals or not key:
-            faults.append(Fault(place, "", "must be written dotted.key=value"))
+            faults.append(Fault(location, "", "must be written dotted.key=value"))
             continue
         try:
             tree = yaml.compose(value, Loader=yaml.SafeLoader)
             merged.merge_with_dotlist([text])
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
-            faults.append(Fault(place, key, f"cannot be set: {str(error).splitlines()[0]}"))
+            faults.append(Fault(location, key, f"cannot be set: {str(error).splitlines()[0]}"))
             continue
         parts = key.split(".")
-        made = [".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) not in origins.places]
-        for inner in (*made, key, *(name for name, _ in _places(tree, Path(), key))):
-            origins.add(inner, place)
+        made = [".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) not in origins.locations]
+        for inner in (*made, key, *(name for name, _ in _locations(tree, Path(), key))):
+            origins.add(inner, location)
     return merged, origins
 
 
 def resolve(node: Any, origins: Origins, faults: list[Fault], key: str = "", around: tuple[int, ...] = ()) -> Any:
-    """Plain values of a merged config, every ``${...}`` replaced; what cannot be is noted and left out."""
+    """Plain values of a merged config, every ``${...}`` replaced; what cannot be resolved is noted and left out."""
     if isinstance(node, DictConfig):
         names: list[Any] = list(node)
     elif isinstance(node, ListConfig):
@@ -144,13 +144,13 @@ def resolve(node: Any, origins: Origins, faults: list[Fault], key: str = "", aro
         try:
             child = node[name]
         except MissingMandatoryValue:
-            faults.append(Fault(origins.place(inner), inner, "is ???: the recipe leaves this value to you"))
+            faults.append(Fault(origins.location(inner), inner, "is ???: the recipe leaves this value to you"))
             continue
         except (OmegaConfBaseException, RecursionError) as error:
-            faults.append(Fault(origins.place(inner), inner, f"cannot be resolved: {str(error).splitlines()[0]}"))
+            faults.append(Fault(origins.location(inner), inner, f"cannot be resolved: {str(error).splitlines()[0]}"))
             continue
         if id(child) in (*around, id(node)):
-            faults.append(Fault(origins.place(inner), inner, "cannot be resolved: it refers to what it is in"))
+            faults.append(Fault(origins.location(inner), inner, "cannot be resolved: it refers to what it is in"))
             continue
         values[str(name)] = resolve(child, origins, faults, inner, (*around, id(node)))
     return values if isinstance(node, DictConfig) else list(values.values())

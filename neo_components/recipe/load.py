@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from neo_components.components.post_llm import PostLLM
 from neo_components.recipe.combinations import check_combinations
 from neo_components.recipe.faults import Fault, RecipeError
-from neo_components.recipe.files import file_layers, lay, resolve
+from neo_components.recipe.files import merge, read_files, resolve
 from neo_components.recipe.hints import default_of
 from neo_components.recipe.reader import Reader
 from neo_components.recipe.schema import (
@@ -136,7 +136,7 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Fau
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[Recipe | None, list[Fault]]:
     file = find_recipe(path)
     early: list[Fault] = []
-    merged, origins = lay(file_layers(file), overrides, early)
+    merged, origins = merge(read_files(file), overrides, early)
     values = resolve(merged, origins, early)
     reader = Reader(origins, {fault.key for fault in early})
     read = reader.section(values, [schema()], "")

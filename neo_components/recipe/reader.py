@@ -50,7 +50,7 @@ class Reader:
 
     def fault(self, key: str, text: str) -> None:
         """Notes a fault of that key."""
-        self.faults.append(Fault(self.origins.place(key), key, text))
+        self.faults.append(Fault(self.origins.location(key), key, text))
 
     def read(self, value: Any, hint: Any, key: str) -> Any:
         """The value as the hint wants it, or ``FAULTY``."""

@@ -145,7 +145,7 @@ class Compose:
     attention: Annotated[Choice, CHOICES["attention"]] | None = None
     experts: Annotated[Choice, CHOICES["experts"]] | None = None
     backend: Backend = "auto"
-    bridge: Annotated[Choice, BRIDGE] = "auto"
+    bridge: Annotated[Choice, BRIDGE] = AUTO
     text: Text = "shared"
     dtype: Dtype = "float32"
 
@@ -199,7 +199,7 @@ TRAINER_OWNED = {
 
 @lru_cache
 def schema() -> Any:
-    """The dataclass of a whole recipe file. Built when first asked for, as sections lie in modules beside this one."""
+    """The dataclass of a whole recipe file. Built on first use, as sections are in modules beside this one."""
     from neo_components.data.module import NEODataModule
     from neo_components.recipe.stage import StageConfig
 
@@ -221,7 +221,7 @@ def schema() -> Any:
             ("stage", StageConfig | None, None),
             ("data", data | None, None),
             ("trainer", trainer, field(default_factory=dict)),
-            # Only ever read through ${variables.name}, so a resolved recipe has none.
+            # Only read through ${variables.name}, so a resolved recipe has none.
             ("variables", dict[str, Any], field(default_factory=dict)),
         ],
         kw_only=True,

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import neo_components
-from neo_components.recipe.files import file_layers
+from neo_components.recipe.files import read_files
 
 PACKAGE = Path(neo_components.__file__).parent
 
 
 class Shipped(NamedTuple):
-    """A recipe that ships: its name, its file, and what its opening comment says under ``what:``."""
+    """A recipe that ships: its name, its file, and the text of its opening comment under ``what:``."""
 
     name: str
     path: Path
@@ -27,7 +27,7 @@ class Shipped(NamedTuple):
 
 
 def recipe_folder() -> Path:
-    """Where the recipes that ship lie: inside an installed package, or beside the package in a clone."""
+    """Folder of the recipes that ship: inside an installed package, or beside the package in a clone."""
     inside = PACKAGE / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
@@ -40,7 +40,7 @@ def list_recipes() -> list[Shipped]:
 
 
 def _summary(file: Path) -> str:
-    """The first line of the comment, and those under it that are set in."""
+    """The first line of the comment, and the indented ones below it."""
     lines = file.read_text(encoding="utf-8").strip().splitlines() or [""]
     if not lines[0].startswith("#"):
         return ""
@@ -69,7 +69,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def copy_recipe(name: str | Path, destination: str | Path) -> Path:
-    """Copies a recipe, to be changed; files that it extends are copied to the same places relative to it.
+    """Copies a recipe, to be changed, and the files that it extends to the same locations relative to it.
 
     Args:
         name: a path, or the name of a recipe that ships.
@@ -86,7 +86,7 @@ def copy_recipe(name: str | Path, destination: str | Path) -> Path:
     target = Path(destination)
     if target.suffix != ".yaml":
         target = target / source.name
-    copies = {layer.path: _beside(target, source, layer.path) for layer in file_layers(source)}
+    copies = {file.path: _beside(target, source, file.path) for file in read_files(source)}
     taken = [str(copy) for copy in copies.values() if copy.exists()]
     if taken:
         raise ValueError(f"{', '.join(taken)} exists already; remove it or give another destination")
@@ -97,7 +97,7 @@ def copy_recipe(name: str | Path, destination: str | Path) -> Path:
 
 
 def _beside(target: Path, source: Path, other: Path) -> Path:
-    """Where ``other`` goes so that it is to ``target`` as it was to ``source``."""
+    """The path of ``other`` relative to ``target`` that it had relative to ``source``."""
     return target if other == source else Path(os.path.normpath(target.parent / os.path.relpath(other, source.parent)))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from neo_components.errors import ArgumentError
+from neo_components.recipe.parts import Part
 from neo_components.registry import METRICS, Choice, split
 
 Group = Literal[
@@ -20,6 +20,8 @@ Group = Literal[
     "all",
 ]
 """Groups of parameters that a stage may train: those of ``NEO.groups()``, and ``all``."""
+
+METRIC = Part(METRICS, default="exact_match")
 
 LIMITS: dict[str, tuple[float, float]] = {
     "steps": (1, float("inf")),
@@ -145,7 +147,7 @@ class StageConfig:
     log_every: int = 10
     whiten_patches: int = 0
     predictions: int = 4
-    metric: Choice = "exact_match"
+    metric: Annotated[Choice, METRIC] = METRIC.default
     activation_checkpointing: float | Literal["auto"] = 0.0
     activation_gb: float = 0.0
     compile: bool = False
@@ -185,18 +187,7 @@ class StageConfig:
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
         if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
             found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
-        if "metric" in values and (fault := _metric_fault(values["metric"])):
-            found["metric"] = fault
         steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
         if steps is not None and warmup > steps:
             found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"
         return found
-
-
-def _metric_fault(choice: Choice) -> str:
-    """Why a metric cannot be chosen so; empty if it can."""
-    try:
-        METRICS.complete(choice)
-    except ArgumentError as error:
-        return error.text
-    return ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from neo_components.data.module import NEODataModule
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.activation_checkpointing import blocks_of
@@ -95,12 +96,13 @@ class NEOTraining(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Reads the names of the data's sources; for data without names, losses are logged by modality only."""
-        self.loss_parts = LossParts(getattr(self._data, "source_names", []))
+        self.loss_parts = LossParts(self._data.source_names if self._data else [])
 
     @property
-    def _data(self) -> lightning.LightningDataModule | None:
-        found: lightning.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
-        return found
+    def _data(self) -> NEODataModule | None:
+        """The data module; ``None`` if the Trainer was given data loaders or another data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, NEODataModule) else None
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
@@ -114,7 +116,7 @@ class NEOTraining(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation loss, or to the loss of held-out text."""
-        names = getattr(self._data, "validation_names", [])
+        names = self._data.validation_names if self._data else []
         if names[dataloader_idx : dataloader_idx + 1] == ["text_validation"]:
             self.text_loss.update(*mean_nll(self.model, batch))
         else:

@@ -28,12 +28,13 @@ Record = tuple[str | None, str | None]
 class Captions(Converter):
     """Convert a folder of images with captions into shards.
 
-    Each image becomes a conversation of one question, the image and the prompt, and one answer, its caption.
+    Each image becomes a conversation of one question, the image and the prompt, and one answer, its caption. A .csv or
+    .jsonl file has a name (file_name, filename, image, file or path) and a caption (caption, text or title) in each
+    record, a .txt file has lines NAME<tab>CAPTION.
 
     Args:
         images: Folder of images, in sub-folders too.
-        captions: File of captions: .csv or .jsonl with a name (file_name, filename, image, file or path) and a
-            caption (caption, text or title), or .txt with lines NAME<tab>CAPTION; by default a.txt beside a.jpg.
+        captions: File of captions, .csv, .jsonl or .txt; by default a.txt beside a.jpg.
         prompt: Text behind each image, for example a request to describe it.
 
     Raises:

@@ -56,7 +56,7 @@ class Supply:
 class PlannedSequence(NamedTuple):
     """A packed sequence before its samples are read.
 
-    Args:
+    Attributes:
         members: source, number and length in tokens of each sample, in order.
         visual: visual tokens in it.
         amounts: samples (or tokens, if weights are of those) of each source.

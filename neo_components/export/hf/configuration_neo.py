@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 class NEOConfig(PreTrainedConfig):
     """What ``config.json`` of an exported folder says.
 
-    Args:
+    Attributes:
         patch_embedding: keyword arguments of ``PatchEmbedding``.
         pre_buffer: of ``PreBuffer``.
         post_llm: of ``PostLLM``.

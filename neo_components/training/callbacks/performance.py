@@ -18,6 +18,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from neo_components.data.module import NEODataModule
 from neo_components.data.skip_counts import REASONS
 from neo_components.estimate.flops import step_flops
 from neo_components.model.neo import NEO
@@ -162,8 +163,8 @@ class Performance(Callback):
 
     def _skipped(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, float]:
         """Skipped samples by reason; empty if the data module does not count them."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "describe"):
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, NEODataModule):
             return {}
         skipped = data.describe()["train"]["skipped"]
         counts = torch.tensor([float(skipped.get(reason, 0)) for reason in REASONS_IN_ORDER], device=module.device)

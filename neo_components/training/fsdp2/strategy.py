@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -28,6 +28,9 @@ from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
 from neo_components.training.module import NEOTraining
 
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+
 NAME = "fsdp2"
 """Its name in recipes: ``trainer.strategy: fsdp2``."""
 
@@ -40,7 +43,7 @@ PRECISIONS: dict[str, MixedPrecisionPolicy] = {
 model's own type."""
 
 
-def policy_of(precision: Any) -> MixedPrecisionPolicy:
+def policy_of(precision: str | int | None) -> MixedPrecisionPolicy:
     """The mixed-precision policy for a recipe's ``trainer.precision``.
 
     Raises:
@@ -102,7 +105,7 @@ class ShardedTraining(NEOTraining):
         self._deferred = None
         self.set_trainable()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """As in :class:`NEOTraining`, with ``foreach``, which torch enables by default only for plain tensors."""
         configured = super().configure_optimizers()
         for group in configured["optimizer"].param_groups:

@@ -9,7 +9,8 @@ Source: Zhao et al. 2023 (arXiv 2304.11277); torch's ``fully_shard``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,19 @@ def reshard(model: nn.Module) -> None:
             part.reshard()
 
 
+@contextmanager
+def plain_classes(model: nn.Module) -> Iterator[None]:
+    """Within it parts have their own classes again, by which registries name them; ``fully_shard`` derives others."""
+    sharded = [(part, type(part)) for part in model.modules() if isinstance(part, FSDPModule)]
+    for part, derived in sharded:
+        part.__class__ = derived.__bases__[1]  # (FSDPModule, the part's own class)
+    try:
+        yield
+    finally:
+        for part, derived in sharded:
+            part.__class__ = derived
+
+
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's model-parallel strategy with one data-parallel dimension and atomic sharded checkpoints."""
 
@@ -202,5 +216,6 @@ def save_sharded(chat: Chat, folder: Path, writes: bool) -> None:
             writer.add(name, full)
     if writer is not None:
         writer.close()
-        chat.model.save_description(folder)
+        with plain_classes(chat.model):
+            chat.model.save_description(folder)
         chat.save_beside(folder)

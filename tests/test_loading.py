@@ -20,7 +20,7 @@ from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, buil
 from neo_components.components.rotary import Rotary
 from neo_components.model.chat import Chat
 from neo_components.storage.deferred import new_weights, unfilled
-from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, settle
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize
 
 ROOT = Path(__file__).parent.parent
 READERS = {"NEO": NEO, "PreBuffer": PreBuffer, "PostLLM": PostLLM}
@@ -170,7 +170,7 @@ def test_large_tensors_are_read_in_blocks(block: int, tmp_path: Path, monkeypatc
     with unfilled():
         module = Shapes()
     load_strict(module, TensorFiles(tmp_path), dtype=torch.float16)
-    settle(module, torch.float16)
+    materialize(module, torch.float16)
     expected = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
     assert same_tensors(module.state_dict(), expected)
     real = Shapes()

@@ -16,7 +16,7 @@ from neo_components.llms.layout import FamilyFiles
 from neo_components.registry import Choice
 from neo_components.storage.deferred import gathered, later, unfilled
 from neo_components.storage.hub import resolve
-from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, read_config, settle
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize, read_config
 
 
 class PostLLMFiles(Component):
@@ -82,7 +82,7 @@ class PostLLMFiles(Component):
         names = [name for name, parameter in module.named_parameters() if id(parameter) not in new]
         files = FamilyFiles(TensorFiles(folder), family, sizes, names)
         load_strict(module, files, files.rename, ignore=files.superfluous(), only=set(names).__contains__, dtype=dtype)
-        settle(module, dtype)
+        materialize(module, dtype)
         for block in module.blocks:
             later(block, partial(_init_new, module, block))
         module.hf_config = config

@@ -27,7 +27,7 @@ from neo_components.llms.qwen3 import Qwen3
 from neo_components.model.parts import NEOParts
 from neo_components.storage.deferred import later
 from neo_components.storage.shards import set_rows
-from neo_components.storage.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
+from neo_components.storage.weights import TensorFiles, load_strict, materialize, save_folder, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def load_released(model: NEOParts, folder: Path, dtype: torch.dtype = torch.floa
     boundary = "pre_buffer.boundary"
     files = TensorFiles(folder)
     load_strict(model, files, released.rename, released.read(), only=lambda name: name != boundary, dtype=dtype)
-    settle(model, dtype)
+    materialize(model, dtype)
     table, rows = released.rename("post_llm.word_embedding.weight"), _boundary_rows(model)
     vectors = torch.empty(model.pre_buffer.boundary.shape)
     if (folder / f"{BOUNDARY}.safetensors").is_file():

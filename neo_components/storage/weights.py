@@ -1,11 +1,11 @@
 """Weights on disk: safetensors and config.json, read strictly. No pickle is ever opened.
 
-The lowest layer of loading: it knows files and tensors; ``llms`` and ``checkpoint`` say which name is whose.
+``llms`` and ``model/layouts.py`` map names of models to names in files.
 
 A model to be loaded is built on the meta device (``deferred.unfilled``), where nothing takes room, gets its weights
-tensor by tensor (:func:`load_strict`), and is made whole (:func:`settle`). So it is never in memory twice: beside the
-model there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor. Where weights
-are deferred (``deferred.Deferred``) they stay on the meta device, and which tensor is whose is noted.
+tensor by tensor (:func:`load_strict`), and the rest is allocated (:func:`materialize`). So it is never in memory twice:
+beside the model there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor.
+Where weights are deferred (``deferred.Deferred``) they stay on the meta device, and their files are read later.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class TensorFiles:
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies the tensor of that name into one of the same shape, in blocks of rows if it is large.
 
-        The file is opened anew for each block, as its pages leave memory only when it is closed.
+        The file is opened again for each block, as its pages leave memory only when it is closed.
         """
         rows = max(BLOCK * len(target) // max(target.nbytes, 1), 1) if target.dim() else 0
         if not rows or rows >= len(target):
@@ -201,7 +201,7 @@ def load_strict(
         module: receives them; its weights on the meta device become real, on the CPU, unless they are deferred.
         tensors: the files.
         rename: name in the module -> name in the files.
-        change: by name in the module, turns the stored tensor into the module's form.
+        change: by name in the module, maps the stored tensor to the module's form.
         ignore: names in the files that are known to be superfluous.
         only: which of the module's names are looked for.
         dtype: of the weights that become real; others keep theirs.
@@ -247,7 +247,7 @@ def _read(
 
 
 def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """Puts an unset tensor on the CPU in the place of a weight on the meta device; on the meta device if deferred."""
+    """Puts an unset tensor on the CPU in place of a weight on the meta device; on the meta device if deferred."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
@@ -257,8 +257,8 @@ def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     return new
 
 
-def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Makes the rest of a module on the meta device real, after :func:`load_strict`.
+def materialize(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Allocates the rest of a module on the meta device, after :func:`load_strict`.
 
     Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
     compute them again when they move to a device. Deferred weights stay on the meta device.
@@ -275,7 +275,7 @@ def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 
 def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], card: str = "") -> Path:
-    """Writes weights, config.json and a model card; each file appears whole or not at all.
+    """Writes weights, config.json and a model card; each file appears complete or not at all.
 
     Args:
         folder: made if absent.

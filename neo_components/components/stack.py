@@ -13,7 +13,6 @@ from neo_components.components.backends import prepare_attention
 from neo_components.components.block_arguments import block_arguments, complete_choices
 from neo_components.components.block_inputs import Attend, BlockInputs
 from neo_components.components.component import Component
-from neo_components.components.layers import RMSNorm
 from neo_components.components.lean_primitive import LeanPrimitive
 from neo_components.components.masks import LayerRule
 from neo_components.components.moe import Experts
@@ -197,7 +196,8 @@ def share_tables(own: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) ->
 
 @torch.no_grad()
 def init_linear(module: nn.Module, std: float) -> None:
-    """Normal(0, std) for every weight of a linear layer or an expert in ``module``, zero for every bias."""
+    """Normal(0, std) for every weight of a linear layer or an expert in ``module``, zero for every bias; anything else
+    that has weights starts as its own ``reset_parameters`` says."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.weight.normal_(0.0, std)
@@ -205,5 +205,7 @@ def init_linear(module: nn.Module, std: float) -> None:
                 part.bias.zero_()
         elif isinstance(part, Experts):
             part.reset(std)
-        elif isinstance(part, RMSNorm):
-            part.reset_parameters()
+        elif next(part.parameters(recurse=False), None) is not None and callable(
+            reset := getattr(part, "reset_parameters", None)
+        ):
+            reset()

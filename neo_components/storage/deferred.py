@@ -143,11 +143,10 @@ def new_weights(make: Callable[[], Part], seed: int | None = None) -> Part:
         seed: of its weights; ``None``: a number drawn from torch's generator.
     """
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    with unfilled():
+    # Draws of the constructor are not kept, so the generator must not notice them.
+    with unfilled() if deferred() is not None else torch.random.fork_rng(devices=[]):
         part = make()
     assert isinstance(part, nn.Module)
-    if deferred() is None:
-        part.to_empty(device="cpu")
 
     def draw() -> None:
         with torch.random.fork_rng(devices=[]):

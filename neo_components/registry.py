@@ -16,13 +16,12 @@ each kind.
 from __future__ import annotations
 
 import inspect
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
+from neo_components.discovery import import_parts
 from neo_components.errors import ArgumentError, nearest
 
 Choice = str | Mapping[str, Any]
@@ -102,9 +101,7 @@ class Registry(Mapping[str, Any]):
         """Registers the parts that ship, once."""
         if self._home is not None:
             home, self._home = self._home, None
-            module = import_module(home)
-            for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-                import_module(f"{home}.{found.name}")
+            import_parts(home)
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of a part: its parameters without those that the library passes, annotations as types."""

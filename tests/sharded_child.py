@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from neo_components import NEO, Batch, InputSpec, pack
 from neo_components.recipe.stage import StageConfig
 from neo_components.storage.deferred import Deferred
+from neo_components.storage.shards import full_tensor
 from neo_components.storage.weights import save_tensors
 from neo_components.training.callbacks.progress import averaging
 from neo_components.training.fsdp2.average import ShardedAverage
+from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.fsdp2.strategy import FSDP2Strategy, ShardedTraining, policy_of, reshard
-from neo_components.training.fsdp2.tensors import full_tensor, gradient_norms
 from neo_components.training.module import NEOTraining
 
 ROWS = 4
@@ -88,9 +89,9 @@ def make_run(
     config = StageConfig(train=train, steps=4, lr=3e-3, **stage)  # type: ignore[arg-type]
     record = Record()
     if strategy == "fsdp2":
-        with Deferred() as notes:
+        with Deferred() as deferred:
             model = NEO.from_pretrained(folder)
-        module: NEOTraining = ShardedTraining(model, config, notes, policy_of(precision))
+        module: NEOTraining = ShardedTraining(model, config, deferred, policy_of(precision))
     else:
         model = NEO.from_pretrained(folder)
         module = NEOTraining(model, config)

@@ -133,7 +133,9 @@ def test_folders_that_are_no_checkpoint(reader: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         reader.from_pretrained(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here and not whole in the hub's cache"):
+    with pytest.raises(
+        FileNotFoundError, match="'nobody/nothing' is no folder here and not complete in the hub's cache"
+    ):
         reader.from_pretrained("nobody/nothing")
     for content, message in (("{", "is not valid JSON"), ("[1]", "must hold a JSON object, got list")):
         (tmp_path / "config.json").write_text(content)

@@ -1,4 +1,4 @@
-"""A deferred model has, piece by piece, the very weights that it would have had at once."""
+"""A model whose weights are deferred gets the very weights that it would have had at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from neo_components import NEO, load_recipe
 from neo_components.data.text.conversation import load_tokenizer  # noqa: F401 - registers nothing; the world's tokenizer
 from neo_components.model.attach import export_pre_buffer
 from neo_components.recipe import build
-from neo_components.storage.deferred import Deferred, Source, filled, new_weights, unfilled
+from neo_components.storage.deferred import Deferred, filled, known_weights, new_weights, unfilled
 
 SMALL = "vocab_size: 60, depth: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, head_width: 8, feed_forward_size: 48"
 
 
 def check(folder: Path, text: str) -> None:
-    """Builds the model section twice and compares every weight, whole and by rows, and the random numbers behind."""
+    """Builds the model section twice and compares every weight, and the random numbers behind."""
     path = folder / "recipe.yaml"
     path.write_text(f"model: {text}\n")
     recipe = load_recipe(path)
@@ -28,22 +28,19 @@ def check(folder: Path, text: str) -> None:
     at_once = build(recipe.model)
     after = torch.rand(3)
     torch.manual_seed(7)
-    with Deferred() as notes:
+    with Deferred() as deferred:
         model = build(recipe.model)
-        sources = notes.sources(model)
     assert torch.equal(torch.rand(3), after)
-    assert {p.device.type for p in model.parameters()} <= {"meta", "cpu"}
     assert sum(p.is_meta for p in model.parameters()) > 20
-    torch.manual_seed(11)  # what is drawn later depends on nothing but the notes
-    for name, parameter in at_once.named_parameters():
-        value = sources[name].value()
-        assert value.dtype == parameter.dtype, name
+    torch.manual_seed(11)  # what is drawn later depends on nothing but the build
+    known = known_weights(model)
+    deferred.materialize(model.to("meta"), torch.device("cpu"), known)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(11)))
+    for (name, parameter), (other, value) in zip(at_once.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other and value.dtype == parameter.dtype, name
         assert torch.equal(value, parameter), name
-        middle = len(parameter) // 2
-        assert torch.equal(sources[name].rows(1, middle), parameter[1:middle]), name
-    assert [name for name, _ in model.named_parameters()] == list(sources) == [n for n, _ in at_once.named_parameters()]
-    for (name, buffer), other in zip(at_once.named_buffers(), model.named_buffers(), strict=True):
-        assert torch.equal(buffer, other[1]), name
+    for (name, buffer), own in zip(at_once.named_buffers(), model.buffers(), strict=True):
+        assert torch.equal(buffer, own), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,39 +71,39 @@ def test_an_asset_with_fitted_bridges(world: Path, tmp_path: Path) -> None:
         check(tmp_path, f"{{pre_buffer: {pre}, post_llm: {{from_pretrained: {world}/other}}, bridge: least_squares}}")
 
 
-def test_parts_can_be_filled(tmp_path: Path) -> None:
+class Layer(nn.Linear):
+    """A part that sets its own weights, or forgets its bias."""
+
+    forgets = False
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight)
+        if not self.forgets:
+            nn.init.zeros_(self.bias)
+
+
+def test_parts_can_be_filled_before_the_model() -> None:
+    """The same weights as at once, once or for a moment."""
     torch.manual_seed(3)
-    at_once = nn.Linear(5, 4)
+    at_once = new_weights(lambda: Layer(5, 4))
     torch.manual_seed(3)
-    with Deferred() as notes:
-        with new_weights():
-            layer = nn.Linear(5, 4)
+    with Deferred() as deferred:
+        layer = new_weights(lambda: Layer(5, 4))
         with filled(layer):
             assert torch.equal(layer.weight, at_once.weight)
         assert layer.weight.is_meta
-        notes.fill(layer)
+        deferred.fill(layer)
     assert torch.equal(layer.weight, at_once.weight) and torch.equal(layer.bias, at_once.bias)
+    assert at_once.weight.std() > 0.5 and not at_once.bias.any()
 
 
-def test_changes_of_a_part_and_views_are_noted() -> None:
-    def make() -> torch.Tensor:
-        table = torch.zeros(4, 6)
-        table[1:3, ::2] = torch.randn(2, 3)
-        table.T[0] += 1.0
-        return (table.T * 2).contiguous().view(8, 3)
-
-    torch.manual_seed(0)
-    expected = make()
-    torch.manual_seed(0)
-    with Deferred() as notes:
-        with new_weights():
-            table = make()
-        source: Source = notes.source(table)
-    assert table.is_meta and torch.equal(source.value(), expected)
-
-
-def test_a_weight_without_a_value_is_told() -> None:
-    with Deferred() as notes, unfilled():
-        source = notes.source(nn.Linear(2, 2).weight)
-    with pytest.raises(ValueError, match="never given a value"):
-        source.value()
+def test_a_weight_without_a_value_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layer, "forgets", True)
+    with Deferred() as deferred:
+        layer = new_weights(lambda: Layer(2, 2))
+    with pytest.raises(ValueError, match=r"1 weights are not a number after the start, for example bias"):
+        deferred.materialize(layer, torch.device("cpu"), {})
+    with Deferred() as deferred, unfilled():
+        layer = Layer(2, 2)
+    with pytest.raises(ValueError, match=r"2 weights are not a number after the start, for example weight"):
+        deferred.materialize(layer, torch.device("cpu"), {})

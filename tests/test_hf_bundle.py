@@ -1,8 +1,9 @@
-"""The code of an exported folder: what is copied, what is left out, how imports change."""
+"""The code of an exported folder: which files are copied, and how their imports change."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import pytest
 
 from neo_components.export.hf.bundle import bundle
 from neo_components.export.hf.folder import ROOTS
+from neo_components.registry import BRIDGES, EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES
 
 ROOT = '''"""The root."""
 
 from __future__ import annotations
 
 import json
-import os
 
 from neo_components.one import (
     Kept,
@@ -24,142 +25,67 @@ from neo_components.one import (
 )
 
 if TYPE_CHECKING:
-    from neo_components.two import Kind
+    from neo_components.deep.two import Kind
 
 
 def use() -> Kind:
-    from neo_components.two import late
+    """As in ``from neo_components.absent import this``."""
+    from neo_components.deep.two import late as later
 
-    return late(Kept(), helper)
+    return later(Kept(), helper)
 '''
 ONE = '''"""One."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
-import numpy  # noqa: F401 - imported for what it does
-from neo_components import two as whole
-from neo_components.three import unused, shared
-from neo_components.two import Other as Renamed
-
-# What this is.
-LIMIT = 3
-"""How far."""
-
-FORGOTTEN = json.dumps({})
-"""Nobody asks."""
+from neo_components.components.component import Component
+from neo_components.root import use
 
 
-class Kept(Renamed):
-    """Kept."""
-
-    size = LIMIT
-
-    def forward(self) -> int:
-        return 1
-
-    @classmethod
-    def from_pretrained(cls) -> Path:
-        """Left out, and what only it needs."""
-        return unused(whole)
-
-    def other(self) -> int:
-        # Stays.
-        return shared
+class Kept(Component): ...
 
 
-@register_rope("mine")
-def registered() -> None:
-    """Does something when it is loaded."""
-
-
-@cache
-def helper() -> None:
-    pass
+helper = use
 '''
-TWO = '''"""Two."""
-
-Other, Kind = object, int
-
-
-def late(*args):
-    return args
-'''
-THREE = '''"""Three."""
-shared = 1
-'''
+TWO = "Kind = int\n\n\ndef late(*args):\n    return args\n"
+COMPONENT = "class Component: ...\n"
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of that name with these modules, in place of the library."""
     folder = tmp_path / "neo_components"
-    folder.mkdir()
-    for name, text in {"__init__": "", "root": ROOT, "one": ONE, "two": TWO, "three": THREE}.items():
-        (folder / f"{name}.py").write_text(text)
+    modules = {"root": ROOT, "one": ONE, "deep/two": TWO, "export/hf/stand_ins/component": COMPONENT}
+    for name, text in modules.items():
+        file = folder / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        (inner / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "neo_components"]:
         monkeypatch.delitem(sys.modules, name)
     return folder
 
 
-def test_what_is_copied(package: Path) -> None:
-    files = bundle({"neo_components.root": "main.py"})
-    assert list(files) == ["main.py", "neo_one.py", "neo_three.py", "neo_two.py"]
-    assert files["main.py"] == "# Part of neo-components, copied from neo_components/root.py.\n" + ROOT.replace(
-        "from neo_components.one import (\n    Kept,\n    helper,\n)", "from .neo_one import Kept, helper"
-    ).replace("neo_components.two", ".neo_two")
-    assert (
-        files["neo_one.py"]
-        == '''# Part of neo-components, copied from neo_components/one.py.
-"""One."""
-
-from __future__ import annotations
-
-import numpy  # noqa: F401 - imported for what it does
-from .neo_three import shared
-from .neo_two import Other as Renamed
-
-# What this is.
-LIMIT = 3
-"""How far."""
-
-
-class Kept(Renamed):
-    """Kept."""
-
-    size = LIMIT
-
-    def forward(self) -> int:
-        return 1
-
-    def other(self) -> int:
-        # Stays.
-        return shared
-
-
-@register_rope("mine")
-def registered() -> None:
-    """Does something when it is loaded."""
-
-
-@cache
-def helper() -> None:
-    pass
-'''
-    )
-    assert files["neo_three.py"].endswith('"""Three."""\nshared = 1\n')
-    assert "class" not in files["neo_two.py"] and "def late" in files["neo_two.py"]
+def test_files_are_copied_whole(package: Path) -> None:
+    """Only imports change; the base of components has a stand-in; a docstring stays as it is."""
+    assert bundle({"neo_components.root": "main.py"}) == {
+        "main.py": "# Part of neo-components: neo_components/root.py.\n"
+        + ROOT.replace("neo_components.one", ".neo_one").replace("neo_components.deep.two", ".neo_deep_two"),
+        "neo_component.py": "# Part of neo-components: neo_components/export/hf/stand_ins/component.py.\n" + COMPONENT,
+        "neo_deep_two.py": "# Part of neo-components: neo_components/deep/two.py.\n" + TWO,
+        "neo_one.py": "# Part of neo-components: neo_components/one.py.\n"
+        + ONE.replace("neo_components.components.component", ".neo_component").replace("neo_components.root", ".main"),
+    }
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("import neo_components.two\n", "write 'from MODULE import NAME' instead of 'import neo_components.two'"),
-        ("from neo_components import two\n", "neo_components is no module of a single file"),
-        ("from neo_components.two import absent\n", "neo_components.two does not define absent"),
+        ("import neo_components.one\n", "write 'from MODULE import NAME' instead of 'import neo_components.one'"),
+        ("from neo_components import one\n", "neo_components is no module of a single file"),
+        ("from neo_components.deep import two\n", "neo_components.deep is no module of a single file"),
+        ("from neo_components.absent import name\n", "neo_components.absent is no module of a single file"),
+        ("from . import one\n", "None is no module of a single file"),
     ],
 )
 def test_imports_that_cannot_be_rewritten_are_refused(line: str, message: str, package: Path) -> None:
@@ -168,31 +94,50 @@ def test_imports_that_cannot_be_rewritten_are_refused(line: str, message: str, p
         bundle({"neo_components.root": "main.py"})
 
 
+def test_two_modules_of_one_file_name_are_refused(package: Path) -> None:
+    (package / "deep_two.py").write_text(TWO)
+    (package / "root.py").write_text(ROOT + "\n\nfrom neo_components.deep_two import Kind\n")
+    with pytest.raises(ValueError, match="two modules would become the same file"):
+        bundle({"neo_components.root": "main.py"})
+
+
 # --- the library's own
 
 
 FILES = bundle(ROOTS)
+LIBRARY = Path(__file__).parent.parent / "neo_components"
 
 
-def test_the_library_itself() -> None:
-    """Nothing that reads checkpoints or trains, no import of the package, and only what transformers' users have."""
-    installed = {"torch", "transformers", "numpy", "PIL"}
-    for name, text in FILES.items():
-        tree = ast.parse(text)
-        optional = {part for block in ast.walk(tree) if isinstance(block, ast.Try) for part in ast.walk(block)}
-        for node in set(ast.walk(tree)) - optional:  # what is tried may be absent
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules = [str(node.module)]
-            else:
-                continue
-            strange = {module.split(".")[0] for module in modules} - installed - set(sys.stdlib_module_names)
-            assert not strange, f"{name}: {strange}"
-        assert "from_pretrained" not in text or name in ROOTS.values(), name
-    assert {"neo_model.py", "neo_primitive.py", "neo_rotary.py", "neo_component.py"} <= FILES.keys()
-    assert not [name for name in FILES if "checkpoint" in name or "weights" in name or "llms" in name]
-    assert "lightning" not in FILES["neo_component.py"].split('"""', 2)[2]
+@pytest.mark.parametrize("name", FILES)
+def test_what_computes_needs_torch_numpy_and_pillow_only(name: str) -> None:
+    """Anywhere in a file, in functions too: transformers refuses a folder whose imports are not installed."""
+    installed = {"torch", "numpy", "PIL", *sys.stdlib_module_names}
+    installed |= {"transformers"} if name in ROOTS.values() else set()
+    for node in ast.walk(ast.parse(FILES[name])):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= installed
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert str(node.module).split(".")[0] in installed
+
+
+def test_what_is_taken_along() -> None:
+    """Every file as it lies in the library, but for what its imports name; nothing that reads or writes checkpoints."""
+    assert {"neo_primitive.py", "neo_rotary.py", "neo_component.py", "neo_rows.py"} <= FILES.keys()
+    assert not [name for name in FILES if "storage" in name or "llms" in name or "layouts" in name]
+    for name in FILES.keys() - {"neo_discovery.py"}:
+        head, copy = FILES[name].split("\n", 1)
+        original = LIBRARY.parent / head.removeprefix("# Part of neo-components: ").removesuffix(".")
+        plain, copied = (re.sub(r"from \S+ import", "", text) for text in (original.read_text(), copy))
+        assert copied == plain, name
+
+
+def test_every_part_that_ships_is_taken_along() -> None:
+    """Each registry that models choose from is filled by the folder's own list."""
+    for registry in (ROPES, MASKS, PATCH_EMBEDDINGS, EXPERTS, BRIDGES):
+        for name, part in registry.items():
+            if part.__module__.startswith("neo_components."):
+                file = "neo_" + part.__module__.removeprefix("neo_components.components.").replace(".", "_")
+                assert f"from .{file} import " in FILES["neo_discovery.py"], name
 
 
 def test_relative_imports_name_what_is_there() -> None:

@@ -16,7 +16,7 @@ from neo_components.data import encode_prompt, load_tokenizer
 from neo_components.export.hf.configuration_neo import NEOConfig
 from neo_components.export.hf.modeling_neo import NEOForConditionalGeneration
 from neo_components.export.hf.processing_neo import NEOImageProcessor, NEOProcessor
-from neo_components.export.hf.text import CHATML, PICTURES, chat_template
+from neo_components.export.hf.text import CHATML, IMAGES, chat_template
 from neo_components.model.layouts import own_config
 
 
@@ -56,7 +56,7 @@ def test_it_runs(model: Any) -> None:
     [
         ({"image_grid_hw": None, "pixel_values": None}, r"row 0: 2 image tokens \(id 57\), but its 0 images"),
         ({"image_grid_hw": GRID * 2, "patches": 32}, "but its 1 images give 8 visual tokens"),
-        ({"patches": 7}, "image_grid_hw speaks of 8 patches, pixel_values holds 7"),
+        ({"patches": 7}, "image_grid_hw counts 8 patches, pixel_values holds 7"),
         ({"ids": torch.tensor([[57, 1, 57]])}, "each image needs one unbroken run"),
         ({"ids": torch.tensor([[1, 60, 58, 57, 57, 59]])}, "token id 60 is out of range; the vocabulary has 60 tokens"),
         ({"attention_mask": torch.ones(1, 9)}, r"attention_mask must be \[1, 7\].*got \[1, 9\]"),
@@ -169,9 +169,9 @@ def test_prompts_of_every_template_are_those_of_the_library(name: str, tmp_path:
     tokenizer_of(STYLES[name]).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     processor = NEOProcessor(
-        NEOImageProcessor(4, 2, 64, 256), tokenizer, chat_template=chat_template(tokenizer, pictures=True)
+        NEOImageProcessor(4, 2, 64, 256), tokenizer, chat_template=chat_template(tokenizer, images=True)
     )
-    tokenizer.chat_template, own = chat_template(tokenizer, pictures=False), tokenizer.chat_template
+    tokenizer.chat_template, own = chat_template(tokenizer, images=False), tokenizer.chat_template
     talks = [[("What is it?", 0)], [("What is it?", 1)], [("Why is that?", 0), ("A word.", 0), ("<image> or what?", 1)]]
     for talk in talks:
         turns, messages, count = [], [], sum(images for _, images in talk)
@@ -190,12 +190,12 @@ def test_prompts_of_every_template_are_those_of_the_library(name: str, tmp_path:
 def test_a_template_that_leads_to_other_tokens_is_refused(tmp_path: Path) -> None:
     """Its prompts go on where the library lets the model begin."""
     tokenizer = word_tokenizer()
-    assert chat_template(tokenizer, pictures=True) == PICTURES + CHATML
+    assert chat_template(tokenizer, images=True) == IMAGES + CHATML
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w7 w8{% endif %}"
     )
     with pytest.raises(ValueError, match="but the model is asked in other tokens, 'w0 "):
-        chat_template(tokenizer, pictures=True)
+        chat_template(tokenizer, images=True)
 
 
 def test_messages_with_pictures(processor: Any) -> None:

@@ -143,7 +143,7 @@ def test_half_a_download_is_told_from_a_whole_one(hub: Hub, tmp_path: Path) -> N
     folder = Path(run(code, tmp_path, hub.address)[0])
     assert (folder / "config.json").is_file()
     out, _ = run(FOLDER, tmp_path, hub.address, HF_HUB_OFFLINE="1")
-    assert "not whole in the hub's cache" in out and "HF_HUB_OFFLINE is set" in out
+    assert "not complete in the hub's cache" in out and "HF_HUB_OFFLINE is set" in out
 
 
 def test_a_bar_on_a_terminal(hub: Hub, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = "neo_components"
 
 # The rooms from the bottom up. A room may import the rooms below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
-    {"types", "errors"},
+    {"types", "errors", "discovery"},
     {"registry"},
     {"storage"},
     {"llms", "data"},

@@ -19,8 +19,8 @@ from torch import nn
 from neo_components import NEO, PatchEmbedding, PostLLM, PreBuffer, attach, build, load_recipe
 from neo_components.components.rotary import Rotary
 from neo_components.model.chat import Chat
-from neo_components.storage.deferred import unfilled
-from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, settle
+from neo_components.storage.deferred import new_weights, unfilled
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize
 
 ROOT = Path(__file__).parent.parent
 READERS = {"NEO": NEO, "PreBuffer": PreBuffer, "PostLLM": PostLLM}
@@ -113,8 +113,9 @@ def test_new_parts_depend_on_the_seed_alone(tmp_path: Path) -> None:
     h = PostLLM.from_pretrained(llm).hparams
     names = ("hidden_size", "num_heads", "num_kv_heads", "head_width", "feed_forward_size", "norm_eps", "base_t")
     torch.manual_seed(5)
-    alone = PreBuffer(1, **{name: h[name] for name in names})
-    alone.adopt(PatchEmbedding(h.hidden_size, width=16))
+    patch_embedding = PatchEmbedding(h.hidden_size, width=16)
+    alone = new_weights(lambda: PreBuffer(1, **{name: h[name] for name in names}))
+    alone.adopt(patch_embedding)
     assert same_tensors(built.pre_buffer.state_dict(), alone.state_dict())
     torch.manual_seed(5)
     rounded = build(load_recipe(recipe_file(tmp_path, model), ["model.dtype=bfloat16"]).model)
@@ -169,7 +170,7 @@ def test_large_tensors_are_read_in_blocks(block: int, tmp_path: Path, monkeypatc
     with unfilled():
         module = Shapes()
     load_strict(module, TensorFiles(tmp_path), dtype=torch.float16)
-    settle(module, torch.float16)
+    materialize(module, torch.float16)
     expected = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
     assert same_tensors(module.state_dict(), expected)
     real = Shapes()

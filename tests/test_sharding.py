@@ -91,7 +91,7 @@ def test_two_processes_train_what_one_does(two: tuple[Path, list[dict[str, Any]]
         assert alone["steps"][0]["train/grad_norm"] > 0.5 == pytest.approx(alone["clipped"], abs=1e-5)
         assert alone["steps"][-1]["train/skipped_steps"] == ("poisoned" in case)
         for result in (here, there):
-            close(result, alone)
+            close(result, alone, 5e-5)  # Adam enlarges what sums in another order differ by
             share = 1.0 if case["strategy"] == "ddp" else 0.5
             assert result["held"] == pytest.approx(share, abs=0.02)
     averaged, expected = load_file(folder / "two.safetensors"), load_file(tmp_path / "one.safetensors")

@@ -1,8 +1,9 @@
 """Expert routing by modality: layers of a block of which visual tokens have their own copy.
 
-A routing is a function of a built block. It replaces layers by layers that route, and returns what it added. Attention
-and feed-forward are called with the block's :class:`~neo_components.components.block_inputs.BlockInputs`, which
-hold the kind of each token.
+A routing is a function of a built block. It replaces layers by layers that route, and returns what it added. Linear
+layers that it adds start like the block's own, any other layer with weights by its own ``reset_parameters()``.
+Attention and feed-forward are called with the block's :class:`~neo_components.components.block_inputs.BlockInputs`,
+which know the kind of each token.
 """
 
 from __future__ import annotations

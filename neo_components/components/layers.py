@@ -51,7 +51,13 @@ class RMSNorm(nn.Module):
         one_of("norm", norm, NORMS)
         self.eps = eps
         self.offset = float(norm == "one_plus_weight")
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A gain of 1."""
+        self.weight.fill_(1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and type."""

@@ -15,6 +15,7 @@ from neo_components.components.block_arguments import BlockArguments, flat_argum
 from neo_components.components.experts import start_from
 from neo_components.components.layers import RMSNorm
 from neo_components.components.post_llm_files import PostLLMFiles
+from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
 from neo_components.errors import ArgumentError
 from neo_components.types import NO_IMAGE, DocumentTokens, kinds_of
@@ -78,12 +79,19 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         self.build(self.given | ids)
         hidden_size = block["hidden_size"]
         self.word_embedding = nn.Embedding(vocab_size, hidden_size)
-        nn.init.normal_(self.word_embedding.weight, 0.0, init_std)
         self.norm = RMSNorm(hidden_size, block["norm_eps"], block["norm"])
         self.lm_head: nn.Linear | None = None
         if not tie_embeddings:
             self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
-            nn.init.normal_(self.lm_head.weight, 0.0, init_std)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Sets all weights of a new language model."""
+        super().init_weights()
+        nn.init.normal_(self.word_embedding.weight, 0.0, self.hparams.init_std)
+        self.norm.reset_parameters()
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, 0.0, self.hparams.init_std)
 
     def build(self, arguments: Mapping[str, Any]) -> None:
         """As :meth:`PrimitiveStack.build`.
@@ -171,5 +179,9 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
     def init_new_from_llm(self) -> None:
         """Initializes what was added to a language model, H/W parts and experts, so that its output stays the same."""
         for block in self.blocks:
-            block.self_attn.init_hw_from_t()
-            start_from(block.added)
+            self.init_new_in(block)
+
+    def init_new_in(self, block: NativePrimitive) -> None:
+        """The same in one block."""
+        block.self_attn.init_hw_from_t()
+        start_from(block.added)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from neo_components.components.component import Component
+from neo_components.components.primitive import NativePrimitive
 from neo_components.llms import arguments_of, family_of
 from neo_components.llms.layout import FamilyFiles
 from neo_components.registry import Choice
-from neo_components.storage.deferred import unfilled
+from neo_components.storage.deferred import gathered, later, unfilled
 from neo_components.storage.hub import resolve
-from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, read_config, settle
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize, read_config
 
 
 class PostLLMFiles(Component):
@@ -30,7 +32,10 @@ class PostLLMFiles(Component):
 
         def expert_modules(self) -> list[torch.nn.Module]: ...
 
-        def init_new_from_llm(self) -> None: ...
+        @property
+        def blocks(self) -> list[NativePrimitive]: ...
+
+        def init_new_in(self, block: NativePrimitive) -> None: ...
 
     @classmethod
     def from_pretrained(
@@ -77,10 +82,17 @@ class PostLLMFiles(Component):
         names = [name for name, parameter in module.named_parameters() if id(parameter) not in new]
         files = FamilyFiles(TensorFiles(folder), family, sizes, names)
         load_strict(module, files, files.rename, ignore=files.superfluous(), only=set(names).__contains__, dtype=dtype)
-        settle(module, dtype)
-        module.init_new_from_llm()
+        materialize(module, dtype)
+        for block in module.blocks:
+            later(block, partial(_init_new, module, block))
         module.hf_config = config
         return module
+
+
+def _init_new(module: PostLLMFiles, block: NativePrimitive) -> None:
+    """Starts the new parts of one block, whose weights may be sharded."""
+    with gathered(block.self_attn, *(part for pair in block.added for part in pair)):
+        module.init_new_in(block)
 
 
 IMAGE_TOKENS = {"image_token_id": "<IMG_CONTEXT>", "image_start_id": "<img>", "image_end_id": "</img>"}

@@ -42,9 +42,15 @@ class PreBuffer(PrimitiveStack, PreBufferFiles):
         super().__init__()
         self.build(self.given)
         self.patch_embedding = None
-        self.boundary = nn.Parameter(torch.randn(2, block["hidden_size"]) * init_std)
+        self.boundary = nn.Parameter(torch.empty(2, block["hidden_size"]))
         self.anchors = None
         self.info = AssetInfo()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Sets all weights of a new pre-Buffer."""
+        super().init_weights()
+        nn.init.normal_(self.boundary, 0.0, self.hparams.init_std)
 
     def adopt(self, patch_embedding: ImageEmbedding) -> None:
         """Joins a patch embedding layer, which becomes part of the asset.

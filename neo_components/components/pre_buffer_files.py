@@ -20,7 +20,7 @@ from neo_components.storage.asset_files import (
 )
 from neo_components.storage.deferred import unfilled
 from neo_components.storage.hub import resolve
-from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, read_config, save_folder, settle
+from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize, read_config, save_folder
 
 FORMAT_VERSION = 1
 
@@ -93,7 +93,7 @@ class PreBufferFiles(Component):
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a pre-Buffer: {error}") from error
         load_strict(module, files, dtype=dtype)
-        settle(module, dtype)
+        materialize(module, dtype)
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
         )

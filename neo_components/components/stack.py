@@ -56,7 +56,10 @@ class PrimitiveStack(Component):
         blocks = [shared | self.block_changes(number) for number in range(h.depth)]
         self.rotaries, self._tables = share_tables(shared, blocks)
         self.layers = nn.ModuleList(LeanPrimitive(**block) for block in blocks)
-        init_linear(self.layers, h.init_std)
+
+    def init_weights(self) -> None:
+        """Sets all weights of a new stack."""
+        init_linear(self.layers, self.hparams.init_std)
 
     def block_changes(self, number: int) -> dict[str, Any]:
         """Arguments in which block ``number`` differs from the stack's."""
@@ -193,7 +196,8 @@ def share_tables(own: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) ->
 
 @torch.no_grad()
 def init_linear(module: nn.Module, std: float) -> None:
-    """Normal(0, std) for every weight of a linear layer or an expert in ``module``, zero for every bias."""
+    """Normal(0, std) for every weight of a linear layer or an expert in ``module``, zero for every bias; anything else
+    that has weights starts as its own ``reset_parameters`` says."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.weight.normal_(0.0, std)
@@ -201,3 +205,7 @@ def init_linear(module: nn.Module, std: float) -> None:
                 part.bias.zero_()
         elif isinstance(part, Experts):
             part.reset(std)
+        elif next(part.parameters(recurse=False), None) is not None and callable(
+            reset := getattr(part, "reset_parameters", None)
+        ):
+            reset()

@@ -1,8 +1,13 @@
 """A pre-Buffer as programs of ``torch.export``, for projects that know nothing of this library and load torch alone.
 
-``images.pt2`` is the vision tower: one picture in, one vector for each visual token out. ``inputs.pt2`` makes what a
+``images.pt2`` is the vision tower: one image in, one vector for each visual token out. ``inputs.pt2`` makes what a
 plain causal language model takes in place of token ids: ``inputs_embeds``, with the positions and the mask that belong
-to them. Sizes of pictures and lengths of texts are dynamic; the mask rule is computed inside.
+to them. Sizes of images and lengths of texts are dynamic; the mask rule is computed inside.
+
+A program is one fixed sequence of tensor operations. So :func:`write_programs` refuses what depends on values of the
+input in other ways: RoPE variants other than ``native`` and ``1d`` (their index rules run in Python), rope scaling by
+a document's length (it selects a table), experts (each runs on a number of tokens that only the data determines), and
+patch embeddings other than NEO's (only its number of tokens per image is known). The language model stays outside.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None 
     Args:
         model: any model whose pre-Buffer has native or plain positions and no frequencies that depend on length.
         folder: made if absent.
-        image: normalisation and pixel limits to tell in program.json.
+        image: normalization and pixel limits, written to program.json.
 
     Raises:
         ValueError: if a part of the model cannot be put into a program.
@@ -51,26 +56,32 @@ def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None 
         torch.export.save(_input_program(model), folder / INPUTS)
     finally:
         model.train(training)
-    told = _told(model, image or {})
-    write_text(folder / "program.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "README.md", _card(told))
+    description = _description(model, image or {})
+    write_text(folder / "program.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "README.md", _card(description))
     return folder
 
 
 def _check(pre: PreBuffer) -> None:
     if type(pre.rotary.variant) not in (Native, OneDimensional):  # one derived from them counts otherwise
         raise ValueError(
-            f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
+            f"rope {pre.hparams.rope!r} counts positions by its own Python code, which torch.export cannot write "
+            "into a program; use native or 1d"
         )
     if any(rotary.looks_at_length for rotary in pre.rotaries):
-        raise ValueError("a pre-Buffer whose frequencies depend on a text's length cannot be put into a program")
+        raise ValueError(
+            "the frequencies of this pre-Buffer depend on a document's length (rope_scaling longrope or dynamic), so "
+            "they are chosen by a value, which torch.export cannot write into a program; export the model by --to hf"
+        )
     if pre.hparams.num_experts is not None or pre.expert_modules():
         raise ValueError(
-            "a pre-Buffer with experts routes tokens by what they are, which a program cannot; use a dense one"
+            "a pre-Buffer with experts runs each of them on a number of tokens that depends on the input, which "
+            "torch.export cannot write into a program; use a pre-Buffer without experts, or export the model by --to hf"
         )
     if type(pre.patch_embedding) is not PatchEmbedding:
         raise ValueError(
-            f"a program cuts patches for NEO's own patch embedding only, not for {type(pre.patch_embedding).__name__}"
+            f"a program knows the tokens of an image for NEO's own patch embedding only, not for "
+            f"{type(pre.patch_embedding).__name__}; export the model by --to hf"
         )
 
 
@@ -94,45 +105,45 @@ def _run(pre: PreBuffer, x: Tensor, positions: Tensor, documents: Tensor, images
 
 
 class ImageProgram(nn.Module):
-    """A picture alone, between its two boundary vectors, through patch embedding and pre-Buffer."""
+    """An image alone, between its two boundary vectors, through patch embedding and pre-Buffer."""
 
     def __init__(self, pre: PreBuffer) -> None:
         super().__init__()
         self.pre = pre
 
     def forward(self, image: Tensor) -> Tensor:
-        """[C, H, W] normalised pixels, H and W multiples of fold * patch_size, at least two of it -> [h, w, D], one
-        vector for each visual token; its mean is one vector for the picture."""
+        """[C, H, W] normalized pixels, H and W multiples of fold * patch_size, at least two of it -> [h, w, D], one
+        vector for each visual token; its mean is one vector for the image."""
         embedding = self.pre.patch_embedding
         assert isinstance(embedding, PatchEmbedding)
         patch, fold = embedding.hparams.patch_size, embedding.hparams.fold
         rows, columns = image.shape[1] // (patch * fold), image.shape[2] // (patch * fold)
-        tokens = embedding(cut_patches(image, patch, fold), _places(rows, columns, fold, image.device))
+        tokens = embedding(cut_patches(image, patch, fold), _patch_positions(rows, columns, fold, image.device))
         count = rows * columns
         x = torch.cat([self.pre.boundary[:1], tokens, self.pre.boundary[1:]])[None]
-        place = torch.arange(count + 2, device=image.device)
-        visual = (place > 0) & (place <= count)
-        inside = (place - 1).clamp(min=0, max=count - 1)
+        index = torch.arange(count + 2, device=image.device)
+        visual = (index > 0) & (index <= count)
+        inside = (index - 1).clamp(min=0, max=count - 1)
         if isinstance(self.pre.rotary.variant, Native):
-            time = torch.where(place > count, 2, (place > 0).long())
+            time = torch.where(index > count, 2, (index > 0).long())
             where = torch.stack([time, inside // columns * visual, inside % columns * visual], dim=-1)
         else:
-            where = place[:, None].expand(-1, 3)
+            where = index[:, None].expand(-1, 3)
         images = torch.where(visual, 0, NO_IMAGE)
         kinds = torch.where(visual, TokenKind.VISUAL, TokenKind.BOUNDARY)
         out = _run(self.pre, x, where[None], torch.zeros_like(images)[None], images[None], kinds[None])
         return out[0, 1:-1].unflatten(0, (rows, columns))
 
 
-def _places(rows: int, columns: int, fold: int, device: torch.device) -> Tensor:
-    """Row and column [P, 2] of a picture's patches, as ``packing.patch_grid`` orders them."""
+def _patch_positions(rows: int, columns: int, fold: int, device: torch.device) -> Tensor:
+    """Row and column [P, 2] of an image's patches, as ``packing.patch_grid`` orders them."""
     down, right = torch.arange(rows * fold, device=device), torch.arange(columns * fold, device=device)
     grid = torch.stack([down[:, None].expand(-1, columns * fold), right[None].expand(rows * fold, -1)], dim=-1)
     return grid.reshape(rows, fold, columns, fold, 2).permute(0, 2, 1, 3, 4).reshape(rows * fold * columns * fold, 2)
 
 
 class InputProgram(nn.Module):
-    """All of a model before its language model, for one text with pictures."""
+    """All of a model before its language model, for one text with images."""
 
     def __init__(self, model: NEO) -> None:
         super().__init__()
@@ -148,13 +159,14 @@ class InputProgram(nn.Module):
         """What the language model takes.
 
         Args:
-            token_ids: [1, L]; a run of the image token for each picture.
-            word_embeds: [1, L, D] of the language model's own embedding; anything at the places of pictures.
-            patches: [P, C * patch_size**2] of all pictures, two visual tokens or more.
+            token_ids: [1, L]; a run of the image token for each image.
+            word_embeds: [1, L, D] of the language model's own embedding; any values at the positions of images.
+            patches: [P, C * patch_size**2] of all images, two visual tokens or more.
             patch_positions: [P, 2] rows and columns.
 
         Returns:
-            ``inputs_embeds`` [1, L, D], ``position_ids`` [1, L], ``attention_mask`` [1, 1, L, L], true where seen.
+            ``inputs_embeds`` [1, L, D], ``position_ids`` [1, L], ``attention_mask`` [1, 1, L, L], true where a query
+            attends.
         """
         embedding = self.pre.patch_embedding
         assert isinstance(embedding, PatchEmbedding)
@@ -182,7 +194,7 @@ class InputProgram(nn.Module):
         kinds = torch.where(boundary, TokenKind.BOUNDARY, visual.long() * TokenKind.VISUAL)
         document = torch.zeros_like(token_ids)
         own = self.route.documents(document, images, kinds)
-        # A word that does not pass is a document by itself: a program selects no tokens.
+        # A word that does not pass is a document of one token: a program cannot select tokens.
         alone = 2 * token_ids.shape[1] + torch.arange(token_ids.shape[1], device=own.device)[None]
         out = _run(self.pre, x, positions, torch.where(own == PADDING, alone, own), images, kinds)
         out = out if self.bridge_out is None else self.bridge_out(out)
@@ -220,7 +232,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], dynamic: tuple[Any, 
         return run(module.eval(), example, dynamic_shapes=dynamic, strict=False)
 
 
-def _told(model: NEO, image: dict[str, Any]) -> dict[str, Any]:
+def _description(model: NEO, image: dict[str, Any]) -> dict[str, Any]:
     """program.json."""
     spec, llm = model.input_spec, model.post_llm.hparams
     return {
@@ -242,12 +254,12 @@ def _told(model: NEO, image: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _card(told: dict[str, Any]) -> str:
-    side = told["patch_size"] * told["fold"]
+def _card(description: dict[str, Any]) -> str:
+    side = description["patch_size"] * description["fold"]
     return (
         "---\nlibrary_name: pytorch\n---\n# Programs of a native vision-language model's pre-Buffer\n\n"
-        f"Load them by `torch.export.load(NAME).module()`. `{IMAGES}`: [{told['channels']}, H, W] normalised pixels, "
-        f"multiples of {side}, to [H / {side}, W / {side}, {told['image_width']}]. `{INPUTS}`: token ids, word "
-        "embeddings, patches and their places to inputs_embeds, position_ids and attention_mask of a causal language "
-        "model.\n"
+        f"Load them by `torch.export.load(NAME).module()`. `{IMAGES}`: [{description['channels']}, H, W] normalized "
+        f"pixels, multiples of {side}, to [H / {side}, W / {side}, {description['image_width']}]. `{INPUTS}`: "
+        "token ids, word embeddings, patches and their positions to inputs_embeds, position_ids and attention_mask of "
+        "a causal language model.\n"
     )

@@ -25,7 +25,9 @@ from neo_components.components.pre_buffer_files import FORMAT_VERSION, check_for
 from neo_components.llms.family import require
 from neo_components.llms.qwen3 import Qwen3
 from neo_components.model.parts import NEOParts
-from neo_components.storage.weights import TensorFiles, load_strict, save_folder, save_tensors, settle
+from neo_components.storage.deferred import later
+from neo_components.storage.shards import set_rows
+from neo_components.storage.weights import TensorFiles, load_strict, materialize, save_folder, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -234,20 +236,19 @@ def load_released(model: NEOParts, folder: Path, dtype: torch.dtype = torch.floa
     """
     released = released_of(model)
     boundary = "pre_buffer.boundary"
-    load_strict(
-        model, TensorFiles(folder), released.rename, released.read(), only=lambda name: name != boundary, dtype=dtype
-    )
-    settle(model, dtype)
-    table, rows = model.post_llm.word_embedding.weight, _boundary_rows(model)
-    beside = TensorFiles(folder, BOUNDARY).get(BOUNDARY) if (folder / f"{BOUNDARY}.safetensors").is_file() else None
-    with torch.no_grad():
-        if beside is not None:
-            model.pre_buffer.boundary.copy_(beside)
-        elif len(rows) < 2:
-            log.warning("%s has no vectors of <img> and </img>, by their ids or beside; they start as random", folder)
-            model.pre_buffer.boundary.normal_(0.0, model.pre_buffer.hparams.init_std)
-        for index, row in rows.items():
-            model.pre_buffer.boundary[index] = table[row]
+    files = TensorFiles(folder)
+    load_strict(model, files, released.rename, released.read(), only=lambda name: name != boundary, dtype=dtype)
+    materialize(model, dtype)
+    table, rows = released.rename("post_llm.word_embedding.weight"), _boundary_rows(model)
+    vectors = torch.empty(model.pre_buffer.boundary.shape)
+    if (folder / f"{BOUNDARY}.safetensors").is_file():
+        vectors.copy_(TensorFiles(folder, BOUNDARY).get(BOUNDARY))
+    elif len(rows) < 2:
+        log.warning("%s has no vectors of <img> and </img>, by their ids or beside; they start as random", folder)
+        vectors.normal_(0.0, model.pre_buffer.hparams.init_std)
+    for index, row in rows.items():
+        vectors[index] = files.rows(table, row, row + 1)[0]
+    later(model.pre_buffer, lambda: set_rows(model.pre_buffer.boundary, vectors))
 
 
 def save_released(model: NEOParts, folder: str | Path) -> Path:

@@ -22,10 +22,10 @@ from neo_components.storage.weights import (
     TensorFiles,
     as_dtype,
     load_strict,
+    materialize,
     read_config,
     save_description,
     save_folder,
-    settle,
 )
 
 
@@ -91,5 +91,5 @@ class NEOFiles(NEOParts):
             load_released(model, folder, dtype)
         else:
             load_strict(model, TensorFiles(folder), dtype=dtype)
-            settle(model, dtype)
+            materialize(model, dtype)
         return model

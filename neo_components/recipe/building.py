@@ -57,8 +57,7 @@ def build(model: ModelRecipe) -> NEO:
         return _attached(model, model.pre_buffer)
     sizes = llm_arguments(model)
     # The language model comes last: what does not fit stops before its weights are read.
-    with new_weights():
-        patch_embedding, pre_buffer = new_parts(model, sizes)
+    patch_embedding, pre_buffer = new_parts(model, sizes)
     dtype = as_dtype(model.dtype)
     return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
 
@@ -73,8 +72,8 @@ def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[ImageEmbedding, Pr
     assert model.patch_embedding and not isinstance(model.pre_buffer, PreBufferAsset)
     own = {key: value for key, value in asdict(model.pre_buffer).items() if value is not None}
     taken = {name: sizes[name] for name in ("hidden_size", *TAKEN, *SHARED) if name in sizes}
-    pre_buffer = PreBuffer(**taken | own | {"backend": model.backend})
-    return PATCH_EMBEDDINGS.make(model.patch_embedding, hidden_size=sizes["hidden_size"]), pre_buffer
+    patch_embedding = PATCH_EMBEDDINGS.make(model.patch_embedding, hidden_size=sizes["hidden_size"])
+    return patch_embedding, new_weights(lambda: PreBuffer(**taken | own | {"backend": model.backend}))
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> NEO:
@@ -111,14 +110,15 @@ def with_choices_of(model: Compose, pre_buffer: PreBuffer) -> Compose:
 def _with_new_weights(trained: PreBuffer) -> PreBuffer:
     """A pre-Buffer of the same shapes with random weights; what it knows of its language model stays."""
     assert trained.patch_embedding is not None
-    with torch.random.fork_rng(devices=[]), new_weights():
-        # By the run's own seed they could be the very weights that the asset's training began with.
-        torch.manual_seed(torch.initial_seed() ^ RESET)
-        new = PreBuffer(**trained.hparams)
+    # By the run's own seed they could be the very weights that the asset's training began with.
+    seed = torch.initial_seed() ^ RESET
+    pre = new_weights(lambda: PreBuffer(**trained.hparams), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
         old = trained.patch_embedding
-        new.adopt(type(old)(**old.hparams))
-    new.anchors, new.info = trained.anchors, trained.info
-    return new
+        pre.adopt(type(old)(**old.hparams))
+    pre.anchors, pre.info = trained.anchors, trained.info
+    return pre
 
 
 def config_of(source: str) -> tuple[dict[str, Any], Path]:
@@ -151,8 +151,6 @@ def llm_arguments(
 
 def _post_llm(model: Compose, arguments: dict[str, Any]) -> PostLLM:
     if not isinstance(model.post_llm, PretrainedLLM):
-        with new_weights():
-            new = PostLLM(**arguments, backend=model.backend)
-        return new.to(as_dtype(model.dtype))
+        return new_weights(lambda: PostLLM(**arguments, backend=model.backend)).to(as_dtype(model.dtype))
     chosen = {name: value for name, value in block_choices(vars(model)).items() if name != "base_t"}
     return PostLLM.from_pretrained(model.post_llm.from_pretrained, **chosen, backend=model.backend, dtype=model.dtype)

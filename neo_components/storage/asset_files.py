@@ -28,7 +28,7 @@ def write_preprocessor(folder: Path, image: Mapping[str, Any], patch: Mapping[st
 
     Args:
         folder: of the asset.
-        image: normalisation and pixel limits, as in ``AssetInfo``.
+        image: normalization and pixel limits, as in ``AssetInfo``.
         patch: arguments of the patch embedding.
     """
     own = {name: patch[name] for name in ("patch_size", "fold", "channels")}
@@ -44,8 +44,8 @@ def write_anchors(folder: Path, tokens: Sequence[str], vectors: Tensor) -> None:
         tokens: A texts; those with a zero byte in them are left out with their vectors.
         vectors: [A, D].
     """
-    kept = [place for place, text in enumerate(tokens) if "\0" not in text]
-    strings = "\0".join(tokens[place] for place in kept).encode()
+    kept = [index for index, text in enumerate(tokens) if "\0" not in text]
+    strings = "\0".join(tokens[index] for index in kept).encode()
     table = {"vectors": vectors[kept].half(), "tokens": torch.frombuffer(bytearray(strings), dtype=torch.uint8)}
     save_tensors(folder / f"{ANCHORS}.safetensors", table)
 

@@ -1,242 +1,160 @@
-"""Models whose weights are told but not yet there: built on the meta device, filled later, piece by piece.
+"""Models whose weights come later: built on the meta device, sharded, then filled by every process.
 
-A model that is divided among processes never fits into one of them as a whole, so it cannot be built first and divided
-afterwards. Under :class:`Deferred` a model is built on the meta device by the same code as always, and how each weight
-comes about is noted: drawn at a certain state of the random numbers, read from a file, computed from another weight.
-:class:`Source` then gives any rows of a weight, the same bits as if the model had been built at once, while only the
-tensors that this one weight is made from are in memory.
-
-The idea is that of deferred initialisation (Gibiansky et al., torchdistX); here it also covers weights from files.
+A sharded model never fits into one process, so it cannot be built first and sharded afterwards. Under :class:`Deferred`
+a model is built by the same code as always, but what sets its weights (:func:`later`) waits for :func:`materialize`:
+reading a file, or ``init_weights`` of a part with :func:`new_weights`. A weight on several processes gets its own rows
+there: of a stored tensor no others are read, and a new one is drawn in full, one at a time, so that a start does not
+depend on the number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-OVERWRITING = {"normal_", "uniform_", "zero_", "fill_", "copy_"}
-"""What leaves nothing of the values before; other changes in place need them."""
+from neo_components.storage.shards import full_tensor, local_of, set_rows
 
-
-class Rows(Protocol):
-    """Stored tensors that are read by rows (``weights.TensorFiles``)."""
-
-    def get(self, name: str) -> Tensor: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+Fill = Callable[[], None]
 
 
-class Made(Protocol):
-    """How the values of one storage come about."""
+class Initialized(Protocol):
+    """A part that sets its own initial weights."""
 
-    def make(self) -> Tensor:
-        """A real tensor on the CPU over all of the storage."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Values from a file; ``change`` turns what is stored into the weight's form."""
-
-    tensors: Rows
-    name: str
-    change: Callable[[Tensor], Tensor] | None
-    size: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self) -> Tensor:
-        stored = self.tensors.get(self.name)
-        return (stored if self.change is None else self.change(stored)).to(self.dtype).contiguous()
+    def init_weights(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Known:
-    """Values that are there."""
-
-    tensor: Tensor
-
-    def make(self) -> Tensor:
-        return self.tensor
+Part = TypeVar("Part", bound=Initialized)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the values of one tensor come from: those of a storage, and its place in that.
-
-    Args:
-        made: how the storage comes about.
-        size: shape.
-        stride: steps between neighbours, in numbers.
-        offset: first number, counted from where the values of the storage begin.
-    """
-
-    made: Made
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def value(self) -> Tensor:
-        """All of it, on the CPU.
-
-        Raises:
-            ValueError: if it was never given a value.
-        """
-        if isinstance(self.made, Nothing):
-            raise ValueError("a weight was never given a value; the module that owns it must set it when it is built")
-        return self.of(self.made.make())
-
-    def of(self, whole: Tensor) -> Tensor:
-        """This tensor's place in the values of its storage."""
-        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows [start, stop); of a stored tensor no others are read."""
-        made = self.made
-        if isinstance(made, Stored) and made.change is None and (made.size, 0) == (self.size, self.offset):
-            return made.tensors.rows(made.name, start, stop).to(made.dtype)
-        return self.value()[start:stop]
-
-
-@dataclass(frozen=True)
-class Computed:
-    """The result of one operation; ``state`` of the random numbers before it, if it draws.
-
-    ``into`` is the tensor that the operation changes, ``None`` if it makes a new one. If it leaves nothing of the
-    tensor's old values, these are not looked at.
-    """
-
-    operation: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    state: Tensor | None
-    into: Source | None = None
-    keeps: bool = True
-
-    def make(self) -> Tensor:
-        args, kwargs = tree_map_only(Source, Source.value, (self.args, self.kwargs))
-        with torch.random.fork_rng(devices=[], enabled=self.state is not None):
-            if self.state is not None:
-                torch.set_rng_state(self.state)
-            if self.into is None:
-                return self.operation(*args, **_on_cpu(kwargs))
-            where = self.into
-            whole = where.made.make()
-            whole = whole.clone() if self.keeps else whole
-            self.operation(where.of(whole), *args, **kwargs)
-            return whole
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """A storage of that type and size that holds no values yet."""
-
-    dtype: torch.dtype
-    numbers: int
-
-    def make(self) -> Tensor:
-        return torch.empty(self.numbers, dtype=self.dtype)
-
-
-class Deferred(TorchDispatchMode):
-    """``with Deferred() as notes:`` notes how weights on the meta device come about.
-
-    New parts are built under :func:`new_weights`; what is on the CPU is computed as usual. The random numbers run on as
-    if all weights had been drawn.
-
-    Attributes:
-        paused: whether nothing is noted at the moment (:func:`unfilled`).
-    """
+class Deferred:
+    """``with Deferred() as deferred:`` keeps what sets weights on the meta device for later."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.paused = False
-        self._made: dict[int, Made] = {}
-        self._alive: list[Any] = []  # a storage's number must not be given to another one
+        self._fills: list[tuple[nn.Module, Fill]] = []
 
     def __enter__(self) -> Deferred:
         _active.append(self)
-        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
         _active.remove(self)
 
+    def add(self, module: nn.Module, fill: Fill) -> None:
+        """Keeps what sets weights of a module."""
+        self._fills.append((module, fill))
+
+    @torch.no_grad()
+    def fill(self, part: nn.Module, keep: bool = False) -> None:
+        """Gives a (small) part on the meta device its weights, on the CPU.
+
+        Args:
+            part: of the model.
+            keep: whether what sets its weights is called again later.
+        """
+        parts = set(part.modules())
+        if any(parameter.is_meta for parameter in part.parameters()):
+            part.to_empty(device="cpu")
+            _run(part, [fill for module, fill in self._fills if module in parts])
+        if not keep:
+            self._fills = [(module, fill) for module, fill in self._fills if module not in parts]
+
+    def materialize(self, model: nn.Module, device: torch.device, known: Mapping[str, Tensor]) -> None:
+        """Allocates all weights of a model on the meta device, sharded or not, and sets them.
+
+        Args:
+            model: built under this ``Deferred``.
+            device: of the weights.
+            known: weights that had values when the model was built (:func:`known_weights`), by name.
+
+        Raises:
+            ValueError: if a weight is not a number after that; it is named.
+        """
+        model.to_empty(device=device)
+
+        def set_known() -> None:
+            for name, value in known.items():
+                set_rows(model.get_parameter(name), value)
+
+        _run(model, [set_known, *(fill for _, fill in self._fills)])
+        self._fills = []
+
+
+@torch.no_grad()
+def _run(model: nn.Module, fills: list[Fill]) -> None:
+    for parameter in model.parameters():
+        local_of(parameter).fill_(torch.nan)
+    with _FullDraws():
+        for fill in fills:
+            fill()
+    if unset := [name for name, parameter in model.named_parameters() if local_of(parameter).sum().isnan()]:
+        raise ValueError(
+            f"{len(unset)} weights are not a number after the start, for example {unset[0]}: no file gave them a value "
+            "(or NaN), and init_weights of the part that owns them did not set them"
+        )
+
+
+class _FullDraws(TorchDispatchMode):
+    """Draws random numbers of a sharded weight in full, on the CPU; each process keeps its rows."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Notes one operation; torch calls it."""
-        kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        state = torch.get_rng_state() if draws else None
-        changes = func._schema.is_mutable
-        before = self.source(args[0]) if changes and _on_meta(args[0]) else None
-        noted = tree_map_only(Tensor, lambda t: self.source(t) if t.is_meta else t, (args, kwargs))
-        made = func(*args, **kwargs)
-        if before is not None:
-            self._change(func, args[0], before, noted, state)
-        elif _on_meta(made) and not any(_on_meta(arg) and _number(arg) == _number(made) for arg in args):
-            self._keep(made, Computed(func, noted[0], noted[1], state))  # a view has the values of its storage
-            if draws:
-                func(*args, **_on_cpu(kwargs))
-        return made
-
-    def _change(self, func: Any, target: Tensor, before: Source, noted: Any, state: Tensor | None) -> None:
-        """Notes a change in place."""
-        (_, *args), kwargs = noted
-        whole = target.numel() * target.element_size() == target.untyped_storage().nbytes()
-        keeps = not (whole and func._schema.name.removeprefix("aten::") in OVERWRITING)
-        into = before if keeps else Source(Nothing(target.dtype, target.numel()), before.size, before.stride, 0)
-        self._keep(target, Computed(func, tuple(args), kwargs, state, into, keeps))
-        if state is not None:  # the random numbers run on
-            func(torch.empty_strided(target.size(), target.stride(), dtype=target.dtype), *args, **kwargs)
-
-    def _keep(self, tensor: Tensor, made: Made) -> None:
-        storage = tensor.untyped_storage()
-        self._made[_number(tensor)] = made
-        self._alive.append(storage)
-
-    def stored(self, tensor: Tensor, tensors: Rows, name: str, change: Callable[[Tensor], Tensor] | None) -> None:
-        """Notes that a new tensor's values are those of that name in the files."""
-        self._keep(tensor, Stored(tensors, name, change, tuple(tensor.shape), tensor.dtype))
-
-    def source(self, tensor: Tensor) -> Source:
-        """Where the values of a tensor come from; of one that is not on the meta device, itself."""
-        if not tensor.is_meta:
-            return Source(Known(tensor.detach()), tuple(tensor.size()), tensor.stride(), 0)
-        numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
-        made = self._made.get(_number(tensor), Nothing(tensor.dtype, numbers))
-        return Source(made, tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
-
-    def unset(self, tensor: Tensor) -> bool:
-        """Whether a tensor on the meta device has no values to come yet."""
-        return tensor.is_meta and isinstance(self.source(tensor).made, Nothing)
-
-    def sources(self, module: nn.Module) -> dict[str, Source]:
-        """Where each parameter of a module comes from."""
-        return {name: self.source(parameter) for name, parameter in module.named_parameters()}
-
-    def fill(self, module: nn.Module) -> None:
-        """Gives all parameters of a (small) module their values, on the CPU."""
-        for part in module.modules():
-            for name, parameter in list(part.named_parameters(recurse=False)):
-                if parameter.is_meta:
-                    value = self.source(parameter).value().clone()
-                    setattr(part, name, nn.Parameter(value, parameter.requires_grad))
+        """Runs one operation; torch calls it."""
+        if torch.Tag.nondeterministic_seeded not in func.tags or not any(isinstance(arg, DTensor) for arg in args):
+            return func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            raise TypeError(f"{func} draws a new tensor from a sharded one; initial weights are drawn in place")
+        drawn = torch.empty(args[0].shape)
+        func(drawn, *args[1:], **(kwargs or {}))
+        set_rows(args[0], drawn)
+        return args[0]
 
 
 _active: list[Deferred] = []
 
 
-def notes() -> Deferred | None:
-    """The notes that are being taken, if any."""
+def deferred() -> Deferred | None:
+    """The ``Deferred`` under which a model is built, if any."""
     return _active[-1] if _active else None
+
+
+def later(module: nn.Module, fill: Fill) -> None:
+    """Sets weights of a module: now, or under :class:`Deferred` once they are allocated.
+
+    Args:
+        module: whose weights they are.
+        fill: sets them in place.
+    """
+    if (kept := deferred()) is None:
+        fill()
+    else:
+        kept.add(module, fill)
+
+
+def new_weights(make: Callable[[], Part], seed: int | None = None) -> Part:
+    """A part with random weights, set by its ``init_weights``: now, or under :class:`Deferred` later, to the same.
+
+    Args:
+        make: builds the part.
+        seed: of its weights; ``None``: a number drawn from torch's generator.
+    """
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    # Draws of the constructor are not kept, so the generator must not notice them.
+    with unfilled() if deferred() is not None else torch.random.fork_rng(devices=[]):
+        part = make()
+    assert isinstance(part, nn.Module)
+
+    def draw() -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            part.init_weights()
+
+    later(part, draw)
+    return part
 
 
 @contextmanager
@@ -245,24 +163,6 @@ def unfilled() -> Iterator[None]:
 
     For models whose weights are then read from files (``weights.load_strict``).
     """
-    taken = notes()
-    before = taken is not None and taken.paused
-    if taken is not None:
-        taken.paused = True
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        if taken is not None:
-            taken.paused = before
-
-
-@contextmanager
-def new_weights() -> Iterator[None]:
-    """Within it parts with random weights are built: at once, or on the meta device if notes are taken."""
-    if notes() is None:
-        yield
-        return
     with torch.device("meta"):
         yield
 
@@ -270,11 +170,11 @@ def new_weights() -> Iterator[None]:
 @contextmanager
 def filled(module: nn.Module) -> Iterator[None]:
     """Within it the weights of a module have their values, whether or not they are deferred."""
-    if (taken := notes()) is None:
+    if (kept := deferred()) is None:
         yield
         return
     before = [(part, dict(part.named_parameters(recurse=False))) for part in module.modules()]
-    taken.fill(module)
+    kept.fill(module, keep=True)
     try:
         yield
     finally:
@@ -283,14 +183,25 @@ def filled(module: nn.Module) -> Iterator[None]:
                 setattr(part, name, parameter)
 
 
-def _number(tensor: Tensor) -> int:
-    """Tells storages apart."""
-    return tensor.untyped_storage()._cdata
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Within it the weights of (small) modules are full, also where they are sharded; then each process keeps its rows.
+    All processes must enter it together."""
+    sharded = [
+        (part, name, parameter)
+        for part in nn.ModuleList(modules).modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for part, name, parameter in sharded:
+        setattr(part, name, nn.Parameter(full_tensor(parameter.detach()), parameter.requires_grad))
+    yield
+    for part, name, parameter in sharded:
+        full = getattr(part, name)
+        setattr(part, name, parameter)
+        set_rows(parameter, full)
 
 
-def _on_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
-
-
-def _on_cpu(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else dict(kwargs)
+def known_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model that are not on the meta device, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.is_meta}

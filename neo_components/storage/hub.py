@@ -56,10 +56,10 @@ def _weight_files(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         return [SINGLE]
     try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map that can be read ({error!r})") from error
-    return sorted(set(places))
+    return sorted(set(files))
 
 
 def _fetch(name: str, patterns: list[str]) -> Path:
@@ -101,7 +101,9 @@ def _offline(name: str, error: Exception) -> str:
     else:
         cause = f"the hub cannot be reached ({str(error.__cause__ or error).splitlines()[0]})"
         way_out = "check the connection"
-    return f"{name!r} is no folder here and not whole in the hub's cache, and {cause}; {way_out}, or {_by_hand(name)}"
+    return (
+        f"{name!r} is no folder here and not complete in the hub's cache, and {cause}; {way_out}, or {_by_hand(name)}"
+    )
 
 
 def _by_hand(name: str) -> str:
@@ -135,8 +137,8 @@ def _plain_bar() -> Any:
             super().__init__(*args, **options | {"file": StringIO()})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            now, whole = time.monotonic(), bool(self.total) and self.n >= self.total
-            if whole or now - getattr(self, "shown_at", -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
+            now, complete = time.monotonic(), bool(self.total) and self.n >= self.total
+            if complete or now - getattr(self, "shown_at", -SECONDS_BETWEEN_LINES) >= SECONDS_BETWEEN_LINES:
                 self.shown_at = now
                 size = self.format_sizeof if self.unit == "B" else str
                 print(f"{self.desc}: {size(self.n)} of {size(self.total or 0)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Weights written one by one, for models that are never whole in memory: one file, or several with an index."""
+"""Weights written one by one, for models that are never in one memory in full: one file, or several with an index."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Weights on disk: safetensors and config.json, read strictly. No pickle is ever opened.
 
-The lowest layer of loading: it knows files and tensors; ``llms`` and ``checkpoint`` say which name is whose.
+``llms`` and ``model/layouts.py`` map names of models to names in files.
 
 A model to be loaded is built on the meta device (``deferred.unfilled``), where nothing takes room, gets its weights
-tensor by tensor (:func:`load_strict`), and is made whole (:func:`settle`). So it is never in memory twice: beside the
-model there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor. Where weights
-are deferred (``deferred.Deferred``) they stay on the meta device, and which tensor is whose is noted.
+tensor by tensor (:func:`load_strict`), and the rest is allocated (:func:`materialize`). So it is never in memory twice:
+beside the model there are only the pages of one file that were read last, at most ``BLOCK`` bytes of a large tensor.
+Where weights are deferred (``deferred.Deferred``) they stay on the meta device, and their files are read later.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neo_components.storage.deferred import notes
+from neo_components.storage.deferred import deferred, later
+from neo_components.storage.shards import local_of, rows_of, set_rows
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -137,7 +139,7 @@ class TensorFiles:
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies the tensor of that name into one of the same shape, in blocks of rows if it is large.
 
-        The file is opened anew for each block, as its pages leave memory only when it is closed.
+        The file is opened again for each block, as its pages leave memory only when it is closed.
         """
         rows = max(BLOCK * len(target) // max(target.nbytes, 1), 1) if target.dim() else 0
         if not rows or rows >= len(target):
@@ -199,7 +201,7 @@ def load_strict(
         module: receives them; its weights on the meta device become real, on the CPU, unless they are deferred.
         tensors: the files.
         rename: name in the module -> name in the files.
-        change: by name in the module, turns the stored tensor into the module's form.
+        change: by name in the module, maps the stored tensor to the module's form.
         ignore: names in the files that are known to be superfluous.
         only: which of the module's names are looked for.
         dtype: of the weights that become real; others keep theirs.
@@ -222,47 +224,58 @@ def load_strict(
     if faults:
         more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ValueError(f"{tensors.folder} does not fit the model:\n  " + "\n  ".join(faults[:20]) + more)
-    with torch.no_grad():
-        for source, name in wanted.items():
-            target = _real(module, name, dtype) if state[name].is_meta else state[name]
-            if target.is_meta and (taken := notes()) is not None:
-                taken.stored(target, tensors, source, change.get(name))
-            elif name in change:
-                target.copy_(change[name](tensors.get(source)))
-            else:
-                tensors.read_into(source, target)
+    for source, name in wanted.items():
+        if state[name].is_meta:
+            _real(module, name, dtype)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        later(owner, partial(_read, owner, leaf, tensors, source, change.get(name)))
+
+
+@torch.no_grad()
+def _read(
+    owner: nn.Module, leaf: str, tensors: Tensors, source: str, change: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Reads a weight; of one that is sharded only the rows that this process holds."""
+    target = getattr(owner, leaf)
+    if change is not None:
+        set_rows(target, change(tensors.get(source)))
+    elif target.dim() == 0 or rows_of(target) == (0, len(target)):
+        tensors.read_into(source, local_of(target))
+    else:
+        local_of(target).copy_(tensors.rows(source, *rows_of(target)))
 
 
 def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """Puts an unset tensor on the CPU in the place of a weight on the meta device; on the meta device if deferred."""
+    """Puts an unset tensor on the CPU in place of a weight on the meta device; on the meta device if deferred."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
-    device = "cpu" if notes() is None else "meta"
+    device = "cpu" if deferred() is None else "meta"
     new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
     setattr(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     return new
 
 
-def settle(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Makes the rest of a module on the meta device real, after :func:`load_strict`.
+def materialize(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Allocates the rest of a module on the meta device, after :func:`load_strict`.
 
     Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
     compute them again when they move to a device. Deferred weights stay on the meta device.
     """
-    taken = notes()
+    now = deferred() is None
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.is_meta and (taken is None or taken.unset(parameter)):
+            if parameter.is_meta and now:
                 _real(part, name, dtype)
         if any(table.is_meta for table in part.buffers(recurse=False)):
             part.to_empty(device="cpu", recurse=False)
     # Lightning's modules keep note of their device and type.
-    module.to(device="cpu" if taken is None else None, dtype=dtype)
+    module.to(device="cpu" if now else None, dtype=dtype)
 
 
 def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], card: str = "") -> Path:
-    """Writes weights, config.json and a model card; each file appears whole or not at all.
+    """Writes weights, config.json and a model card; each file appears complete or not at all.
 
     Args:
         folder: made if absent.

@@ -20,7 +20,7 @@ from neo_components.recipe.stage import StageConfig
 from neo_components.training.activation_checkpointing import blocks_of
 from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
-from neo_components.training.fsdp2.tensors import gradient_norms
+from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import build_optimizer
 from neo_components.types import IGNORED, Batch

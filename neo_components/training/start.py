@@ -48,11 +48,11 @@ def _start_sharded(recipe: Recipe) -> tuple[Chat, NEOTraining]:
     """Builds the model on the meta device; the shards are known once all processes have started."""
     policy = policy_of(recipe.trainer.get("precision", "32-true"))
     refuse_unshardable(recipe.stage)
-    with Deferred() as notes:
+    with Deferred() as deferred:
         chat = _chat(recipe)
         if recipe.stage.whiten_patches:
-            notes.fill(chat.model.patch_embedding)
-    return chat, ShardedTraining(chat.model, _resolved(recipe, chat.model), notes, policy)
+            deferred.fill(chat.model.patch_embedding)
+    return chat, ShardedTraining(chat.model, _resolved(recipe, chat.model), deferred, policy)
 
 
 def _chat(recipe: Recipe) -> Chat:

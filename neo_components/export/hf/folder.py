@@ -48,10 +48,10 @@ def write_hf(
         model: any model whose RoPE and mask are the library's own.
         tokenizer: Hugging Face tokenizer with the image tokens.
         folder: made if absent.
-        min_pixels: pictures are scaled up to at least this many pixels.
+        min_pixels: images are scaled up to at least this many pixels.
         max_pixels: and down to at most this many.
         max_new_tokens: longest answer where a user of the folder does not say.
-        license: licence of the weights, for the model card.
+        license: license of the weights, for the model card.
 
     Returns:
         The folder. Equal models give equal bytes.
@@ -61,7 +61,7 @@ def write_hf(
             chat template leads to the tokens that the model is asked in.
     """
     _check_parts(model)
-    template = chat_template(tokenizer, pictures=True)
+    template = chat_template(tokenizer, images=True)
     files = bundle(ROOTS)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     folder = save_folder(folder, state, _config(model), _card(model, license))
@@ -80,7 +80,7 @@ def _config(model: NEO) -> dict[str, Any]:
 
     own = own_config(model)
     parts = {name: own[name] for name in ("patch_embedding", "pre_buffer", "post_llm", "bridge_in", "bridge_out")}
-    parts["post_llm"] |= {"source": ""}  # a place on the machine that trained it
+    parts["post_llm"] |= {"source": ""}  # a path of the machine that trained it
     return {
         "architectures": [MODEL],
         "auto_map": AUTO_MAP,
@@ -186,7 +186,7 @@ def _card(model: NEO, license: str) -> str:
         "```python\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", trust_remote_code=True)\n'
         'processor = AutoProcessor.from_pretrained("THIS_FOLDER", trust_remote_code=True)\n'
-        'content = [{"type": "image", "path": "PICTURE.png"}, {"type": "text", "text": "What is this?"}]\n'
+        'content = [{"type": "image", "path": "IMAGE.png"}, {"type": "text", "text": "What is this?"}]\n'
         "inputs = processor.apply_chat_template(\n"
         '    [{"role": "user", "content": content}],\n'
         '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",\n'

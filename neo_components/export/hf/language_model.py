@@ -1,7 +1,7 @@
 """Writes a post-LLM's T path as an ordinary causal language model, for those who want the language model alone.
 
-What an ordinary model has no place for stays behind: the pre-Buffer and the patch embedding, and of every head the H
-and W channels. These act between words too once they are trained (text lies at H = W = 0, where they do not turn, but
+An ordinary model cannot hold the pre-Buffer, the patch embedding, and the H and W channels of every head, so they are
+left out. These act between words too once they are trained (text lies at H = W = 0, where they are not rotated, but
 they still score), so the exported model computes what ``PostLLM.text_logits`` gives with its H/W keys at zero.
 """
 
@@ -32,7 +32,7 @@ NEO_ONLY = {
 }  # fmt: skip
 """Arguments of a post-LLM that say nothing of its T path."""
 
-SEEN = 64
+COMPARED = 64
 """Text tokens on which mask and positions are compared."""
 
 
@@ -43,7 +43,7 @@ def write_language_model(llm: PostLLM, tokenizer: Any, folder: str | Path, licen
         llm: read by ``PostLLM.from_pretrained``, or part of a model whose post-LLM was.
         tokenizer: Hugging Face tokenizer; image tokens that have no row in the word embedding are left out of it.
         folder: made if absent.
-        license: licence of the weights, for the model card.
+        license: license of the weights, for the model card.
 
     Returns:
         The folder, for ``AutoModelForCausalLM``.
@@ -53,15 +53,15 @@ def write_language_model(llm: PostLLM, tokenizer: Any, folder: str | Path, licen
     """
     config, family = language_model_config(llm)
     _check_text(llm)
-    template = chat_template(tokenizer, pictures=False)
+    template = chat_template(tokenizer, images=False)
     if llm.expert_modules():
         raise ValueError(
             "an ordinary language model has no experts for visual tokens; export the whole model (--to hf)"
         )
     new = {id(parameter) for part in llm.hw_modules() for parameter in part.parameters()}
     names = [name for name, parameter in llm.named_parameters() if id(parameter) not in new]
-    whole, sizes = llm.state_dict(), dict(llm.hparams)
-    state = {name: whole[name] for name in names}
+    full, sizes = llm.state_dict(), dict(llm.hparams)
+    state = {name: full[name] for name in names}
     _check_names(config, family, state, sizes)
     folder = save_folder(folder, to_stored(state, family, sizes), config, _card(llm, config, license))
     write_text_side(_without_image_tokens(tokenizer, llm), folder, template)
@@ -129,10 +129,10 @@ def _check_text(llm: PostLLM) -> None:
     Raises:
         ValueError: naming it.
     """
-    none = torch.full((1, SEEN), NO_IMAGE)
+    none = torch.full((1, COMPARED), NO_IMAGE)
     documents = torch.zeros_like(none)
     positions = llm.rotary.variant.positions(DocumentTokens(none[0], kinds_of(none[0]), []))[None]
-    plain = torch.arange(SEEN)[None, :, None].expand(1, SEEN, 3)
+    plain = torch.arange(COMPARED)[None, :, None].expand(1, COMPARED, 3)
     for layer in llm.blocks:
         rule, window = layer.layer_rule
         seen, usually = (dense_mask(documents, none, name, window) for name in (rule, "causal"))
@@ -140,8 +140,8 @@ def _check_text(llm: PostLLM) -> None:
             raise ValueError(f"attention {rule!r} does not read text causally, as a language model does")
         own, usual = rotary_of(layer.hparams), rotary_of(dict(layer.hparams) | {"rope": "native"})
         half = llm.hparams.head_width // 2
-        for turned, expected in zip(own(positions), usual(plain), strict=True):
-            if not torch.equal(turned[..., :half], expected[..., :half]):
+        for rotation, expected in zip(own(positions), usual(plain), strict=True):
+            if not torch.equal(rotation[..., :half], expected[..., :half]):
                 raise ValueError(
                     f"rope {llm.hparams.rope!r} rotates the T channels of text by other angles than a language model's"
                 )
@@ -154,8 +154,8 @@ def _without_image_tokens(tokenizer: Any, llm: PostLLM) -> Any:
         return tokenizer
     from tokenizers import Tokenizer
 
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in beyond]
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] not in beyond]
     options = {
         name: value for name, value in copy.deepcopy(tokenizer.init_kwargs).items() if name != "tokenizer_object"
     }
@@ -163,7 +163,7 @@ def _without_image_tokens(tokenizer: Any, llm: PostLLM) -> Any:
         if isinstance(options.get(name), list):
             options[name] = [token for token in options[name] if str(token) not in beyond]
     options.pop("added_tokens_decoder", None)
-    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(whole)), **options)
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(description)), **options)
 
 
 def _check_names(config: dict[str, Any], family: Family, state: dict[str, Tensor], sizes: dict[str, Any]) -> None:
@@ -193,13 +193,13 @@ def hw_is_silent(llm: PostLLM) -> bool:
 
 def what_is_lost(llm: PostLLM) -> list[str]:
     """What the exported language model does without, a sentence each."""
-    lost = ["The pre-Buffer and the patch embedding stay behind: it reads text only, no images."]
+    lost = ["The pre-Buffer and the patch embedding are left out: it reads text only, no images."]
     if hw_is_silent(llm):
         return [*lost, "Its H/W keys are zero, so its logits are those of PostLLM.text_logits."]
     return [
         *lost,
-        "The H and W channels of its heads stay behind. They are trained and also act between words, so its logits are "
-        "those of PostLLM.text_logits with the H/W keys at zero, and differ from the model's own.",
+        "The H and W channels of its heads are left out. They are trained and also act between words, so its logits "
+        "are those of PostLLM.text_logits with the H/W keys at zero, and differ from the model's own.",
     ]
 
 

@@ -148,7 +148,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             raise ValueError("past_key_values holds tokens that this model did not read; start with an empty cache")
         known = known.cut(past)
         rows = known.extend(input_ids, attention_mask, self._sizes(image_grid_hw))
-        if past and self._turn_anew(known, rows):
+        if past and self._frequencies_change(known, rows):
             raise ValueError(
                 "the new tokens make a row so long that its frequencies change, which voids what the cache holds "
                 "(longrope and dynamic scaling); read all tokens again without past_key_values, as generate does"
@@ -161,8 +161,8 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         grids = [] if image_grid_hw is None else image_grid_hw.tolist()
         return [(rows // fold, columns // fold) for rows, columns in grids]
 
-    def _turn_anew(self, before: Rows, after: Rows) -> bool:
-        """Whether rows turn by other frequencies than what they held before."""
+    def _frequencies_change(self, before: Rows, after: Rows) -> bool:
+        """Whether rows are rotated by other frequencies than their cached keys."""
         if not self.by_length:
             return False
         lengths = zip(before.lengths(), after.lengths(), strict=True)
@@ -173,13 +173,13 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
     def _batch(self, input_ids: Tensor, rows: Rows, pixel_values: Tensor | None, image_grid_hw: Tensor | None) -> Batch:
         """The new tokens as the model's own input."""
         length, device, spec = input_ids.shape[1], input_ids.device, self.model.input_spec
-        places = patch_grid([] if image_grid_hw is None else image_grid_hw.tolist(), spec.fold).to(device)
+        patch_positions = patch_grid([] if image_grid_hw is None else image_grid_hw.tolist(), spec.fold).to(device)
         if pixel_values is None:
             pixel_values = torch.zeros(0, spec.channels * spec.patch_size**2, device=device)
-        if len(places) != len(pixel_values):
+        if len(patch_positions) != len(pixel_values):
             raise ValueError(
-                f"image_grid_hw speaks of {len(places)} patches, pixel_values holds {len(pixel_values)}; both come "
-                "from the processor"
+                f"image_grid_hw counts {len(patch_positions)} patches, pixel_values holds {len(pixel_values)}; "
+                "both come from the processor"
             )
         return Batch(
             token_ids=input_ids,
@@ -190,7 +190,7 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             labels=torch.full_like(input_ids, IGNORED),
             loss_weights=torch.zeros(input_ids.shape, device=device),
             patches=pixel_values,
-            patch_positions=places,
+            patch_positions=patch_positions,
             image_grids=torch.zeros(0, 2, dtype=torch.int64, device=device) if image_grid_hw is None else image_grid_hw,
         )
 
@@ -216,12 +216,12 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
         if known is None or not 0 < past < input_ids.shape[1]:
             return False
         known = known.cut(past)
-        return self._turn_anew(known, known.extend(input_ids[:, past:], kwargs.get("attention_mask"), []))
+        return self._frequencies_change(known, known.extend(input_ids[:, past:], kwargs.get("attention_mask"), []))
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Repeats each row, for beams and several answers: its images as a whole, not patch by patch."""
+        """Repeats each row, for beams and several answers: all patches of an image together."""
         again: dict[str, list[Tensor]] = {}
         if expand_size > 1 and input_ids is not None and kwargs.get("pixel_values") is not None:
             grids, pixels = kwargs.pop("image_grid_hw"), kwargs.pop("pixel_values")

@@ -1,4 +1,4 @@
-"""From pictures and text to a model's inputs: the processor of an exported folder."""
+"""From images and text to a model's inputs: the processor of an exported folder."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class NEOImagesKwargs(ImagesKwargs, total=False):
 
 
 class NEOImageProcessor(ImageProcessingMixin):
-    """Pictures to patches.
+    """Images to patches.
 
     Args:
         patch_size: side of a patch in pixels.
         fold: patches per side of a visual token.
-        min_pixels: a picture is scaled up to at least this many pixels.
-        max_pixels: and down to at most this many; several pictures of one prompt share twice as many.
+        min_pixels: an image is scaled up to at least this many pixels.
+        max_pixels: and down to at most this many; several images of one prompt share twice as many.
         kwargs: kept as attributes.
     """
 
@@ -56,11 +56,11 @@ class NEOImageProcessor(ImageProcessingMixin):
     def __call__(
         self, images: Any, min_pixels: int | None = None, max_pixels: int | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Resizes, normalises and cuts pictures.
+        """Resizes, normalizes and cuts images.
 
         Args:
-            images: a picture, the pictures of one prompt, or a list of those of each prompt. A picture is a Pillow
-                image, an array or tensor, a path, or an address (which transformers opens, turning it by its EXIF tag).
+            images: an image, the images of one prompt, or a list of those of each prompt. An image is a Pillow image,
+                an array or tensor, a path, or an address (transformers opens it and applies its EXIF orientation).
             min_pixels: instead of the processor's own.
             max_pixels: instead of the processor's own.
             kwargs: ``return_tensors`` is taken and makes no difference: these are tensors.
@@ -69,18 +69,18 @@ class NEOImageProcessor(ImageProcessingMixin):
             ``pixel_values`` [P, C * patch_size**2] float32, and ``image_grid_hw`` [I, 2] rows and columns of patches.
 
         Raises:
-            ValueError: if a picture cannot be read, or another setting is given.
+            ValueError: if an image cannot be read, or another setting is given.
         """
         unknown = sorted(name for name, value in kwargs.items() if value is not None and name != "return_tensors")
         if unknown:
-            raise ValueError(f"images are always resized and normalised as in training; not to be changed: {unknown}")
+            raise ValueError(f"images are always resized and normalized as in training; not to be changed: {unknown}")
         lowest = self.min_pixels if min_pixels is None else min_pixels
         highest = self.max_pixels if max_pixels is None else max_pixels
         patches, grids = [], []
         for prompt in _by_prompt(images):
             limit = max_pixels_per_image(len(prompt), lowest, highest)
-            for picture in prompt:
-                opened = _open(picture)
+            for image in prompt:
+                opened = _open(image)
                 factor = self.patch_size * self.fold
                 pixels = to_pixels(opened, image_size(opened.height, opened.width, factor, lowest, limit))
                 patches.append(cut_patches(pixels, self.patch_size, self.fold))
@@ -89,7 +89,7 @@ class NEOImageProcessor(ImageProcessingMixin):
 
 
 def _by_prompt(images: Any) -> list[list[Any]]:
-    """The pictures of each prompt."""
+    """The images of each prompt."""
     if not isinstance(images, list | tuple):
         return [[images]]
     if images and all(isinstance(prompt, list | tuple) for prompt in images):
@@ -97,16 +97,16 @@ def _by_prompt(images: Any) -> list[list[Any]]:
     return [list(images)]
 
 
-def _open(picture: Any) -> Image.Image:
-    if isinstance(picture, str) and not Path(picture).is_file():
-        return load_image(picture)
-    if isinstance(picture, str | Path | bytes | Image.Image):
-        return open_image(picture)
-    return to_pil_image(picture)
+def _open(image: Any) -> Image.Image:
+    if isinstance(image, str) and not Path(image).is_file():
+        return load_image(image)
+    if isinstance(image, str | Path | bytes | Image.Image):
+        return open_image(image)
+    return to_pil_image(image)
 
 
 class NEOProcessor(ProcessorMixin):
-    """Prompts to inputs: each ``<image>`` of a text becomes one picture's visual tokens.
+    """Prompts to inputs: each ``<image>`` of a text becomes one image's visual tokens.
 
     Args:
         image_processor: :class:`NEOImageProcessor`.
@@ -130,16 +130,16 @@ class NEOProcessor(ProcessorMixin):
         """Inputs of the model.
 
         Args:
-            images: pictures: one, a list in the order of the tags of all texts, or a list for each text.
-            text: a prompt or several, as :meth:`apply_chat_template` writes them, with an ``<image>`` for each picture.
+            images: one image, a list in the order of the tags of all texts, or a list for each text.
+            text: a prompt or several, as :meth:`apply_chat_template` writes them, with an ``<image>`` for each image.
             kwargs: ``padding``, ``return_tensors`` and others of a tokenizer; ``min_pixels`` and ``max_pixels``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` [B, L], and with pictures ``pixel_values`` [P, C * patch_size**2] and
+            ``input_ids`` and ``attention_mask`` [B, L], and with images ``pixel_values`` [P, C * patch_size**2] and
             ``image_grid_hw`` [I, 2].
 
         Raises:
-            ValueError: if tags and pictures differ in number, or a text holds a reserved token.
+            ValueError: if tags and images differ in number, or a text holds a reserved token.
         """
         if images is None and text is None:
             raise ValueError("give images, text or both")
@@ -151,29 +151,29 @@ class NEOProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if any(token in prompt for prompt in texts for token in IMAGE_TOKENS):
             raise ValueError(f"a text holds one of the reserved {', '.join(IMAGE_TOKENS)}; write {IMAGE_TAG}")
-        prompts = self._share(images, [prompt.count(IMAGE_TAG) for prompt in texts])
-        pictures = self.image_processor(prompts, **limits) if any(prompts) else {}
-        tokens = [self.replace_image_token(pictures, n) for n in range(len(pictures.get("image_grid_hw", ())))]
+        prompts = self._by_tags(images, [prompt.count(IMAGE_TAG) for prompt in texts])
+        features = self.image_processor(prompts, **limits) if any(prompts) else {}
+        tokens = [self.replace_image_token(features, n) for n in range(len(features.get("image_grid_hw", ())))]
         texts, offsets = self.get_text_with_replacements(texts, tokens)
-        return self._features(texts, offsets, pictures, **kwargs | kwargs.pop("text_kwargs", {}))
+        return self._features(texts, offsets, features, **kwargs | kwargs.pop("text_kwargs", {}))
 
-    def _features(self, texts: list[str], offsets: Any, pictures: Any, **options: Any) -> BatchFeature:
-        """What the tokenizer makes of the texts, with the pictures."""
-        kind, told = options.pop("return_tensors", None), options.pop("return_text_replacement_offsets", False)
+    def _features(self, texts: list[str], offsets: Any, images: Any, **options: Any) -> BatchFeature:
+        """What the tokenizer makes of the texts, with the images."""
+        kind, with_offsets = options.pop("return_tensors", None), options.pop("return_text_replacement_offsets", False)
         # The chat template writes all special tokens, so the tokenizer adds none.
         features = dict(self.tokenizer(texts, **{"add_special_tokens": False} | options))
         features["input_ids"] = self._model_ids(features["input_ids"])
-        features |= {"text_replacement_offsets": offsets} if told else {}
-        return BatchFeature(features | dict(pictures), kind, skip_tensor_conversion=["text_replacement_offsets"])
+        features |= {"text_replacement_offsets": offsets} if with_offsets else {}
+        return BatchFeature(features | dict(images), kind, skip_tensor_conversion=["text_replacement_offsets"])
 
-    def _share(self, images: Any, tags: list[int]) -> list[list[Any]]:
-        """The pictures of each text; a flat list is dealt out by the texts' tags."""
+    def _by_tags(self, images: Any, tags: list[int]) -> list[list[Any]]:
+        """The images of each text; a flat list is distributed by the texts' tags."""
         nested = isinstance(images, list | tuple) and any(isinstance(prompt, list | tuple) for prompt in images)
         prompts = [] if images is None else _by_prompt(images)
         if not nested:
-            left = [picture for prompt in prompts for picture in prompt]
-            dealt = [[left.pop(0) for _ in range(count) if left] for count in tags]
-            prompts = [*dealt, left] if left else dealt
+            left = [image for prompt in prompts for image in prompt]
+            distributed = [[left.pop(0) for _ in range(count) if left] for count in tags]
+            prompts = [*distributed, left] if left else distributed
         counts = [len(prompt) for prompt in prompts]
         if counts != tags:
             raise ValueError(

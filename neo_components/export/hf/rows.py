@@ -149,7 +149,7 @@ class Rows:
         images, kinds = self.image_ids.cpu(), self.token_kinds.cpu()
         real = self.document_ids.cpu() != PADDING
         none, text = torch.full((ahead,), NO_IMAGE), torch.full((ahead,), TokenKind.TEXT, dtype=torch.int64)
-        placed = []
+        found = []
         for row, grids in enumerate(self.grids):
             longer = DocumentTokens(
                 torch.cat([images[row][real[row]], none]),
@@ -157,7 +157,7 @@ class Rows:
                 [ImageGrid(*size) for size in grids],
             )
             positions = self.spec.index_rule(longer)
-            whole = positions.new_zeros(images.shape[1] + ahead, 3)
-            whole[torch.cat([real[row], torch.ones(ahead, dtype=torch.bool)])] = positions
-            placed.append(whole)
-        return torch.stack(placed)
+            row_positions = positions.new_zeros(images.shape[1] + ahead, 3)
+            row_positions[torch.cat([real[row], torch.ones(ahead, dtype=torch.bool)])] = positions
+            found.append(row_positions)
+        return torch.stack(found)

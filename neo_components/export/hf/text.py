@@ -13,7 +13,7 @@ from neo_components.data.text.templates import CHATML, TODAY, stop_token_ids
 from neo_components.data.text.turns import IMAGE_TAG
 from neo_components.storage.weights import write_text
 
-PICTURES = (
+IMAGES = (
     """\
 {%- set plain = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -36,18 +36,18 @@ PICTURES = (
 {%- set messages = plain.messages -%}
 """
 ).replace("IMAGE_TAG", IMAGE_TAG)
-"""Turns lists of content into text: pictures before all text are a line each, as ``Chat`` puts them, others stand where
+"""Makes text of lists of content: images before all text are a line each, as ``Chat`` writes them, others stay where
 they are. The template of the language model follows."""
 
 QUESTION = "What is it?"
 
 
-def chat_template(tokenizer: Any, pictures: bool) -> str:
+def chat_template(tokenizer: Any, images: bool) -> str:
     """The Jinja template that writes prompts as the library does, :func:`~neo_components.data.encode_prompt`.
 
     Args:
         tokenizer: whose template it is, if it has one; ChatML otherwise.
-        pictures: messages may hold images.
+        images: messages may hold images.
 
     Raises:
         ValueError: if neither its own template nor ChatML leads to the same tokens.
@@ -56,7 +56,7 @@ def chat_template(tokenizer: Any, pictures: bool) -> str:
     for base in filter(None, (tokenizer.chat_template, CHATML)):
         # The day that the library writes where a template asks for today's.
         base = re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda found: repr(TODAY.strftime(found[2])), base)
-        template = (PICTURES if pictures else "") + base
+        template = (IMAGES if images else "") + base
         text = _prompt(tokenizer, template)
         begun = tokenizer(text, add_special_tokens=False).input_ids
         # Some templates write more before an answer than where one is to be given (an empty thought).

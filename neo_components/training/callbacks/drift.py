@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from neo_components.storage.shards import full_tensor
 from neo_components.training.callbacks.loggers import log_once
-from neo_components.training.fsdp2.tensors import full_tensor
 from neo_components.training.lora import adapted_weights, lora_parameters, merged_weight
 from neo_components.training.module import NEOTraining
 

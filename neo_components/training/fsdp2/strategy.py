@@ -9,7 +9,8 @@ Source: Zhao et al. 2023 (arXiv 2304.11277); torch's ``fully_shard``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from neo_components.model.chat import Chat
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
-from neo_components.storage.deferred import Deferred, Source
+from neo_components.storage.deferred import Deferred, known_weights
+from neo_components.storage.shards import full_tensor
 from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
-from neo_components.training.fsdp2.tensors import full_tensor, local_of, rows_of
 from neo_components.training.module import NEOTraining
 
 if TYPE_CHECKING:
@@ -77,39 +78,19 @@ def shard(model: NEO, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     model.every_part = True
 
 
-@torch.no_grad()
-def materialize(model: NEO, sources: Mapping[str, Source], mesh: DeviceMesh, device: torch.device) -> None:
-    """Allocates and fills this process's shards: reads its rows of stored weights, draws new weights one at a time.
-
-    Args:
-        model: sharded, on the meta device.
-        sources: source of each parameter, by name.
-        mesh: of :func:`shard`.
-        device: of the shards.
-    """
-    model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        local = local_of(parameter)
-        start, stop = rows_of(parameter, mesh.get_local_rank(), mesh.size())
-        if local.shape[0] != stop - start:
-            raise RuntimeError(f"{name}: this process has {local.shape[0]} rows, expected {stop - start}")
-        if stop > start:
-            local.copy_(sources[name].rows(start, stop))
-
-
 class ShardedTraining(NEOTraining):
     """Trains one stage with sharded weights.
 
     Args:
         model: built under ``deferred.Deferred``, on the meta device.
         stage: as in :class:`NEOTraining`.
-        notes: the ``Deferred`` under which it was built.
+        deferred: the ``Deferred`` under which it was built.
         policy: types of weights and gradients.
     """
 
-    def __init__(self, model: NEO, stage: StageConfig, notes: Deferred, policy: MixedPrecisionPolicy) -> None:
+    def __init__(self, model: NEO, stage: StageConfig, deferred: Deferred, policy: MixedPrecisionPolicy) -> None:
         super().__init__(model, stage)
-        self._notes: Deferred | None = notes
+        self._deferred: Deferred | None = deferred
         self._policy = policy
 
     def configure_model(self) -> None:
@@ -117,12 +98,12 @@ class ShardedTraining(NEOTraining):
         if isinstance(self.model, FSDPModule):
             return
         assert self.device_mesh is not None
-        assert self._notes is not None
+        assert self._deferred is not None
         mesh = self.device_mesh["data_parallel"]
-        sources = self._notes.sources(self.model)
+        known = known_weights(self.model)
         shard(self.model.to("meta"), mesh, self._policy)
-        materialize(self.model, sources, mesh, self.trainer.strategy.root_device)
-        self._notes = None
+        self._deferred.materialize(self.model, self.trainer.strategy.root_device, known)
+        self._deferred = None
         self.set_trainable()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -143,6 +124,19 @@ def reshard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextmanager
+def plain_classes(model: nn.Module) -> Iterator[None]:
+    """Within it parts have their own classes again, by which registries name them; ``fully_shard`` derives others."""
+    sharded = [(part, type(part)) for part in model.modules() if isinstance(part, FSDPModule)]
+    for part, derived in sharded:
+        part.__class__ = derived.__bases__[1]  # (FSDPModule, the part's own class)
+    try:
+        yield
+    finally:
+        for part, derived in sharded:
+            part.__class__ = derived
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -222,5 +216,6 @@ def save_sharded(chat: Chat, folder: Path, writes: bool) -> None:
             writer.add(name, full)
     if writer is not None:
         writer.close()
-        chat.model.save_description(folder)
+        with plain_classes(chat.model):
+            chat.model.save_description(folder)
         chat.save_beside(folder)

@@ -1,4 +1,4 @@
-"""Functions for tensors that may be sharded by rows (dimension 0) among processes."""
+"""Norms of gradients that may be sharded among processes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-
-def rows_of(parameter: Tensor, rank: int, ranks: int) -> tuple[int, int]:
-    """The rows [start, stop) of a parameter in the shard of one rank."""
-    size = -(-parameter.shape[0] // ranks)
-    return min(rank * size, parameter.shape[0]), min((rank + 1) * size, parameter.shape[0])
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; all of a tensor that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor. If it is sharded, all processes must call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from neo_components.storage.shards import local_of
 
 
 def gradient_norms(parameters: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -1,4 +1,7 @@
-"""The base of all components in an export, where there is no Lightning: stands in for ``components/component.py``."""
+"""The bases of components where there is no Lightning.
+
+Stands in for ``components/component.py``, ``components/pre_buffer_files.py`` and ``components/post_llm_files.py``.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,11 @@ class Component(nn.Module):
     def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Keeps keyword arguments as ``hparams``."""
         self.hparams = Arguments(arguments)
+
+
+class PreBufferFiles(Component):
+    """Base of ``PreBuffer``; transformers loads and saves it."""
+
+
+class PostLLMFiles(Component):
+    """Base of ``PostLLM``; transformers loads and saves it."""

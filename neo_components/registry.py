@@ -179,7 +179,8 @@ def _resolved(annotation: Any, part: Any) -> Any:
     """The type of an annotation that was written as text; ``Any`` where there is none."""
     if annotation is inspect.Parameter.empty:
         return Any
-    names = vars(sys.modules[part.__module__])
+    classes = reversed(getattr(part, "__mro__", (part,)))  # an option may be written in the module of a base class
+    names = {name: value for one in classes for name, value in vars(sys.modules[one.__module__]).items()}
     return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), names, include_extras=True)["it"]
 
 

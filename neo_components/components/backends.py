@@ -16,8 +16,9 @@ from torch import Tensor
 
 from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets, sdpa
-from neo_components.components.masks import LayerRule, RuleName, block_mask, dense_mask
+from neo_components.components.masks import LayerRule, RuleName, Tokens, block_mask, dense_mask, rule_of
 from neo_components.errors import one_of
+from neo_components.types import NO_IMAGE, TokenKind
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
 
@@ -123,8 +124,9 @@ class KVCache:
     Args:
         document_ids: [1, L] one packed sequence of S prompts, without padding.
         image_ids: [1, L].
-        rules: mask rule and window of each layer; tokens after the prompt are causal, under the same windows.
-        room: new tokens per document to reserve space for.
+        rules: mask rule and window of each layer. What is cached has attended already, so a token after the prompt
+            attends as its rule says and changes no token before it.
+        room: new tokens per document to make room for.
         token_kinds: [1, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
 
@@ -143,18 +145,44 @@ class KVCache:
         }
         self.lengths = buckets[causal].lengths
         self.room = room
-        self.layers = [_CachedLayer(self, buckets[rule], rule.window) for rule in rules]
+        self.tokens = _with_room(buckets[causal], room)
+        self._masks: dict[LayerRule, Tensor] = {}
+        self.layers = [_CachedLayer(self, buckets[rule], rule) for rule in rules]
 
     def advance(self) -> None:
         """Counts the token that every document just got."""
         self.lengths = self.lengths + 1
+        self._masks = {}
 
     def keep(self, documents: Tensor) -> None:
         """Drops all documents but those of index [s] int64."""
-        self.lengths = self.lengths[documents]
+        self.lengths, self._masks = self.lengths[documents], {}
+        self.tokens = self.tokens.map(lambda x: x[documents])
         for layer in self.layers:
             if layer.filled:
                 layer.k, layer.v = layer.k[documents], layer.v[documents]
+
+    def mask(self, rule: LayerRule) -> Tensor:
+        """[S, 1, 1, used] bool: the keys that the newest token of each document attends to."""
+        if rule not in self._masks:
+            used = int(self.lengths.max()) + 1
+            newest = self.tokens.map(lambda x: x.gather(1, self.lengths[:, None])[..., None])
+            seen = rule_of(*rule)(newest, self.tokens.map(lambda x: x[:, None, :used]))
+            written = torch.arange(used, device=seen.device) <= self.lengths[:, None]
+            self._masks[rule] = (seen & written[:, None])[:, None]
+        return self._masks[rule]
+
+
+def _with_room(bucket: Bucket, room: int) -> Tokens:
+    """[S, m + room]: the tokens of prompts, and words behind each."""
+    prompt = bucket.tokens
+    length = prompt.position.shape[1] + room
+    index = torch.arange(length, device=prompt.position.device).expand(len(bucket.lengths), -1)
+    new = index >= bucket.lengths[:, None]
+    image, kind = (F.pad(x, (0, room)) for x in (prompt.image, prompt.kind))
+    return Tokens(
+        torch.zeros_like(index), image.masked_fill(new, NO_IMAGE), kind.masked_fill(new, TokenKind.TEXT), index
+    )
 
 
 class _CachedLayer:
@@ -163,8 +191,8 @@ class _CachedLayer:
     k: Tensor
     v: Tensor
 
-    def __init__(self, cache: KVCache, bucket: Bucket, window: int | None) -> None:
-        self.cache, self.bucket, self.window = cache, bucket, window
+    def __init__(self, cache: KVCache, bucket: Bucket, rule: LayerRule) -> None:
+        self.cache, self.bucket, self.rule = cache, bucket, rule
         self.filled = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -182,9 +210,6 @@ class _CachedLayer:
         lengths = self.cache.lengths
         rows = torch.arange(len(lengths), device=lengths.device)
         self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
-        used = int(lengths.max()) + 1
-        position = torch.arange(used, device=lengths.device)
-        attended = position <= lengths[:, None]
-        if self.window is not None:
-            attended &= position > lengths[:, None] - self.window
-        return sdpa(q, self.k[:, :used], self.v[:, :used], attended[:, None, None], scale)
+        seen = self.cache.mask(self.rule)
+        used = seen.shape[-1]
+        return sdpa(q, self.k[:, :used], self.v[:, :used], seen, scale)

@@ -6,14 +6,15 @@ whatever it adds (a class token, row ends, queries). It is registered in ``PATCH
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from neo_components.components.component import Component
 from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
-from neo_components.types import ImageLayout, plain_layout
+from neo_components.types import ImageLayout, TokenKind, plain_layout
 
 
 class Product(NamedTuple):
@@ -35,6 +36,10 @@ class Product(NamedTuple):
     def of(cls, rows: int, layer: nn.Linear) -> Product:
         """``rows`` vectors through a linear layer."""
         return cls(rows, layer.in_features, layer.out_features, layer.weight.requires_grad)
+
+
+UNCOUNTED = (nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""Layers with weights that are multiplied otherwise than by a linear layer, once for each patch."""
 
 
 class ImageEmbedding(Component):
@@ -70,11 +75,36 @@ class ImageEmbedding(Component):
         """
         raise NotImplementedError
 
+    def arrange(self, visual: Tensor, image_grids: Tensor, added: Mapping[int, Tensor]) -> Tensor:
+        """Visual tokens and added ones in the order of :attr:`image_layout`.
+
+        Args:
+            visual: [visual tokens, D], image by image and row by row.
+            image_grids: [I, 2] rows and columns of patches of each image.
+            added: kind -> vector [D] of every token of that kind.
+
+        Returns:
+            [tokens, D].
+        """
+        grids = [(rows // self.fold, columns // self.fold) for rows, columns in image_grids.tolist()]
+        kinds = torch.cat([self.image_layout(*grid) for grid in grids]).to(visual.device)[:, None]
+        tokens = visual.new_zeros(len(kinds), visual.shape[-1]).masked_scatter(kinds == TokenKind.VISUAL, visual)
+        for kind, vector in added.items():
+            tokens = torch.where(kinds == kind, vector.to(tokens.dtype), tokens)
+        return tokens
+
     def products(self, image_grids: Tensor) -> Sequence[Product]:
         """The matrix products of a forward pass over images of ``image_grids`` [I, 2], in order.
 
-        By default every linear layer is counted once for each patch.
+        By default every linear layer is counted once for each patch; products without weights are not counted.
+
+        Raises:
+            ValueError: if there is a layer whose products are not those of a linear layer.
         """
+        if odd := [type(part).__name__ for part in self.modules() if isinstance(part, UNCOUNTED)]:
+            raise ValueError(
+                f"the FLOPs of a {odd[0]} are not known: {type(self).__name__} must define products(image_grids)"
+            )
         patches = int(image_grids.prod(-1).sum())
         return [Product.of(patches, layer) for layer in self.modules() if isinstance(layer, nn.Linear)]
 

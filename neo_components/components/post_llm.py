@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.block_arguments import BlockArguments, flat_arguments
-from neo_components.components.block_inputs import Attend
 from neo_components.components.experts import start_from
 from neo_components.components.layers import RMSNorm
 from neo_components.components.post_llm_files import PostLLMFiles
@@ -24,6 +23,8 @@ from neo_components.types import NO_IMAGE, DocumentTokens, kinds_of
 @flat_arguments
 class PostLLM(PrimitiveStack, PostLLMFiles):
     """Word embedding, ``depth`` native primitives, final norm and head.
+
+    Called as :meth:`PrimitiveStack.forward`: all blocks and the final norm.
 
     Args:
         vocab_size: V.
@@ -136,22 +137,8 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         """Row numbers of the word embedding as ids on its device, [n] int64."""
         return torch.tensor(rows, dtype=torch.int64, device=self.word_embedding.weight.device)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        document_ids: Tensor,
-        image_ids: Tensor,
-        token_kinds: Tensor | None = None,
-        *,
-        attend: Attend | Sequence[Attend] | None = None,
-        hidden_states: dict[str, Tensor] | None = None,
-        first: int = 0,
-    ) -> Tensor:
-        """All blocks and the final norm, [B, L, D] -> [B, L, D]; arguments as in :meth:`PrimitiveStack.forward`."""
-        x = super().forward(
-            x, positions, document_ids, image_ids, token_kinds, attend=attend, hidden_states=hidden_states, first=first
-        )
+    def behind_blocks(self, x: Tensor) -> Tensor:
+        """The final norm, [B, L, D] -> [B, L, D]."""
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ class PreBufferFiles(Component):
             "provenance": self.info.provenance,
             "license": self.info.license,
         }
-        folder = save_folder(folder, self.state_dict(), config, self.info.card or model_card(config))
         e = self.patch_embedding
+        card = self.info.card or model_card(config, e.patch_size * e.fold)
+        folder = save_folder(folder, self.state_dict(), config, card)
         write_preprocessor(
             folder, self.info.image, {"patch_size": e.patch_size, "fold": e.fold, "channels": e.channels}
         )

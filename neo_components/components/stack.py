@@ -140,6 +140,10 @@ class PrimitiveStack(Component):
                 x = block(x, inputs)
             if hidden_states is not None:
                 hidden_states[f"layer_{first + number}"] = x
+        return self.behind_blocks(x)
+
+    def behind_blocks(self, x: Tensor) -> Tensor:
+        """What the stack computes behind its last block, [B, L, D] -> [B, L, D]: nothing, if not overridden."""
         return x
 
     def compile_blocks(self, backend: str = "inductor") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.bridge import Bridge
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
-from neo_components.estimate.tracing import Setting, evenly_routed, fake, kept_by, traced_attention
+from neo_components.estimate.tracing import Setting, evenly_routed, fake, kept_by, known, traced_attention
 from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, Batch
 
@@ -73,7 +74,7 @@ def kept_activations(model: NEO, batch: Batch, setting: Setting) -> Activations:
 
     Args:
         model: its weights may lie on the meta device.
-        batch: packed sequences; the ids and labels are read, of the patches only their number.
+        batch: packed sequences; the ids, labels and sizes of images are read, of the patches only their number.
         setting: device and precision of the step.
     """
     trace = _Trace(model, batch, setting)
@@ -134,12 +135,15 @@ class _Trace:
             where = (rule, backend, shape)
             if where not in self.attention:
                 self.attention[where] = traced_attention(*ids, rule, backend)
-            self.known[key] = self._trace(block, where, shape, flow)
+            self.known[key] = self._trace(block, where, ids[1:], shape, flow)
         return self.known[key]
 
-    def _trace(self, block: NativePrimitive, where: tuple[Any, ...], shape: tuple[int, int], flow: bool) -> int:
+    def _trace(
+        self, block: NativePrimitive, where: tuple[Any, ...], ids: Sequence[Tensor], shape: tuple[int, int], flow: bool
+    ) -> int:
         hidden, width = block.hparams.hidden_size, block.hparams.head_width
         dtype = self._dtype(block)
+        image_ids, kinds = map(known, ids)
 
         def inputs() -> tuple[Any, ...]:
             attend, shared = self.attention[where](self.setting)
@@ -147,18 +151,17 @@ class _Trace:
             rotary = [fake((*shape, 1, width), torch.float32, self.setting) for _ in range(2)]
             self.shared[where] = sum(tensor.nbytes for tensor in shared)
             self.shared["rotary", shape, width] = 2 * rotary[0].nbytes
-            ids = [fake(shape, torch.int64, self.setting) for _ in range(2)]
-            self.apart = [*shared, *rotary, *ids]
-            return x, BlockInputs((rotary[0], rotary[1]), attend, *ids)
+            self.apart = [*shared, *rotary]
+            return x, BlockInputs((rotary[0], rotary[1]), attend, image_ids, kinds)
 
         return kept_by(block, self.setting, inputs, lambda _: self.apart)
 
     def _patches(self) -> int:
         part, count = self.model.patch_embedding, len(self.batch.patches)
+        grids = known(self.batch.image_grids)
 
         def inputs() -> tuple[Any, ...]:
             pixels = fake(self.batch.patches.shape, self.batch.patches.dtype, self.setting)
-            grids = fake(self.batch.image_grids.shape, torch.int64, self.setting)
             return pixels, fake((count, 2), torch.int64, self.setting), grids
 
         return kept_by(part, self.setting, inputs, lambda arguments: arguments)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
 
 from neo_components.model.neo import NEO
-from neo_components.types import IGNORED, NO_IMAGE, Batch, TokenKind
+from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, TokenKind
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Document:
     """What every document of a sequence is taken to be: one image between its two boundary tokens, then text.
 
     Args:
-        visual: visual tokens of its image, side by side; 0: no image.
+        visual: visual tokens of its image; 0: no image. Tokens that a patch embedding adds to them come on top.
         text: other tokens, without the two around the image.
         targets: fraction of the text that are targets, the last tokens.
     """
@@ -25,10 +26,27 @@ class Document:
     text: int
     targets: float = 0.5
 
+    @classmethod
+    def of_length(cls, longest: int, spec: InputSpec, text: int = 0, visual: int | None = None) -> Document:
+        """The document of at most ``longest`` tokens with the most visual tokens, but no more than ``visual``."""
+        visual = max(longest - text - 2, 0) if visual is None else min(visual, max(longest - text - 2, 0))
+        while visual and cls(visual, text).length(spec) > longest:
+            visual -= 1
+        return cls(visual, text)
+
     @property
-    def length(self) -> int:
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its image, as near to a square as their product allows."""
+        rows = next((n for n in range(isqrt(self.visual), 0, -1) if self.visual % n == 0), 0)
+        return rows, self.visual // max(rows, 1)
+
+    def image(self, spec: InputSpec) -> list[int]:
+        """Kinds of the tokens of its image, without the two around it."""
+        return spec.image_layout(*self.grid).tolist() if self.visual else []
+
+    def length(self, spec: InputSpec) -> int:
         """Tokens of the document."""
-        return self.visual + 2 * bool(self.visual) + self.text
+        return len(self.image(spec)) + 2 * bool(self.visual) + self.text
 
 
 def assumed_batch(model: NEO, document: Document, count: int, seq_len: int) -> Batch:
@@ -46,29 +64,30 @@ def assumed_batch(model: NEO, document: Document, count: int, seq_len: int) -> B
     Raises:
         ValueError: if a document is longer than a sequence or empty.
     """
-    if not 1 <= document.length <= seq_len:
+    spec, frame = model.input_spec, bool(document.visual)
+    image, length = document.image(spec), document.length(spec)
+    if not 1 <= length <= seq_len:
+        added = f" (and {len(image) - document.visual} that are added to them)" if len(image) > document.visual else ""
         raise ValueError(
-            f"a document of {document.visual} visual and {document.text} other tokens does not fit a packed "
+            f"a document of {document.visual} visual{added} and {document.text} other tokens does not fit a packed "
             f"sequence of {seq_len}; give fewer, or a longer data.seq_len"
         )
-    documents, left = divmod(seq_len, document.length)
-    spec, frame = model.input_spec, bool(document.visual)
+    documents, left = divmod(seq_len, length)
     targets = round(document.targets * document.text)
-    words = document.text - targets
     one: dict[str, list[Any]] = {
-        "token_ids": [spec.image_start_id] * frame + [spec.image_token_id] * document.visual
+        "token_ids": [spec.image_start_id] * frame + [spec.image_token_id] * len(image)
         + [spec.image_end_id] * frame + [0] * document.text,
-        "image_ids": [NO_IMAGE] * frame + [0] * document.visual + [NO_IMAGE] * (frame + document.text),
-        "token_kinds": [TokenKind.BOUNDARY] * frame + [TokenKind.VISUAL] * document.visual
+        "image_ids": [NO_IMAGE] * frame + [0] * len(image) + [NO_IMAGE] * (frame + document.text),
+        "token_kinds": [TokenKind.BOUNDARY] * frame + image
         + [TokenKind.BOUNDARY] * frame + [TokenKind.TEXT] * document.text,
-        "labels": [IGNORED] * (document.length - document.text + words) + [0] * targets,
+        "labels": [IGNORED] * (length - targets) + [0] * targets,
     }  # fmt: skip
     rest = {"token_ids": 0, "image_ids": NO_IMAGE, "token_kinds": TokenKind.TEXT, "labels": IGNORED}
     columns: dict[str, Any] = {
         name: torch.tensor([*(values * documents), *([rest[name]] * left)])[None].repeat(count, 1)
         for name, values in one.items()
     }
-    number = torch.arange(documents).repeat_interleave(document.length)
+    number = torch.arange(documents).repeat_interleave(length)
     number = torch.cat([number, torch.full((left,), documents)])[None].repeat(count, 1)
     columns["image_ids"] = torch.where(columns["image_ids"] == NO_IMAGE, NO_IMAGE, number)
     images = count * documents if frame else 0
@@ -80,6 +99,6 @@ def assumed_batch(model: NEO, document: Document, count: int, seq_len: int) -> B
         loss_weights=(columns["labels"] != IGNORED).float(),
         patches=torch.empty(patches, spec.channels * spec.patch_size**2, device="meta"),
         patch_positions=torch.empty(patches, 2, dtype=torch.int64, device="meta"),
-        image_grids=torch.tensor([[spec.fold, document.visual * spec.fold]] * images, dtype=torch.int64).view(-1, 2),
+        image_grids=torch.tensor([document.grid] * images, dtype=torch.int64).view(-1, 2) * spec.fold,
         keys=[[] for _ in range(count)],
     )

@@ -10,11 +10,13 @@ FLOPs that activation checkpointing adds are reported apart from the model's FLO
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neo_components.components.attention import NativeAttention
+from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.layers import GatedFeedForward
 from neo_components.components.masks import LayerRule, document_spans, span_mask
 from neo_components.components.moe import SparseFeedForward
@@ -81,11 +83,11 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     flow = image_flow or words_enter or model.pre_buffer.boundary.requires_grad
     bridge = Flops()
     if model.bridge_in is not None:
-        bridge += _linear(model.bridge_in.proj, tokens, words_flow)
+        bridge += _bridge(model.bridge_in, tokens, words_flow)
         flow = flow or _trains(model.bridge_in)
     found["pre_buffer"], flow = stack_flops(model.pre_buffer, own, images, own_tokens, flow, kinds)
     if model.bridge_out is not None:
-        bridge += _linear(model.bridge_out.proj, own_tokens, flow)
+        bridge += _bridge(model.bridge_out, own_tokens, flow)
         flow = flow or _trains(model.bridge_out)
     if model.bridge_in is not None or model.bridge_out is not None:
         found["bridge"] = bridge
@@ -115,15 +117,34 @@ def stack_flops(
     """
     pairs = {rule: attended_pairs(document_ids, image_ids, rule, token_kinds) for rule in set(stack.layer_rules)}
     total = Flops()
+    real = document_ids != PADDING
     for number, block in enumerate(stack.blocks):
-        one = block_flops(block, tokens, pairs[block.layer_rule], flow)
+        routed = int((chosen_tokens(block, image_ids, token_kinds) & real).sum()) if block.added else 0
+        one = block_flops(block, tokens, pairs[block.layer_rule], flow, routed)
         flow = flow or _trains(block)
         again = one.forward if number < stack.checkpointed_blocks and flow else 0
         total += Flops(one.forward, one.backward, again)
     return total, flow
 
 
-def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> Flops:
+def chosen_tokens(block: NativePrimitive, image_ids: Tensor, token_kinds: Tensor) -> Tensor:
+    """[B, L] bool: the tokens that pass the feed-forward which expert routing put beside a block's own.
+
+    Raises:
+        ValueError: if the routing does not say.
+    """
+    if [old for _, old in block.added] != [block.mlp] or not hasattr(block.mlp, "chosen"):
+        raise ValueError(
+            f"the FLOPs of a block with experts {block.hparams.experts!r} are not known: they are where it adds one "
+            "feed-forward beside block.mlp, whose method chosen(inputs) gives the tokens of the new one, [B, L] bool"
+        )
+    routing: Any = block.mlp
+    nothing: Any = None
+    chosen: Tensor = routing.chosen(BlockInputs(nothing, nothing, image_ids, token_kinds))
+    return chosen
+
+
+def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool, routed: int = 0) -> Flops:
     """FLOPs of one block.
 
     Args:
@@ -131,6 +152,7 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> 
         tokens: that pass it.
         pairs: of query and key that its mask shows, for one head.
         flow: whether its input needs a gradient.
+        routed: how many tokens pass the feed-forward that expert routing added, instead of the block's own.
     """
     attention = block.self_attn
     before = flow or _trains(block.norms[0])
@@ -138,14 +160,18 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool) -> 
     within = before or _trains(attention) or any(map(_trains, block.norms))
     if isinstance(block.mlp, SparseFeedForward):
         return total + _experts(block.mlp, tokens, within)
-    if not isinstance(block.mlp, GatedFeedForward):
+    total += _gated(block.mlp, tokens - routed, within)
+    return total + (_gated(block.added[0][0], routed, within) if routed else Flops())
+
+
+def _gated(part: nn.Module, tokens: int, flow: bool) -> Flops:
+    if not isinstance(part, GatedFeedForward):
         raise ValueError(
-            f"the FLOPs of a {type(block.mlp).__name__} are not known: derive it from GatedFeedForward, of which each "
+            f"the FLOPs of a {type(part).__name__} are not known: derive it from GatedFeedForward, of which each "
             "token passes one"
         )
-    total += _linear(block.mlp.gate_proj, tokens, within) + _linear(block.mlp.up_proj, tokens, within)
-    within = within or _trains(block.mlp.gate_proj) or _trains(block.mlp.up_proj)
-    return total + _linear(block.mlp.down_proj, tokens, within)
+    total = _linear(part.gate_proj, tokens, flow) + _linear(part.up_proj, tokens, flow)
+    return total + _linear(part.down_proj, tokens, flow or _trains(part.gate_proj) or _trains(part.up_proj))
 
 
 def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Flops:
@@ -182,6 +208,16 @@ def _patches(model: NEO, image_grids: Tensor) -> tuple[Flops, bool]:
         total += _product(product.rows, product.outputs, product.inputs, flow, product.trained)
         flow = flow or product.trained
     return total, _trains(model.patch_embedding)
+
+
+def _bridge(part: nn.Module, tokens: int, flow: bool) -> Flops:
+    """The linear layers of a bridge, one behind the other."""
+    linear = {id(p) for layer in part.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
+    if odd := [name for name, p in part.named_parameters() if p.ndim > 1 and id(p) not in linear]:
+        raise ValueError(
+            f"the FLOPs of a {type(part).__name__} are not known: build it of nn.Linear; {odd[0]} belongs to none"
+        )
+    return _linear(part, tokens, flow)
 
 
 def _linear(part: nn.Module, tokens: int, flow: bool) -> Flops:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from neo_components.components.backends import EagerAttention
 from neo_components.components.block_inputs import Attend
@@ -91,6 +93,45 @@ def tracing(setting: Setting) -> Iterator[None]:
 def fake(shape: Iterable[int], dtype: torch.dtype, setting: Setting, grad: bool = False) -> Tensor:
     """A tensor of that shape without values; inside :func:`tracing`."""
     return torch.empty(tuple(shape), dtype=dtype, device=setting.device, requires_grad=grad)
+
+
+class Known(Tensor):
+    """A tensor with values among fake ones: kinds of tokens, sizes of images.
+
+    Code may choose by them (``x[kinds == 1]``) and read them (``grids.tolist()``). What is computed from known tensors
+    alone is known; beside a fake tensor it is fake, and a known mask selects as many elements as it has.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fakes = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
+        if not fakes:
+            with unset_fake_temporarily():
+                return super().__torch_function__(func, types, args, kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], _places(args[1]), *args[2:])
+        beside = partial(_beside, device=fakes[0].device)
+        args, kwargs = tree_map_only(Known, beside, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _beside(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+
+def _places(index: Any) -> tuple[Any, ...]:
+    """An index in which known masks are the places that they select."""
+    found: list[Any] = []
+    for one in index if isinstance(index, tuple) else (index,):
+        mask = isinstance(one, Known) and one.dtype == torch.bool
+        found += one.nonzero(as_tuple=True) if mask else [one]
+    return tuple(found)
+
+
+def known(values: Tensor) -> Tensor:
+    """Those values, to be used inside :func:`tracing`."""
+    return values.detach().cpu().as_subclass(Known)
 
 
 def weights_of(module: nn.Module, setting: Setting) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None 
 
 
 def _check(pre: PreBuffer) -> None:
-    if not isinstance(pre.rotary.variant, Native | OneDimensional):
+    if type(pre.rotary.variant) not in (Native, OneDimensional):  # one derived from them counts otherwise
         raise ValueError(
             f"rope {pre.hparams.rope!r} counts positions in a way that the programs cannot; use native or 1d"
         )
@@ -68,7 +68,7 @@ def _check(pre: PreBuffer) -> None:
         raise ValueError(
             "a pre-Buffer with experts routes tokens by what they are, which a program cannot; use a dense one"
         )
-    if not isinstance(pre.patch_embedding, PatchEmbedding):
+    if type(pre.patch_embedding) is not PatchEmbedding:
         raise ValueError(
             f"a program cuts patches for NEO's own patch embedding only, not for {type(pre.patch_embedding).__name__}"
         )

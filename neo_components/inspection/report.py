@@ -224,8 +224,10 @@ def document_of(recipe: Recipe, model: NEO, assumed: Assumed) -> tuple[Document,
     how = "given"
     if visual is None:
         side = (data["min_pixels"] ** 0.5 + data["max_pixels"] ** 0.5) / 2
-        visual = min(round(side / spec.factor) ** 2, max(longest - assumed.text - 2, 0))
+        visual = Document.of_length(longest, spec, assumed.text, round(side / spec.factor) ** 2).visual
         how = f"a square image in the middle of {data['min_pixels']} to {data['max_pixels']} pixels"
     document = Document(visual, min(assumed.text, longest))
-    text = f"{document.length} tokens: {visual} visual ({how}), {document.text} text, half of them target tokens"
+    added = len(document.image(spec)) - visual
+    text = f"{document.length(spec)} tokens: {visual} visual ({how}), " + (f"{added} added to them, " if added else "")
+    text += f"{document.text} text, half of them target tokens"
     return document, {"document": text}

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neo_components.components.bridge import Bridge
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.components.text_route import TextRoute
@@ -126,8 +125,9 @@ def attach(
     h = pre.hparams
     if not isinstance(llm, PostLLM):
         llm = PostLLM.from_pretrained(
-            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, backend=pre.backend, dtype=dtype
-        )
+            llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, experts=h.experts,
+            backend=pre.backend, dtype=dtype,
+        )  # fmt: skip
     if h.rope != llm.hparams.rope:
         raise ValueError(
             f"the pre-Buffer was trained with rope {h.rope!r}, and this PostLLM has {llm.hparams.rope!r}, which counts "
@@ -155,13 +155,22 @@ def _fit(bridge_in: Any, bridge_out: Any, ours: Tensor, theirs: Tensor) -> None:
     for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
         if bridge is not None:
             bridge.fit(source, target)
-            if isinstance(bridge, Bridge):
-                reported.append(
-                    f"{name} {bridge.unexplained:.3f} (of tokens left out {bridge.unexplained_left_out:.3f})"
-                )
+            if getattr(bridge, "unexplained", None) is None:
+                bridge.unexplained = _unexplained(bridge, source, target)
+            left_out = getattr(bridge, "unexplained_left_out", None)
+            missed = "" if left_out is None else f" (of tokens left out {left_out:.3f})"
+            reported.append(f"{name} {bridge.unexplained:.3f}{missed}")
     log.info("bridges fitted on %d shared tokens; variance left unexplained: %s", len(ours), ", ".join(reported))
-    if isinstance(bridge_in, Bridge) and (bridge_in.unexplained or 0) > REPORTED_FROM:
-        log.info("text reaches the language model changed by as much; text='bypass' leads it around the pre-Buffer")
+    if bridge_in is not None and bridge_in.unexplained > REPORTED_FROM:
+        log.info("words reach the language model changed by as much; text='bypass' leads them around the pre-Buffer")
+
+
+@torch.no_grad()
+def _unexplained(bridge: Any, source: Tensor, target: Tensor) -> float:
+    """The share of the variance of target [n, out_width] that a bridge over source [n, in_width] misses."""
+    with filled(bridge):
+        missed = target - bridge(source)
+    return float(missed.square().sum() / (target - target.mean(0)).square().sum())
 
 
 def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None) -> bool:

@@ -298,7 +298,7 @@ def _check_expressible(model: NEOParts) -> None:
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]
     if post.base_h != post.base_w:
         faults.append(f"base_h {post.base_h} differs from base_w {post.base_w}")
-    if not isinstance(model.patch_embedding, PatchEmbedding):
+    if type(model.patch_embedding) is not PatchEmbedding:
         faults.append(f"patch embedding {type(model.patch_embedding).__name__} (only NEO's own)")
     elif patch.position != "rotary":
         faults.append(f"patch position {patch.position!r} (only 'rotary')")

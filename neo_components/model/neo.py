@@ -89,7 +89,7 @@ class NEO(NEOFiles):
     def _check_types(self) -> None:
         parts: dict[str, nn.Module | None] = {"pre_buffer": self.pre_buffer, "post_llm": self.post_llm}
         parts |= {"bridge_in": self.bridge_in, "bridge_out": self.bridge_out}
-        types = {name: next(part.parameters()).dtype for name, part in parts.items() if part is not None}
+        types = {name: p.dtype for name, part in parts.items() if part is not None for p in [*part.parameters()][:1]}
         if len(set(types.values())) > 1:
             raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
 

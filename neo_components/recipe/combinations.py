@@ -25,7 +25,7 @@ from neo_components.recipe.schema import (
     PreBufferAsset,
     block_choices,
 )
-from neo_components.registry import KIND
+from neo_components.registry import KIND, split
 from neo_components.storage.deferred import unfilled
 
 ANY_WIDTH = 4
@@ -40,6 +40,8 @@ def check_combinations(reader: Reader) -> None:
     if form is Checkpoint:
         return
     _check_blocks(reader)
+    # Blocks on a pretrained language model are not built here, as its sizes are not known.
+    _check_part(reader, "model.rope", CHOICES["rope"], base_h=1.0, base_w=1.0)
     _check_part(reader, "model.patch_embedding", PATCH_EMBEDDING, hidden_size=ANY_WIDTH)
     _check_part(reader, "model.bridge", BRIDGE, in_width=ANY_WIDTH, out_width=ANY_WIDTH)
     asset = reader.sections.get("model.pre_buffer", (None, {}))[0]
@@ -51,9 +53,13 @@ def check_combinations(reader: Reader) -> None:
     only = f"only an asset (model.pre_buffer.{FROM}) is attached by a bridge"
     if model.get("bridge", AUTO) != AUTO:
         reader.fault("model.bridge", f"got {model['bridge']!r}, but {only}")
+    absent = {"bridge": only}
+    if split(model.get("experts") or "none")[0] == "none":
+        absent["visual_experts"] = "choose an expert routing by model.experts"
     trained = reader.given.get("stage", {}).get("train")
-    if isinstance(trained, list) and "bridge" in trained:
-        reader.fault(f"stage.train.{trained.index('bridge')}", f"this model has no 'bridge': {only}")
+    for number, group in enumerate(trained if isinstance(trained, list) else ()):
+        if group in absent:
+            reader.fault(f"stage.train.{number}", f"this model has no {group!r}: {absent[group]}")
 
 
 def _check_data(reader: Reader) -> None:

@@ -16,6 +16,7 @@ Group = Literal[
     "post_llm.hw",
     "post_llm.word_embedding",
     "post_llm.head",
+    "visual_experts",
     "bridge",
     "all",
 ]

@@ -113,10 +113,14 @@ def check_sizes(config: Mapping[str, Any], files: TensorFiles) -> None:
             raise ValueError(f"{files.folder}/config.json claims {heads[0]} heads of width {heads[1]}, stored: {rows}")
 
 
-def model_card(config: Mapping[str, Any]) -> str:
-    """The model card that a config.json tells: what it is, how it is attached, where it comes from, its scores."""
-    h, patch = config["pre_buffer"], config["patch_embedding"]
-    side = patch["patch_size"] * patch["fold"]
+def model_card(config: Mapping[str, Any], side: int) -> str:
+    """The model card of an asset: what it is, how it is attached, where it comes from, its scores.
+
+    Args:
+        config: its config.json.
+        side: of a visual token in pixels.
+    """
+    h = config["pre_buffer"]
     return (
         f"---\nlibrary_name: neo-components\nlicense: {config['license'] or 'unknown'}\n---\n"
         "# Pre-Buffer of a native vision-language model\n\n"

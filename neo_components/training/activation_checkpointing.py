@@ -123,7 +123,8 @@ def worst_batches(model: NEO, data: Mapping[str, Any], device: str) -> list[Batc
     lengths = {longest, min(longest, FUSED - 1)} if device == "cpu" else {longest}
     batches = []
     for length in sorted(lengths):
-        document = Document(length - 2, 0) if length > 2 else Document(0, length)
+        document = Document.of_length(length, model.input_spec)
+        document = document if document.visual else Document(0, length)
         batch = assumed_batch(model, document, data["micro_batch_size"], data["seq_len"])
         batches.append(replace(batch, labels=torch.zeros_like(batch.labels), loss_weights=batch.loss_weights + 1))
     return batches

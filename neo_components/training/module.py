@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from neo_components.data.module import NEODataModule
+from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.activation_checkpointing import blocks_of
@@ -190,7 +192,8 @@ class NEOTraining(lightning.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the number of skipped steps."""
+        """Adds the model's arguments, the options of its parts among them, and the number of skipped steps."""
+        checkpoint["model"] = json.dumps(own_config(self.model))
         checkpoint["faults"] = {"skipped_steps": self.skipped_steps, "in_a_row": self._skipped_consecutive}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from neo_components.components.patch_embeddings.neo import PatchEmbedding
 from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
 from neo_components.model.chat import Chat
+from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
 from neo_components.recipe import Recipe, build, load_recipe
 from neo_components.recipe.stage import StageConfig
@@ -84,10 +86,13 @@ def whiten(recipe: Recipe, model: NEO) -> None:
         patches.append(batch.patches)
         if sum(map(len, patches)) >= recipe.stage.whiten_patches:
             break
-    embedding = model.patch_embedding
-    if not isinstance(embedding, PatchEmbedding):
-        raise ValueError(f"stage.whiten_patches: a {type(embedding).__name__} cannot be whitened; take the key away")
-    embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(embedding.patch_proj.weight.device))
+    embedding: Any = model.patch_embedding
+    if not hasattr(embedding, "whiten"):
+        raise ValueError(
+            f"stage.whiten_patches: a {type(embedding).__name__} has no method whiten(patches); take the key away"
+        )
+    device = next(embedding.parameters()).device
+    embedding.whiten(torch.cat(patches)[: recipe.stage.whiten_patches].to(device))
 
 
 def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
@@ -116,6 +121,16 @@ def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
+def _other_arguments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Arguments of the model's parts that differ from those in a checkpoint, though the tensors may not."""
+    found = []
+    for part in ("patch_embedding", "pre_buffer", "post_llm", "bridge_in", "bridge_out"):
+        old, new = before.get(part) or {}, now[part] or {}
+        names = sorted(old.keys() & new) if before else []
+        found += [f"{part}.{n} is {new[n]!r}, and was {old[n]!r}" for n in names if n != "source" and old[n] != new[n]]
+    return found
+
+
 def checkpoint_of(output: Path, resume: str | Path | None, module: NEOTraining) -> tuple[Path | None, int]:
     """The checkpoint to resume from (``None``: none) and its number of steps.
 
@@ -140,6 +155,10 @@ def checkpoint_of(output: Path, resume: str | Path | None, module: NEOTraining) 
     done = int(saved["global_step"])
     if done >= module.stage.steps:
         raise ValueError(f"{path} has {done} steps already, stage.steps is {module.stage.steps}: raise it to go on")
+    if changed := _other_arguments(
+        json.loads(saved.get("model", "{}")), json.loads(json.dumps(own_config(module.model)))
+    ):
+        raise ValueError(f"{path} is of another model: {'; '.join(changed)}; resume with the recipe of its run")
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
     differ = [name for name in sorted(stored.keys() | wanted) if stored.get(name) != wanted.get(name)]
     if differ:

@@ -27,6 +27,7 @@ from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.shards.remote import cache_folder
 from neo_components.data.skip_counts import REASONS, SampleError, SkipCounts
 from neo_components.storage.progress import progress
+from neo_components.types import plain_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 """Changes when the same conversation becomes other tokens, so that lengths kept from before are not used."""
 
+GRIDS = [(rows, columns) for rows in range(1, 9) for columns in range(1, 9)]
+"""Sizes of images that tell two layouts apart."""
 CHUNK = 256
 SHOWN_FROM = 5000
 """Samples of a folder from which on counting shows its progress."""
@@ -112,6 +115,8 @@ def fingerprint(folder: ShardFolder, maker: SampleMaker) -> str:
         "reasons": _REASONS,
         "folder": folder.signature(),
     }
+    if maker.spec.image_layout is not plain_layout:
+        facts["layout"] = [len(maker.spec.image_layout(rows, columns)) for rows, columns in GRIDS]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -115,7 +115,8 @@ class Performance(Callback):
         self._new["positions"] += batch.document_ids.numel()
         assert isinstance(module.model, NEO)
         # On the CPU, as the count reads one number per document.
-        ids = {name: getattr(batch, name).cpu() for name in ("token_ids", "labels", "document_ids", "image_ids")}
+        read = ("token_ids", "labels", "document_ids", "image_ids", "token_kinds", "image_grids")
+        ids = {name: getattr(batch, name).cpu() for name in read}
         self._new["flops"] += sum(part.model for part in step_flops(module.model, replace(batch, **ids)).values())
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step

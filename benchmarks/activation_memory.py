@@ -6,8 +6,8 @@
 ``kept`` is counted by hooks on every tensor that autograd saves, each storage once, weights and batch left out; the
 estimate is that of ``neo_components.estimate``, which runs the same code on fake tensors. The gradients that the loss
 holds are left out of both. ``peak`` is what forward and
-backward take beyond what was there before: of a process of its own on a CPU (Linux, glibc), of torch's allocator on a
-GPU; its estimate is a rule for the working space on top of exact counts. Each line is a process of its own.
+backward take beyond what was there before: of a separate process on a CPU (Linux, glibc), of torch's allocator on a
+GPU; its estimate is a rule for the working space on top of exact counts. Each line is a separate process.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of glibc: freed memory leaves the process
     spawn = multiprocessing.get_context("spawn")
     for shape in GPU_SHAPES if options.device == "cuda" else SHAPES:
-        for stage, share, bf16 in [(s, r, b) for s in STAGES for r in (0.0, 0.5, 1.0) for b in (False, True)]:
-            case = Case(*shape, stage, share, bf16, options.device)
+        for stage, part, bf16 in [(s, r, b) for s in STAGES for r in (0.0, 0.5, 1.0) for b in (False, True)]:
+            case = Case(*shape, stage, part, bf16, options.device)
             here, there = spawn.Pipe()
             process = spawn.Process(target=run, args=(case, options.threads, there))
             process.start()
@@ -167,7 +167,7 @@ def main() -> None:
             guess, count, guess_peak, high = here.recv()
             process.join()
             tokens = f"{case.documents} x {case.length}"
-            print(f"{case.hidden:6d} {f'{case.pre}+{case.post}':>6s} {tokens:>9s} {stage:5d} {share:5.1f} "
+            print(f"{case.hidden:6d} {f'{case.pre}+{case.post}':>6s} {tokens:>9s} {stage:5d} {part:5.1f} "
                   f"{'bfloat16' if bf16 else 'float32':>8s} {guess / 2**20:9.1f} {count / 2**20:9.1f} "
                   f"{guess / count:6.3f} {guess_peak / 2**20:9.1f} {high / 2**20:9.1f} "
                   f"{guess_peak / high:6.3f}", flush=True)  # fmt: skip

@@ -99,7 +99,7 @@ def _write(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any], dt
 
 
 def measure(reader: str, folder: Path, dtype: str) -> dict[str, float]:
-    """Loads a folder in a process of its own.
+    """Loads a folder in its own process.
 
     Returns:
         Bytes: ``size`` of all parameters in memory, ``before`` (resident when everything is imported), ``peak``; and

@@ -11,7 +11,7 @@ the four packages above are not among its dependencies.
 What the conversion has to handle:
 
 - the GGUF states the rope base of full attention only; sliding attention has 1e4, the default of the config class;
-- transformers refuses to save the converted model as long as its config says that it is quantized;
+- transformers refuses to save the converted model as long as its config states that it is quantized;
 - the converted tokenizer puts no ``<bos>`` before a text, without which the model does worse: both are shown.
 """
 

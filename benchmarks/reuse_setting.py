@@ -116,15 +116,15 @@ def _make_source(root: Path, source: str, seed: int, steps: tuple[int, ...]) -> 
         if number == 1:
             model = [f"model.post_llm.from_pretrained={root / 'llm_a'}", "model.pre_buffer.depth=2"]
             model += ["model.pre_buffer.init_std=0.1", "model.patch_embedding.width=192"]
-        seen = {
+        data_of = {
             "pretrain": ("train_open", "train_text"),
             "midtrain": ("train_all", "train_open"),
             "sft": ("train_all",),
         }
-        weights = (0.7, 0.3) if len(seen[stage]) == 2 else (1.0,)
+        weights = (0.7, 0.3) if len(data_of[stage]) == 2 else (1.0,)
         data = [
             f"{{shards: {root / task / name}, weight: {weight}}}"
-            for name, weight in zip(seen[stage], weights, strict=True)
+            for name, weight in zip(data_of[stage], weights, strict=True)
         ]
         recipe = load_recipe(f"quickstart/{stage}", [
             f"seed={seed}", f"variables.root={root}", f"output={output}", *model, *common(root, "a", task),

@@ -125,7 +125,7 @@ class KVCache:
         document_ids: [1, L] one packed sequence of S prompts, without padding.
         image_ids: [1, L].
         rules: mask rule and window of each layer. What is cached has attended already, so a token after the prompt
-            attends as its rule says and changes no token before it.
+            attends as its rule states and changes no token before it.
         room: new tokens per document to make room for.
         token_kinds: [1, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
     """
@@ -167,9 +167,9 @@ class KVCache:
         if rule not in self._masks:
             used = int(self.lengths.max()) + 1
             newest = self.tokens.map(lambda x: x.gather(1, self.lengths[:, None])[..., None])
-            seen = rule_of(*rule)(newest, self.tokens.map(lambda x: x[:, None, :used]))
-            written = torch.arange(used, device=seen.device) <= self.lengths[:, None]
-            self._masks[rule] = (seen & written[:, None])[:, None]
+            attended = rule_of(*rule)(newest, self.tokens.map(lambda x: x[:, None, :used]))
+            written = torch.arange(used, device=attended.device) <= self.lengths[:, None]
+            self._masks[rule] = (attended & written[:, None])[:, None]
         return self._masks[rule]
 
 
@@ -210,6 +210,6 @@ class _CachedLayer:
         lengths = self.cache.lengths
         rows = torch.arange(len(lengths), device=lengths.device)
         self.k[rows, lengths], self.v[rows, lengths] = k[:, 0], v[:, 0]
-        seen = self.cache.mask(self.rule)
-        used = seen.shape[-1]
-        return sdpa(q, self.k[:, :used], self.v[:, :used], seen, scale)
+        attended = self.cache.mask(self.rule)
+        used = attended.shape[-1]
+        return sdpa(q, self.k[:, :used], self.v[:, :used], attended, scale)

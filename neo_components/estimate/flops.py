@@ -131,7 +131,7 @@ def chosen_tokens(block: NativePrimitive, image_ids: Tensor, token_kinds: Tensor
     """[B, L] bool: the tokens that pass the feed-forward which expert routing put beside a block's own.
 
     Raises:
-        ValueError: if the routing does not say.
+        ValueError: if the routing does not state it.
     """
     if [old for _, old in block.added] != [block.mlp] or not hasattr(block.mlp, "chosen"):
         raise ValueError(

@@ -121,7 +121,7 @@ def _beside(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _places(index: Any) -> tuple[Any, ...]:
-    """An index in which known masks are the places that they select."""
+    """An index in which known masks are the indices that they select."""
     found: list[Any] = []
     for one in index if isinstance(index, tuple) else (index,):
         mask = isinstance(one, Known) and one.dtype == torch.bool

@@ -167,7 +167,7 @@ def _fit(bridge_in: Any, bridge_out: Any, ours: Tensor, theirs: Tensor) -> None:
 
 @torch.no_grad()
 def _unexplained(bridge: Any, source: Tensor, target: Tensor) -> float:
-    """The share of the variance of target [n, out_width] that a bridge over source [n, in_width] misses."""
+    """The fraction of the variance of target [n, out_width] that a bridge over source [n, in_width] misses."""
     with filled(bridge):
         missed = target - bridge(source)
     return float(missed.square().sum() / (target - target.mean(0)).square().sum())

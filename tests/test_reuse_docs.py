@@ -83,7 +83,7 @@ def test_the_page_on_programs_where_the_library_is_not(folder: Path, monkeypatch
         printed.append(done.stdout)
     assert printed[0].endswith("\n")
     assert [line.split(":")[0] for line in printed[1].splitlines()] == ["shape", "color"]
-    assert printed[1].count("of 40 test pictures") == 2
+    assert printed[1].count("of 40 test images") == 2
 
 
 def test_somebody_elses_project(folder: Path) -> None:

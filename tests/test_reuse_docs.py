@@ -83,7 +83,7 @@ def test_the_programs_page_runs_without_the_library(folder: Path, monkeypatch: p
         printed.append(done.stdout)
     assert printed[0].endswith("\n")
     assert [line.split(":")[0] for line in printed[1].splitlines()] == ["shape", "color"]
-    assert printed[1].count("of 40 test pictures") == 2
+    assert printed[1].count("of 40 test images") == 2
 
 
 def test_the_probe_example_trains_a_head(folder: Path) -> None:

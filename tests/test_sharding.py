@@ -95,7 +95,8 @@ def test_two_processes_train_what_one_does(two: tuple[Path, list[dict[str, Any]]
             share = 1.0 if case["strategy"] == "ddp" else 0.5
             assert result["held"] == pytest.approx(share, abs=0.02)
     averaged, expected = load_file(folder / "two.safetensors"), load_file(tmp_path / "one.safetensors")
-    assert all(torch.allclose(averaged[name], tensor, atol=1e-4) for name, tensor in expected.items())
+    # Adam moves a weight whose gradient is nearly 0 by the sign of rounding errors.
+    assert all(torch.allclose(averaged[name], tensor, atol=2e-4) for name, tensor in expected.items())
     one, other = first[-1]["steps"][0]["train/loss"], first[1]["steps"][0]["train/loss"]
     assert one == pytest.approx(other, rel=0.02) and one != other
 

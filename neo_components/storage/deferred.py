@@ -142,7 +142,7 @@ def new_weights(make: Callable[[], Part], seed: int | None = None) -> Part:
         make: builds the part.
         seed: of its weights; ``None``: a number drawn from torch's generator.
     """
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     # Draws of the constructor are not kept, so the generator must not notice them.
     with unfilled() if deferred() is not None else torch.random.fork_rng(devices=[]):
         part = make()

@@ -91,12 +91,11 @@ def test_two_processes_train_what_one_does(two: tuple[Path, list[dict[str, Any]]
         assert alone["steps"][0]["train/grad_norm"] > 0.5 == pytest.approx(alone["clipped"], abs=1e-5)
         assert alone["steps"][-1]["train/skipped_steps"] == ("poisoned" in case)
         for result in (here, there):
-            close(result, alone, 5e-5)  # Adam enlarges what sums in another order differ by
+            close(result, alone)
             share = 1.0 if case["strategy"] == "ddp" else 0.5
             assert result["held"] == pytest.approx(share, abs=0.02)
     averaged, expected = load_file(folder / "two.safetensors"), load_file(tmp_path / "one.safetensors")
-    # Adam moves a weight whose gradient is nearly 0 by the sign of rounding errors.
-    assert all(torch.allclose(averaged[name], tensor, atol=2e-4) for name, tensor in expected.items())
+    assert all(torch.allclose(averaged[name], tensor, atol=1e-4) for name, tensor in expected.items())
     one, other = first[-1]["steps"][0]["train/loss"], first[1]["steps"][0]["train/loss"]
     assert one == pytest.approx(other, rel=0.02) and one != other
 
@@ -123,7 +122,7 @@ def test_four_processes_save_and_two_go_on(models: dict[str, str], tmp_path: Pat
         close({**resumed, "steps": [*begun["steps"], *resumed["steps"]]}, whole)
         state, expected = load_file(weights[ranks]), load_file(weights[4])
         for name, tensor in expected.items():
-            assert torch.allclose(state[name], tensor, atol=2e-4), name
+            assert torch.allclose(state[name], tensor, atol=1e-4), name
 
 
 def test_a_damaged_sharded_checkpoint_is_told(

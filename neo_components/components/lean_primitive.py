@@ -38,7 +38,7 @@ def lean_attention(attention: nn.Module, norm: nn.Module, x: Tensor, inputs: Blo
     if type(attention) is not NativeAttention or not plain(attention, *attention.q_norms, *attention.k_norms):
         return attention(norm(x), inputs)
     a = attention
-    q, q_hw, k, k_hw, v = linears_after(norm, x, (a.q_proj, a.q_proj_hw, a.k_proj, a.k_proj_hw, a.v_proj))
+    q, k, v, q_hw, k_hw = linears_after(norm, x, (a.q_proj, a.k_proj, a.v_proj, a.q_proj_hw, a.k_proj_hw))
     norms, count = [*a.q_norms, *a.k_norms], len(a.q_norms)
 
     def rotated(q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,11 @@ class ShardedTraining(NEOTraining):
             group["foreach"] = True
         return configured
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in :class:`NEOTraining`."""
+        with plain_classes(self.model):
+            super().on_save_checkpoint(checkpoint)
+
     def on_validation_end(self) -> None:
         """Reshards, as the weights may change before the next step (``stage.ema``)."""
         super().on_validation_end()

@@ -41,6 +41,10 @@ class ArgumentErrors(ValueError):
         return type(self), (self.errors,)
 
 
+class UnknownFlopsError(ValueError):
+    """The FLOPs of a part are not known; the message says what the part must have so that they are."""
+
+
 def one_of(argument: str, value: Any, allowed: Iterable[str]) -> None:
     """Checks a choice between names.
 

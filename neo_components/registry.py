@@ -94,7 +94,7 @@ class Registry(Mapping[str, Any]):
         return self._parts[name] if name in self else default
 
     def remove(self, name: str) -> None:
-        """Takes a part away."""
+        """Takes a part away, for tests and notebooks that register one."""
         del self._parts[name]
 
     def _load(self) -> None:
@@ -131,7 +131,8 @@ class Registry(Mapping[str, Any]):
                 )
         missing = [n for n, p in options.items() if n not in chosen and p.default is inspect.Parameter.empty]
         if missing:
-            raise ArgumentError(self.kind, f"{name!r} needs the option {missing[0]!r}")
+            given = f" (the library itself passes {', '.join(self.given)})" if self.given else ""
+            raise ArgumentError(self.kind, f"{name!r} needs the option {missing[0]!r}{given}")
         defaults = {option: parameter.default for option, parameter in options.items()}
         return {KIND: name, **defaults, **chosen} if options else name
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from builders import expressible
+from builders import expressible, tiny_model
 from llm_references import plain
-from torch import nn
+from torch import Tensor, nn
 
-from neo_components import NEO, load_recipe
-from neo_components.data.text.conversation import load_tokenizer  # noqa: F401 - registers nothing; the world's tokenizer
+from neo_components import NEO, PatchEmbedding, load_recipe
 from neo_components.model.attach import export_pre_buffer
 from neo_components.recipe import build
-from neo_components.storage.deferred import Deferred, filled, known_weights, new_weights, unfilled
+from neo_components.registry import PATCH_EMBEDDINGS
+from neo_components.storage.deferred import Deferred, filled, new_weights, to_meta, unfilled
 
 SMALL = "vocab_size: 60, depth: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, head_width: 8, feed_forward_size: 48"
 
@@ -33,8 +34,8 @@ def check(folder: Path, text: str) -> None:
     assert torch.equal(torch.rand(3), after)
     assert sum(p.is_meta for p in model.parameters()) > 20
     torch.manual_seed(11)  # what is drawn later depends on nothing but the build
-    known = known_weights(model)
-    deferred.materialize(model.to("meta"), torch.device("cpu"), known)
+    known = to_meta(model)
+    deferred.materialize(model, torch.device("cpu"), known)
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(11)))
     for (name, parameter), (other, value) in zip(at_once.named_parameters(), model.named_parameters(), strict=True):
         assert name == other and value.dtype == parameter.dtype, name
@@ -95,6 +96,36 @@ def test_parts_can_be_filled_before_the_model() -> None:
         deferred.fill(layer)
     assert torch.equal(layer.weight, at_once.weight) and torch.equal(layer.bias, at_once.bias)
     assert at_once.weight.std() > 0.5 and not at_once.bias.any()
+
+
+@PATCH_EMBEDDINGS.register("tabled")
+class Tabled(PatchEmbedding):
+    """A patch embedding with tables that no file holds, and one that files hold."""
+
+    def __init__(self, hidden_size: int, **arguments: Any) -> None:
+        super().__init__(hidden_size, **arguments)
+        self.register_buffer("table", torch.arange(hidden_size) / 8, persistent=False)
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, patches: Tensor, patch_positions: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        return super().forward(patches, patch_positions) * self.count + self.table
+
+    def init_weights(self) -> None:
+        for projection in (self.patch_proj, self.token_proj):
+            projection.reset_parameters()
+
+
+def test_tables_of_a_part_keep_their_values(tmp_path: Path) -> None:
+    """Buffers are no weights: neither loading nor building for later may lose them."""
+    model = tiny_model()
+    model = NEO(Tabled(32, width=16, patch_size=4), model.pre_buffer, model.post_llm)
+    model.patch_embedding.count.fill_(3)
+    model.save_pretrained(tmp_path / "neo")
+    for loaded in (NEO.from_pretrained(tmp_path / "neo"), NEO.from_pretrained(tmp_path / "neo", dtype="bfloat16")):
+        assert loaded.patch_embedding.table.tolist() == (torch.arange(32) / 8).tolist()
+        assert loaded.patch_embedding.count == 3
+    check(tmp_path, f"{{from_pretrained: {tmp_path}/neo}}")
+    check(tmp_path, f"{{patch_embedding: {{kind: tabled}}, pre_buffer: {{depth: 2}}, post_llm: {{{SMALL}}}}}")
 
 
 def test_a_weight_without_a_value_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,11 @@ from run_builders import MUON, pretraining, recipe_file, small_world, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import fit, rows
 
-from neo_components import NEO, Batch, Sample, load_recipe, pack
+from neo_components import NEO, Batch, PatchEmbedding, Sample, load_recipe, pack
 from neo_components.data import Source
 from neo_components.data.module import NEODataModule
 from neo_components.data.plan.mixture import source_names
+from neo_components.errors import UnknownFlopsError
 from neo_components.estimate.flops import step_flops
 from neo_components.training.callbacks import progress as callbacks
 from neo_components.training.callbacks.drift import SAMPLED, Drift, samples
@@ -277,6 +278,20 @@ def test_speed_counts_tokens_images_and_flops_over_the_time_of_steps(monkeypatch
     assert metrics["perf/packing_efficiency"] == pytest.approx(tokens / (4 * 160))
     assert metrics["perf/tflops"] == pytest.approx(flops / 7 / 1e12)
     assert "perf/mfu" not in metrics
+
+
+def test_a_part_whose_flops_are_unknown_trains_without_that_figure(caplog: pytest.LogCaptureFixture) -> None:
+    class Depthwise(PatchEmbedding):
+        def products(self, image_grids: torch.Tensor) -> Any:
+            raise UnknownFlopsError("the FLOPs of a Depthwise are not known")
+
+    model = tiny_model()
+    model.patch_embedding.__class__ = Depthwise
+    module = fit(model, rows(model.input_spec, 2), log_every_n_steps=1, callbacks=[Performance()])
+    assert {"perf/tokens_per_s", "perf/data_wait"} <= {*module.trainer.callback_metrics}
+    assert not {"perf/tflops", "perf/mfu"} & {*module.trainer.callback_metrics}
+    told = [record.getMessage() for record in caplog.records if "perf/tflops" in record.getMessage()]
+    assert told == ["perf/tflops and perf/mfu are not logged: the FLOPs of a Depthwise are not known"]
 
 
 def test_peaks_are_of_known_devices_and_half_precision() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.component import Component
+from neo_components.errors import UnknownFlopsError
 from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
 from neo_components.types import ImageLayout, TokenKind, plain_layout
 
@@ -99,10 +100,10 @@ class ImageEmbedding(Component):
         By default every linear layer is counted once for each patch; products without weights are not counted.
 
         Raises:
-            ValueError: if there is a layer whose products are not those of a linear layer.
+            UnknownFlopsError: (a ``ValueError``) if there is a layer whose products are not those of a linear layer.
         """
         if odd := [type(part).__name__ for part in self.modules() if isinstance(part, UNCOUNTED)]:
-            raise ValueError(
+            raise UnknownFlopsError(
                 f"the FLOPs of a {odd[0]} are not known: {type(self).__name__} must define products(image_grids)"
             )
         patches = int(image_grids.prod(-1).sum())

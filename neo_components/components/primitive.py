@@ -50,6 +50,12 @@ class NativePrimitive(Component):
         self.mlp = self._feed_forward()
         self._make_norms()
         self.added = EXPERTS.make(h.experts, block=self)
+        if not isinstance(self.self_attn, NativeAttention):
+            raise ArgumentError(
+                "experts",
+                f"{h.experts!r} puts a {type(self.self_attn).__name__} in place of block.self_attn: derive it from "
+                "NativeAttention, whose projections training groups, checkpoints and estimates look for",
+            )
 
     def _feed_forward(self) -> nn.Module:
         h = self.hparams

@@ -22,6 +22,7 @@ from neo_components.components.masks import LayerRule, document_spans, span_mask
 from neo_components.components.moe import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
+from neo_components.errors import UnknownFlopsError
 from neo_components.model.neo import NEO
 from neo_components.registry import MASKS
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, kinds_of
@@ -69,6 +70,9 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
         ``Flops`` by part: ``patch_embedding``, ``pre_buffer``, ``post_llm``, ``head``, and ``bridge`` where there is
         one. ``sum(part.model for part in step_flops(model, batch).values())`` over seconds and the device's peak is the
         model FLOP utilization.
+
+    Raises:
+        UnknownFlopsError: (a ``ValueError``) for a part of your own whose FLOPs are not known.
     """
     real = batch.document_ids != PADDING
     tokens = int(real.sum())
@@ -131,10 +135,10 @@ def chosen_tokens(block: NativePrimitive, image_ids: Tensor, token_kinds: Tensor
     """[B, L] bool: the tokens that pass the feed-forward which expert routing put beside a block's own.
 
     Raises:
-        ValueError: if the routing does not state it.
+        UnknownFlopsError: (a ``ValueError``) if the routing does not state it.
     """
     if [old for _, old in block.added] != [block.mlp] or not hasattr(block.mlp, "chosen"):
-        raise ValueError(
+        raise UnknownFlopsError(
             f"the FLOPs of a block with experts {block.hparams.experts!r} are not known: they are where it adds one "
             "feed-forward beside block.mlp, whose method chosen(inputs) gives the tokens of the new one, [B, L] bool"
         )
@@ -166,7 +170,7 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool, rou
 
 def _gated(part: nn.Module, tokens: int, flow: bool) -> Flops:
     if not isinstance(part, GatedFeedForward):
-        raise ValueError(
+        raise UnknownFlopsError(
             f"the FLOPs of a {type(part).__name__} are not known: derive it from GatedFeedForward, of which each "
             "token passes one"
         )
@@ -214,7 +218,7 @@ def _bridge(part: nn.Module, tokens: int, flow: bool) -> Flops:
     """The linear layers of a bridge, one behind the other."""
     linear = {id(p) for layer in part.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
     if odd := [name for name, p in part.named_parameters() if p.ndim > 1 and id(p) not in linear]:
-        raise ValueError(
+        raise UnknownFlopsError(
             f"the FLOPs of a {type(part).__name__} are not known: build it of nn.Linear; {odd[0]} belongs to none"
         )
     return _linear(part, tokens, flow)

@@ -109,7 +109,9 @@ class Reader:
         if label := getattr(form, "label", None):
             options = [option for option in known if option != KIND]
             near = f"; nearest: {_join(key, _nearest(name, options))}" if options else ""
-            return f"is no option of {label}{near} (valid here: {', '.join(known)})"
+            files = {self.origins.location(_join(key, at)).partition(":")[0] for at in (name, KIND)}
+            inherited = "; null takes away what an extended recipe has" if len(files) > 1 else ""
+            return f"is no option of {label}{near} (valid here: {', '.join(known)}){inherited}"
         if name in known:
             if FROM in hints_of(form):
                 return f"cannot stand beside {_join(key, FROM)}, which brings its own; take one of them away"

@@ -1,4 +1,4 @@
-"""Models whose weights come later: built on the meta device, sharded, then filled by every process.
+"""Models whose weights come later: built with them on the meta device, sharded, then filled by every process.
 
 A sharded model never fits into one process, so it cannot be built first and sharded afterwards. Under :class:`Deferred`
 a model is built by the same code as always, but what sets its weights (:func:`later`) waits for :func:`materialize`:
@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neo_components.storage.shards import full_tensor, local_of, set_rows
@@ -59,23 +60,23 @@ class Deferred:
         """
         parts = set(part.modules())
         if any(parameter.is_meta for parameter in part.parameters()):
-            part.to_empty(device="cpu")
+            allocate(part, "cpu")
             _run(part, [fill for module, fill in self._fills if module in parts])
         if not keep:
             self._fills = [(module, fill) for module, fill in self._fills if module not in parts]
 
     def materialize(self, model: nn.Module, device: torch.device, known: Mapping[str, Tensor]) -> None:
-        """Allocates all weights of a model on the meta device, sharded or not, and sets them.
+        """Allocates all weights of a model on the meta device, sharded or not, and sets them; buffers keep theirs.
 
         Args:
             model: built under this ``Deferred``.
             device: of the weights.
-            known: weights that had values when the model was built (:func:`known_weights`), by name.
+            known: weights that had values when the model was built (:func:`to_meta`), by name.
 
         Raises:
             ValueError: if a weight is not a number after that; it is named.
         """
-        model.to_empty(device=device)
+        allocate(model, device)
 
         def set_known() -> None:
             for name, value in known.items():
@@ -159,12 +160,51 @@ def new_weights(make: Callable[[], Part], seed: int | None = None) -> Part:
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Within it what is built has shapes but no values: no memory, no time, no random numbers are spent.
+    """Within it the weights of what is built have shapes but no values; no memory, time or random numbers are spent.
 
-    For models whose weights are then read from files (``weights.load_strict``).
+    Buffers have their values: no file brings them back if they are not persistent. For models whose weights are then
+    read from files (``weights.load_strict``).
     """
-    with torch.device("meta"):
-        yield
+    hook = register_module_parameter_registration_hook(_without_values)  # type: ignore[arg-type] # torch says: None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        hook.remove()
+
+
+def _without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+@contextmanager
+def _keeping_buffers(model: nn.Module, device: torch.device | str | None = None) -> Iterator[None]:
+    """Moves buffers to a device, with their values, whatever happens to all tensors within it."""
+    kept = [(part, dict(part.named_buffers(recurse=False))) for part in model.modules()]
+    yield
+    for part, buffers in kept:
+        for name, buffer in buffers.items():
+            setattr(part, name, buffer.to(device))
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Allocates the weights of a model on a device, without values; buffers move there with theirs."""
+    with _keeping_buffers(model, device):
+        model.to_empty(device=device)
+
+
+def to_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Puts all weights of a model on the meta device; buffers stay where they are.
+
+    Returns:
+        The weights that had values, by name.
+    """
+    known = {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.is_meta}
+    with _keeping_buffers(model):
+        model.to("meta")
+    return known
 
 
 @contextmanager
@@ -200,8 +240,3 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
         full = getattr(part, name)
         setattr(part, name, parameter)
         set_rows(parameter, full)
-
-
-def known_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model that are not on the meta device, by name."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.is_meta}

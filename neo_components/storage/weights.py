@@ -260,16 +260,13 @@ def _real(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
 def materialize(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Allocates the rest of a module on the meta device, after :func:`load_strict`.
 
-    Weights that no file gave are unset: the caller fills them. Parts that hold tables instead of weights (``Rotary``)
-    compute them again when they move to a device. Deferred weights stay on the meta device.
+    Weights that no file gave are unset: the caller fills them. Deferred weights stay on the meta device.
     """
     now = deferred() is None
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta and now:
                 _real(part, name, dtype)
-        if any(table.is_meta for table in part.buffers(recurse=False)):
-            part.to_empty(device="cpu", recurse=False)
     # Lightning's modules keep note of their device and type.
     module.to(device="cpu" if now else None, dtype=dtype)
 

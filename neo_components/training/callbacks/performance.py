@@ -7,6 +7,7 @@ process has another number of tokens, needs a window of a fixed number of batche
 
 from __future__ import annotations
 
+import logging
 import re
 import resource
 import sys
@@ -20,9 +21,12 @@ from lightning.pytorch.callbacks import Callback
 
 from neo_components.data.module import NEODataModule
 from neo_components.data.skip_counts import REASONS
+from neo_components.errors import UnknownFlopsError
 from neo_components.estimate.flops import step_flops
 from neo_components.model.neo import NEO
 from neo_components.types import PADDING, Batch
+
+log = logging.getLogger(__name__)
 
 PEAKS = {
     r"\bB200\b": 2250e12,
@@ -75,6 +79,8 @@ class Performance(Callback):
     ``memory/process_gb`` and ``memory/device_gb`` (peaks, of the process or device with the most), ``data/skipped`` and
     ``data/skipped_REASON`` (numbers of samples).
 
+    ``perf/tflops`` and ``perf/mfu`` are left out, with one warning, where a part's FLOPs are not known.
+
     The time includes steps and waiting for data, but not validation and checkpoints.
     """
 
@@ -84,6 +90,7 @@ class Performance(Callback):
         self._new = self._nothing()
         self._began = self._ended = 0.0
         self._steps = 0
+        self._counts_flops = True
 
     @staticmethod
     def _nothing() -> dict[str, float]:
@@ -114,15 +121,23 @@ class Performance(Callback):
         self._new["images"] += sum(map(sum, batch.image_counts))
         self._new["positions"] += batch.document_ids.numel()
         assert isinstance(module.model, NEO)
-        # On the CPU, as the count reads one number per document.
-        read = ("token_ids", "labels", "document_ids", "image_ids", "token_kinds", "image_grids")
-        ids = {name: getattr(batch, name).cpu() for name in read}
-        self._new["flops"] += sum(part.model for part in step_flops(module.model, replace(batch, **ids)).values())
+        if self._counts_flops:
+            self._add_flops(module.model, batch)
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             if self._steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 self._log(trainer, module)
         self._ended = time.perf_counter()
+
+    def _add_flops(self, model: NEO, batch: Batch) -> None:
+        # On the CPU, as the count reads one number per document.
+        read = ("token_ids", "labels", "document_ids", "image_ids", "token_kinds", "image_grids")
+        ids = {name: getattr(batch, name).cpu() for name in read}
+        try:
+            self._new["flops"] += sum(part.model for part in step_flops(model, replace(batch, **ids)).values())
+        except UnknownFlopsError as error:
+            self._counts_flops = False
+            log.warning("perf/tflops and perf/mfu are not logged: %s", error)
 
     def _log(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         new = self._collect(trainer)
@@ -133,10 +148,11 @@ class Performance(Callback):
         module.log("perf/images_per_s", new["images"] * trainer.world_size / seconds)
         module.log("perf/packing_efficiency", new["tokens"] / new["positions"])
         module.log("perf/data_wait", new["waited"] / seconds)
-        module.log("perf/tflops", rate / 1e12)
-        device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
-        if peak := peak_flops(device, str(trainer.precision)):
-            module.log("perf/mfu", rate / peak)
+        if self._counts_flops:
+            module.log("perf/tflops", rate / 1e12)
+            device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else ""
+            if peak := peak_flops(device, str(trainer.precision)):
+                module.log("perf/mfu", rate / peak)
         for name, value in {**self._memory(trainer, module), **self._skipped(trainer, module)}.items():
             module.log(name, value)
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from neo_components.model.chat import Chat
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
-from neo_components.storage.deferred import Deferred, known_weights
+from neo_components.storage.deferred import Deferred, to_meta
 from neo_components.storage.shards import full_tensor
 from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
@@ -100,8 +100,8 @@ class ShardedTraining(NEOTraining):
         assert self.device_mesh is not None
         assert self._deferred is not None
         mesh = self.device_mesh["data_parallel"]
-        known = known_weights(self.model)
-        shard(self.model.to("meta"), mesh, self._policy)
+        known = to_meta(self.model)
+        shard(self.model, mesh, self._policy)
         self._deferred.materialize(self.model, self.trainer.strategy.root_device, known)
         self._deferred = None
         self.set_trainable()

@@ -551,7 +551,7 @@ def test_whitened(page: dict[str, str]) -> None:
 
 def test_a_part_derived_from_ours_is_not_taken_for_it(page: dict[str, str], tmp_path: Path) -> None:
     model = own_model("clock")
-    with pytest.raises(ValueError, match="counts positions by its own Python code, which torch.export cannot write"):
+    with pytest.raises(ValueError, match=r"counts positions by its own Python code, which torch\.export cannot write"):
         write_programs(model, tmp_path / "programs")
 
     class Louder(PatchEmbedding):

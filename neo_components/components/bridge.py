@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.components.component import Component
-from neo_components.registry import BRIDGES, KIND, split
+from neo_components.registry import BRIDGES, KIND, Choice, split
 
 FOLDS = 5
 """Number of folds of the cross-validation that measures how well a rotation fits left-out pairs."""
@@ -124,6 +124,22 @@ class Orthogonal(Bridge):
             x_kept, y_kept, x_middle, y_middle = _centered(x[~out], y[~out])
             left_out[out] = y[out] - y_middle - (x[out] - x_middle) @ _rotation(x_kept, y_kept)
         self._set(rotation, x_mean, y_mean, _share(y - x @ rotation, y), _share(left_out, y))
+
+
+def make_bridges(choice: Choice, inner: int, outer: int, words_pass: bool) -> tuple[Any, Any]:
+    """The bridges around a pre-Buffer; ``None`` where there is none.
+
+    Args:
+        choice: of ``BRIDGES``.
+        inner: width of the pre-Buffer.
+        outer: width of the language model.
+        words_pass: whether words pass the pre-Buffer, and so need a bridge into it.
+
+    Returns:
+        From the language model's width into the pre-Buffer, and out of it.
+    """
+    bridge_in = BRIDGES.make(choice, in_width=outer, out_width=inner) if words_pass else None
+    return bridge_in, BRIDGES.make(choice, in_width=inner, out_width=outer)
 
 
 def bridge_config(bridge: Component | None) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ class Rotary(nn.Module):
         if self.scaling is not None:
             check_scaling(self.scaling, rotated)
         self._tables: dict[int, PairTable] = {}
-        self._loud = magnitude(self.scaling)
+        self._magnitude = magnitude(self.scaling)
         self.register_buffer("axis", torch.tensor(self.table(0).axis, device="cpu"), persistent=False)
         self.register_buffer("frequency", self._frequency(0), persistent=False)
 
@@ -186,11 +186,11 @@ class Rotary(nn.Module):
         # Half precision would merge neighboring positions, so the angle is float32 whatever the model's type.
         angle = positions[..., self.axis].float() * frequency
         cosines, sines = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
-        if self._loud == 1.0:
+        if self._magnitude == 1.0:
             return cosines, sines
-        loud = torch.ones_like(self.frequency)
-        loud[: self._rotated // 2] = self._loud
-        return cosines * loud, sines * loud
+        scale = torch.ones_like(self.frequency)
+        scale[: self._rotated // 2] = self._magnitude
+        return cosines * scale, sines * scale
 
     def _by_document(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
         """[B, L, E]: each token's frequencies, by its own document's length alone, whatever else is packed with it."""

@@ -114,7 +114,7 @@ class SampleMaker:
         if self.max_length is not None and len(token_ids) > self.max_length:
             kept = _cut_in_an_answer(token_ids, labels, self.max_length, self.spec.image_token_id)
             token_ids, labels = token_ids[:kept], labels[:kept]
-        # Image tokens beyond the vocabulary (an image in an answer) have no output that could be learnt.
+        # Image tokens beyond the vocabulary (an image in an answer) have no output that could be learned.
         labels[labels >= self.spec.vocab_size] = IGNORED
         return token_ids, labels
 
@@ -176,11 +176,11 @@ def _cut_in_an_answer(token_ids: Tensor, labels: Tensor, length: int, image_toke
     Raises:
         ConversationError: (a ``SampleError``) if that cuts an image or every answer away.
     """
-    learnt = labels != IGNORED
-    if not learnt[length]:
-        whole = learnt[:length].nonzero()
+    learned = labels != IGNORED
+    if not learned[length]:
+        whole = learned[:length].nonzero()
         length = int(whole[-1]) + 1 if len(whole) else 0
-    if not learnt[:length].any():
+    if not learned[:length].any():
         raise ConversationError("the length limit cuts the answer away, nothing is left to learn", "too_long")
     if (token_ids[length:] == image_token_id).any():
         raise ConversationError("the length limit cuts an image away; raise it or lower max_pixels", "too_long")

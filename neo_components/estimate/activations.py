@@ -13,6 +13,7 @@ from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.bridge import Bridge
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
+from neo_components.estimate.flops import trains
 from neo_components.estimate.tracing import Setting, evenly_routed, fake, kept_by, known, traced_attention
 from neo_components.model.neo import NEO
 from neo_components.types import IGNORED, Batch
@@ -93,7 +94,7 @@ class _Trace:
 
     def run(self) -> Activations:
         model, batch = self.model, self.batch
-        words, images = _trains(model.post_llm.word_embedding), _trains(model.patch_embedding)
+        words, images = trains(model.post_llm.word_embedding), trains(model.patch_embedding)
         count, length = batch.token_ids.shape
         ids = batch.document_ids, batch.image_ids, batch.token_kinds
         passing = model.route.passing(batch)
@@ -101,11 +102,11 @@ class _Trace:
         own_shape = passing.document_ids.shape[0], passing.document_ids.shape[1]
         flow = images or model.pre_buffer.boundary.requires_grad
         if model.route.words_pass:
-            flow = flow or words or (model.bridge_in is not None and _trains(model.bridge_in))
+            flow = flow or words or (model.bridge_in is not None and trains(model.bridge_in))
         bridges = self._linear(model.bridge_in, (count, length), words)
         pre, flow = self._stack(model.pre_buffer, own, own_shape, flow)
         bridges += self._linear(model.bridge_out, own_shape, flow)
-        flow = flow or words or (model.bridge_out is not None and _trains(model.bridge_out))
+        flow = flow or words or (model.bridge_out is not None and trains(model.bridge_out))
         post, flow = self._stack(model.post_llm, ids, (count, length), flow)
         patches = self._patches() if len(batch.patches) else 0
         head, loss = self._head(count, length, flow)
@@ -117,7 +118,7 @@ class _Trace:
         found = []
         for layer in stack.blocks:
             full = self._block(layer, ids, shape, flow, stack.backend)
-            flow = flow or _trains(layer)
+            flow = flow or trains(layer)
             entering = shape[0] * shape[1] * stack.hparams.hidden_size * self._size(layer)
             found.append(Block(full, entering if flow else 0))
         return found, flow
@@ -177,7 +178,7 @@ class _Trace:
         dtype = self._dtype(norm)
         kept = kept_by(norm, self.setting, lambda: (fake((count, length, hidden), dtype, self.setting, flow),), _none)
         targets = int((self.batch.labels[:, 1:] != IGNORED).sum())
-        head, states = self.model.post_llm.head_weight, flow or _trains(norm)
+        head, states = self.model.post_llm.head_weight, flow or trains(norm)
         kept += count * (length - 1) * states  # which tokens are targets
         loss = targets * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
         return kept, loss
@@ -192,7 +193,3 @@ class _Trace:
 
 def _none(_: Any) -> tuple[Tensor, ...]:
     return ()
-
-
-def _trains(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())

@@ -88,16 +88,16 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     bridge = Flops()
     if model.bridge_in is not None:
         bridge += _bridge(model.bridge_in, tokens, words_flow)
-        flow = flow or _trains(model.bridge_in)
+        flow = flow or trains(model.bridge_in)
     found["pre_buffer"], flow = stack_flops(model.pre_buffer, own, images, own_tokens, flow, kinds)
     if model.bridge_out is not None:
         bridge += _bridge(model.bridge_out, own_tokens, flow)
-        flow = flow or _trains(model.bridge_out)
+        flow = flow or trains(model.bridge_out)
     if model.bridge_in is not None or model.bridge_out is not None:
         found["bridge"] = bridge
     flow = flow or words_flow
     found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow, kinds)
-    flow = flow or _trains(model.post_llm.norm)
+    flow = flow or trains(model.post_llm.norm)
     head = model.post_llm.head_weight
     found["head"] = _product(targets, head.shape[0], head.shape[1], flow, head.requires_grad)
     return found
@@ -125,7 +125,7 @@ def stack_flops(
     for number, block in enumerate(stack.blocks):
         routed = int((chosen_tokens(block, image_ids, token_kinds) & real).sum()) if block.added else 0
         one = block_flops(block, tokens, pairs[block.layer_rule], flow, routed)
-        flow = flow or _trains(block)
+        flow = flow or trains(block)
         again = one.forward if number < stack.checkpointed_blocks and flow else 0
         total += Flops(one.forward, one.backward, again)
     return total, flow
@@ -159,9 +159,9 @@ def block_flops(block: NativePrimitive, tokens: int, pairs: int, flow: bool, rou
         routed: how many tokens pass the feed-forward that expert routing added, instead of the block's own.
     """
     attention = block.self_attn
-    before = flow or _trains(block.norms[0])
+    before = flow or trains(block.norms[0])
     total = _attention(attention, tokens, pairs, before)
-    within = before or _trains(attention) or any(map(_trains, block.norms))
+    within = before or trains(attention) or any(map(trains, block.norms))
     if isinstance(block.mlp, SparseFeedForward):
         return total + _experts(block.mlp, tokens, within)
     total += _gated(block.mlp, tokens - routed, within)
@@ -175,7 +175,7 @@ def _gated(part: nn.Module, tokens: int, flow: bool) -> Flops:
             "token passes one"
         )
     total = _linear(part.gate_proj, tokens, flow) + _linear(part.up_proj, tokens, flow)
-    return total + _linear(part.down_proj, tokens, flow or _trains(part.gate_proj) or _trains(part.up_proj))
+    return total + _linear(part.down_proj, tokens, flow or trains(part.gate_proj) or trains(part.up_proj))
 
 
 def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Flops:
@@ -185,7 +185,7 @@ def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Fl
         "k": [part.k_proj, part.k_proj_hw, part.k_norm_h, part.k_norm_w, getattr(part, "k_norm", None)],
         "v": [part.v_proj],
     }
-    q, k, v = (flow or any(_trains(p) for p in group if p is not None) for group in groups.values())
+    q, k, v = (flow or any(trains(p) for p in group if p is not None) for group in groups.values())
     heads = part.q_proj.out_features // part.head_width
     scores, values = 2 * pairs * heads * 2 * part.head_width, 2 * pairs * heads * part.head_width
     backward = scores * (q + k) + values * (v + (q or k))
@@ -211,7 +211,7 @@ def _patches(model: NEO, image_grids: Tensor) -> tuple[Flops, bool]:
     for product in model.patch_embedding.products(image_grids):
         total += _product(product.rows, product.outputs, product.inputs, flow, product.trained)
         flow = flow or product.trained
-    return total, _trains(model.patch_embedding)
+    return total, trains(model.patch_embedding)
 
 
 def _bridge(part: nn.Module, tokens: int, flow: bool) -> Flops:
@@ -239,7 +239,8 @@ def _product(tokens: int, out: int, into: int, flow: bool, trains: bool) -> Flop
     return Flops(once, once * (flow + trains))
 
 
-def _trains(part: nn.Module) -> bool:
+def trains(part: nn.Module) -> bool:
+    """Whether any weight of a part gets a gradient."""
     return any(parameter.requires_grad for parameter in part.parameters())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neo_components.components.bridge import make_bridges
 from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
@@ -18,7 +19,6 @@ from neo_components.recipe import Checkpoint, Compose, PreBufferAsset, Recipe, l
 from neo_components.recipe.building import config_of, llm_arguments, new_parts, with_choices_of
 from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
-from neo_components.registry import BRIDGES
 from neo_components.storage.deferred import unfilled
 from neo_components.storage.hub import resolve
 from neo_components.storage.weights import as_dtype, read_config
@@ -100,11 +100,9 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     if bridge == AUTO:
         bridge = "identity" if inner == outer else "least_squares"
         notes = [*notes, "bridge auto: taken as identity, as the widths are equal"] if inner == outer else notes
-    words_pass = TextRoute(model.text).words_pass
-    bridge_in = BRIDGES.make(bridge, in_width=outer, out_width=inner) if words_pass else None
-    bridge_out = BRIDGES.make(bridge, in_width=inner, out_width=outer)
+    bridges = make_bridges(bridge, inner, outer, TextRoute(model.text).words_pass)
     patches = embedding_from(config["patch_embedding"])
-    return NEO(patches, pre_buffer, PostLLM(**sizes), bridge_in, bridge_out, model.text), notes
+    return NEO(patches, pre_buffer, PostLLM(**sizes), *bridges, model.text), notes
 
 
 def _llm_sizes(model: Compose) -> tuple[dict[str, Any], list[str]]:

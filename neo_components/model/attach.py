@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neo_components.components.bridge import make_bridges
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.components.text_route import TextRoute
@@ -137,9 +138,7 @@ def attach(
     same_width = h.hidden_size == llm.hparams.hidden_size
     if bridge == AUTO:
         bridge = "identity" if same_width and _same_embeddings(pre, llm, tokenizer) else "least_squares"
-    inner, outer = h.hidden_size, llm.hparams.hidden_size
-    bridge_in = BRIDGES.make(bridge, in_width=outer, out_width=inner) if route.words_pass else None
-    bridge_out = BRIDGES.make(bridge, in_width=inner, out_width=outer)
+    bridge_in, bridge_out = make_bridges(bridge, h.hidden_size, llm.hparams.hidden_size, route.words_pass)
     if any(hasattr(part, "fit") for part in (bridge_in, bridge_out)):
         _fit(bridge_in, bridge_out, *shared_embeddings(pre, llm, tokenizer))
     # Fitted in full precision, then cast to the type of the modules that they join.

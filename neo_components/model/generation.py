@@ -94,7 +94,7 @@ def generate(
         if len(going) < len(active):
             cache.keep(going)
             active, token = active[going], token[going]
-        if _turns_anew(model, later[active, step]):
+        if _rotates_again(model, later[active, step]):
             grown = _grown(prompts, later, new)
             cache = _cache(model, grown, max_new_tokens - step)
             hidden = _prefill(model, grown, cache)[active]
@@ -114,7 +114,7 @@ def _prefill(model: Generating, prompts: Batch, cache: KVCache) -> Tensor:
     return model.hidden(prompts, cache.layers)[0, cache.lengths.cumsum(0) - 1]
 
 
-def _turns_anew(model: Generating, positions: Tensor) -> bool:
+def _rotates_again(model: Generating, positions: Tensor) -> bool:
     """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them were rotated by."""
     ends = [math.ceil(end) for end in positions[:, 0].tolist()]
     return any(model.length_buckets(end) != model.length_buckets(end + 1) for end in ends)

@@ -152,7 +152,7 @@ def test_recipes_that_ship_are_listed_with_what_they_do() -> None:
     assert [find_recipe(recipe.name) for recipe in listed] == SHIPPED
     assert find_recipe(f"{listed[0].name}.yaml") == SHIPPED[0]
     written_there = {recipe.name: recipe.summary for recipe in listed}
-    assert "the LLM is frozen. Pictures come with open questions only, " in written_there["quickstart/pretrain"]
+    assert "the LLM is frozen. Images have open questions only, " in written_there["quickstart/pretrain"]
     assert written_there["quickstart/pretrain"].endswith("30 % is text of all kinds.")
 
 
@@ -177,7 +177,7 @@ def test_a_copy_brings_what_it_extends_and_overwrites_nothing(tmp_path: Path) ->
 def test_stage_groups_are_those_of_the_model() -> None:
     model = tiny_model()
     model.bridge_in = Bridge(32, 32)
-    assert set(get_args(Group)) == {*model.groups(), "all"}
+    assert set(get_args(Group)) == {*model.groups(), "visual_experts", "all"}  # only a model with experts has those
 
 
 def test_a_stage_in_python_lists_all_that_is_out_of_range() -> None:

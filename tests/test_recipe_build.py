@@ -232,6 +232,15 @@ def test_a_patch_embedding_of_ones_own_with_an_option(tmp_path: Path, monkeypatc
             ),
         ]
         assert faults(path, "model.patch_embedding={kind: scaled}") == []  # sections merge key by key
+        child = written(tmp_path, f"extends: {path.name}\nmodel: {{patch_embedding: {{kind: neo}}}}\n", "child.yaml")
+        assert faults(child) == [
+            (
+                "model.patch_embedding.gain",
+                "is no option of patch_embedding 'neo'; nearest: model.patch_embedding.position (valid here: kind, "
+                "width, patch_size, fold, channels, position, base); null takes away what an extended recipe has",
+            )
+        ]
+        assert faults(child, "model.patch_embedding.gain=null") == []
         assert faults(path, "model.patch_embedding=scaled") == [
             ("model.patch_embedding", "lacks model.patch_embedding.gain")
         ]

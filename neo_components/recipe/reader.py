@@ -109,9 +109,10 @@ class Reader:
         if label := getattr(form, "label", None):
             options = [option for option in known if option != KIND]
             near = f"; nearest: {_join(key, _nearest(name, options))}" if options else ""
-            files = {self.origins.location(_join(key, at)).partition(":")[0] for at in (name, KIND)}
-            inherited = "; null takes away what an extended recipe has" if len(files) > 1 else ""
-            return f"is no option of {label}{near} (valid here: {', '.join(known)}){inherited}"
+            here, chosen = (self.origins.location(_join(key, at)).partition(":")[0] for at in (name, KIND))
+            inherited = here != chosen and not here.startswith("override ")
+            way_out = "; null takes away what an extended recipe has" if inherited else ""
+            return f"is no option of {label}{near} (valid here: {', '.join(known)}){way_out}"
         if name in known:
             if FROM in hints_of(form):
                 return f"cannot stand beside {_join(key, FROM)}, which brings its own; take one of them away"

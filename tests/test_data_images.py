@@ -195,18 +195,18 @@ def test_jpegs_are_decoded_as_pillow_does(options: dict[str, Any]) -> None:
     assert decode(open_image(gray.getvalue())).shape == (70, 90, 3)
 
 
-def test_raw_pixels_are_normalised_when_packed() -> None:
+def test_raw_pixels_are_normalized_when_packed() -> None:
     """Bit by bit as load_image does."""
     spec = InputSpec(9, 7, 8, 7, 16, 2, 3, lambda ids, grids: torch.zeros(len(ids), 3))
     data = jpeg((192, 128))
     raw = resize(decode(open_image(data)), (64, 96))
-    normalised = load_image(data, 32, 64 * 96, 64 * 96)
-    assert raw.dtype == torch.uint8 and normalised.shape == raw.shape
+    normalized = load_image(data, 32, 64 * 96, 64 * 96)
+    assert raw.dtype == torch.uint8 and normalized.shape == raw.shape
     resized = np.asarray(Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
-    assert (((resized.astype(np.float32) / np.float32(255)) - mean) / std == normalised.numpy()).all()
+    assert (((resized.astype(np.float32) / np.float32(255)) - mean) / std == normalized.numpy()).all()
     for raws in ([raw], [raw, raw.flip(1)]):
-        floats = [normalised, normalised.flip(1)][: len(raws)]
+        floats = [normalized, normalized.flip(1)][: len(raws)]
         assert torch.equal(patchify(raws, spec)[0], patchify(floats, spec)[0])
 
 

@@ -497,6 +497,19 @@ def test_layers_that_cannot_be_counted_are_refused(page: dict[str, str]) -> None
         step_flops(model, pack([sample_of(model, 0)], model.input_spec))
 
 
+def test_experts_keep_an_attention_that_other_code_knows() -> None:
+    @EXPERTS.register("swapped")
+    def swapped(block: Any) -> list[Any]:
+        block.self_attn = nn.Sequential(block.self_attn)
+        return []
+
+    try:
+        with pytest.raises(ValueError, match=r"experts 'swapped' puts a Sequential in place of block.self_attn"):
+            PreBuffer(depth=1, **SIZES, experts="swapped")
+    finally:
+        EXPERTS.remove("swapped")
+
+
 def test_visual_experts_start_as_copies_and_train_alone(page: dict[str, str]) -> None:
     """A language model with them computes what it did; a step moves the new weights and no other."""
     llm = PostLLM.from_pretrained("llm", experts="visual_ffn")

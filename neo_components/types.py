@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neo_components.token_indices import Index, TokenIndices
+
 IGNORED = -100
 """Label of a token that is no target (PyTorch's ``ignore_index``)."""
 
@@ -188,8 +190,16 @@ class Sample:
     frames: Sequence[Frame | None] = ()
 
 
+class _Carried:
+    """A slot beside the fields of :class:`Batch`: not copied by ``dataclasses.replace``, so that it is never out of
+    date."""
+
+    __slots__ = ("_indices",)
+    _indices: TokenIndices | None
+
+
 @dataclass
-class Batch:
+class Batch(_Carried):
     """B packed sequences of L tokens: everything that a model needs.
 
     Args:
@@ -208,6 +218,8 @@ class Batch:
         sources: names of their sources.
         image_counts: how many images each of them has.
         frames: which frame of a video each image of a sequence is, in order; empty if all are still images.
+
+    A batch that is moved to a device takes along what is known of its tokens on the CPU (:attr:`indices`).
     """
 
     token_ids: Tensor
@@ -226,6 +238,7 @@ class Batch:
     frames: list[list[Frame | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._indices = None
         if self.token_kinds is None:
             self.token_kinds = kinds_of(self.image_ids)
         if self.image_grids is None:
@@ -235,6 +248,35 @@ class Batch:
         """Which frame of a video an image of a sequence is; ``None`` for a still image."""
         frames = self.frames[sequence] if self.frames else []
         return frames[image] if frames else None
+
+    @property
+    def known(self) -> TokenIndices | None:
+        """Which tokens are targets and which belong to images, as far as the CPU knows: of a batch on the CPU, and of
+        one that was moved from there (``to`` and ``pin_memory`` take it along). ``None`` if the batch was made on a
+        device."""
+        if self._indices is None and self.token_ids.device.type == "cpu":
+            return self._find_indices()
+        return self._indices
+
+    @property
+    def indices(self) -> TokenIndices:
+        """The same; of a batch that was made on a device, found by reading its ids back, for which the CPU waits."""
+        return self.known or self._find_indices()
+
+    def _find_indices(self) -> TokenIndices:
+        ids = {name: getattr(self, name).cpu() for name in KNOWN}
+        targets = ids["labels"] != IGNORED
+        targets[:, :1] = False  # no token precedes the first one
+        chosen = {"targets": targets, "visual": ids["image_ids"] != NO_IMAGE}
+        device = self.token_ids.device
+        indices = {name: Index.of(mask).map(lambda x: x.to(device, non_blocking=True)) for name, mask in chosen.items()}
+        return TokenIndices(ids, indices)
+
+    def with_loss_weights(self, loss_weights: Tensor) -> Batch:
+        """The same tokens with other loss weights, [B, L]."""
+        changed = replace(self, loss_weights=loss_weights)
+        changed._indices = self._indices
+        return changed
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy with every tensor on ``device``."""
@@ -246,7 +288,10 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _columns()}
-        return replace(self, **changed)
+        indices = self.indices
+        moved = replace(self, **changed)
+        moved._indices = TokenIndices(indices.ids, indices.map(change))
+        return moved
 
     @staticmethod
     def stack(sequences: Sequence[Batch]) -> Batch:
@@ -267,8 +312,18 @@ class Batch:
         return Batch(**joined)
 
 
+FILLING = {
+    "token_ids": 0, "positions": 0, "document_ids": PADDING, "image_ids": NO_IMAGE, "token_kinds": TokenKind.TEXT,
+    "labels": IGNORED, "loss_weights": 0,
+}  # fmt: skip
+"""Value of each column of tokens that only fill their sequence."""
+
 LISTS = ("keys", "sources", "image_counts", "frames")
 """What a batch has of its samples in lists; all else in it is tensors."""
+
+
+KNOWN = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds", "labels", "image_grids")
+"""Columns of a batch that are known on the CPU after it was moved."""
 
 
 def _columns() -> list[str]:

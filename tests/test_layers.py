@@ -15,7 +15,8 @@ PACKAGE = "neo_components"
 
 # The rooms from the bottom up. A room may import the rooms below it and nothing else of the package.
 LAYERS: tuple[set[str], ...] = (
-    {"types", "errors", "discovery"},
+    {"token_indices", "errors", "discovery"},
+    {"types"},
     {"registry"},
     {"storage"},
     {"llms", "data"},

@@ -22,11 +22,12 @@ from torch.nn.attention.flex_attention import create_mask
 
 from neo_components import NEO, InputSpec, Sample, pack
 from neo_components.components.backends import make_buckets
-from neo_components.components.masks import Span, Tokens, block_mask, dense_mask, document_spans, span_mask
+from neo_components.components.masks import Tokens, block_mask, dense_mask, span_mask
 from neo_components.components.ropes.native import Native
 from neo_components.components.ropes.one_dimensional import OneDimensional
 from neo_components.components.rotary import H, PairTable, Rotary, T, W, section
 from neo_components.registry import MASKS, ROPES
+from neo_components.token_indices import Span, document_spans
 from neo_components.types import NO_IMAGE, PADDING
 
 

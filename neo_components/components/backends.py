@@ -18,6 +18,7 @@ from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets, sdpa
 from neo_components.components.masks import LayerRule, RuleName, Tokens, block_mask, dense_mask, rule_of
 from neo_components.errors import one_of
+from neo_components.token_indices import TokenIndices
 from neo_components.types import NO_IMAGE, TokenKind
 
 BACKENDS = ("auto", "sdpa", "flex", "eager")
@@ -30,6 +31,7 @@ def prepare_attention(
     backend: str = "auto",
     window: int | None = None,
     token_kinds: Tensor | None = None,
+    known: TokenIndices | None = None,
 ) -> Attend:
     """The backend for one batch.
 
@@ -41,6 +43,7 @@ def prepare_attention(
             no backward on CPU).
         window: how many tokens back a query attends (``masks.rule_of``); ``None``: all.
         token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
+        known: what the CPU knows of the tokens; without it ``sdpa`` asks the device where the documents are.
 
     Raises:
         ArgumentError: (a ``ValueError``) if the backend's name is unknown.
@@ -49,7 +52,7 @@ def prepare_attention(
     if backend == "auto":
         backend = "flex" if document_ids.is_cuda else "sdpa"
     kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
-    return kinds[backend](document_ids, image_ids, rule, window, token_kinds)
+    return kinds[backend](document_ids, image_ids, rule, window, token_kinds, known)
 
 
 def flex_attention() -> Any:
@@ -78,6 +81,7 @@ class FlexAttention:
         rule: str | RuleName = "mixed",
         window: int | None = None,
         token_kinds: Tensor | None = None,
+        known: TokenIndices | None = None,
     ) -> None:
         self.mask = block_mask(document_ids, image_ids, rule, window, token_kinds=token_kinds)
 
@@ -103,6 +107,7 @@ class EagerAttention:
         rule: str | RuleName = "mixed",
         window: int | None = None,
         token_kinds: Tensor | None = None,
+        known: TokenIndices | None = None,
     ) -> None:
         self.mask = dense_mask(document_ids, image_ids, rule, window, token_kinds=token_kinds)[:, None]
         self.weights: list[Tensor] = []

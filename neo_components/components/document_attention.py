@@ -8,7 +8,7 @@ attention weights of a unit, as FlashAttention does (Dao et al. 2022, arXiv 2205
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neo_components.components.masks import RuleName, Span, Tokens, document_spans, rule_of, span_tokens
+from neo_components.components.masks import RuleName, Tokens, rule_of, span_tokens
 from neo_components.components.recompute import Compute, again, spread
+from neo_components.token_indices import Span, TokenIndices, document_spans
 from neo_components.types import NO_IMAGE, TokenKind, kinds_of
 
 UNIT = 1 << 17
@@ -60,11 +61,31 @@ class Bucket:
         return torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
 
     @cached_property
+    def causal(self) -> bool:
+        """Whether plain causal order gives the same mask: filling comes after its document, so it hides that too."""
+        words = bool((self.tokens.kind == TokenKind.TEXT).all())
+        return words and reads_text_causally(self.rule, self.window, self.index.shape[1])
+
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor]:
+        """[r] each: indices of the real tokens in the flattened batch, and in the flattened bucket."""
+        real = self.valid.flatten().nonzero()[:, 0]
+        return self.index.flatten()[real], real
+
+    def to(self, device: torch.device) -> Bucket:
+        """The same on a device, which is never asked for what is known here."""
+        if self.index.device == device:
+            return self
+        columns = {name: getattr(self, name) for name in ("index", "lengths", "images", "kinds")}
+        moved = replace(self, **{name: x.to(device, non_blocking=True) for name, x in columns.items()})
+        moved.__dict__["causal"] = self.causal
+        moved.__dict__["real"] = tuple(x.to(device, non_blocking=True) for x in self.real)
+        return moved
+
+    @cached_property
     def mask(self) -> Tensor | None:
         """[n, 1, m, m] bool, or ``None`` where plain causal order gives the same mask."""
-        # Filling comes after its document, so plain causal order hides it from every real token.
-        words = bool((self.tokens.kind == TokenKind.TEXT).all())
-        if words and reads_text_causally(self.rule, self.window, self.index.shape[1]):
+        if self.causal:
             return None
         attends = rule_of(self.rule, self.window)
         return attends(self.tokens.map(lambda x: x[..., :, None]), self.tokens.map(lambda x: x[..., None, :]))[:, None]
@@ -195,6 +216,7 @@ class SpanAttention:
         rule: registered name of the mask rule.
         window: how many tokens back a query attends (``masks.rule_of``); ``None``: all.
         token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
+        known: what the CPU knows of the tokens, so that their device is not asked for it.
     """
 
     def __init__(
@@ -204,18 +226,20 @@ class SpanAttention:
         rule: str | RuleName = "mixed",
         window: int | None = None,
         token_kinds: Tensor | None = None,
+        known: TokenIndices | None = None,
     ) -> None:
-        self.buckets = make_buckets(document_ids, image_ids, rule, window, token_kinds=token_kinds)
+        device = document_ids.device
+        if known is not None:
+            document_ids, image_ids, token_kinds = (
+                known.ids[name] for name in ("document_ids", "image_ids", "token_kinds")
+            )
+        buckets = make_buckets(document_ids, image_ids, rule, window, token_kinds=token_kinds)
+        self.buckets = [bucket.to(device) for bucket in buckets]
 
     @cached_property
     def units(self) -> list[Unit]:
         """All pairs of query and key, in units."""
         return [unit for bucket in self.buckets for unit in bucket.units()]
-
-    @cached_property
-    def token_indices(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each bucket: the real tokens' indices in the batch, and which of the bucket are real."""
-        return [(bucket.index[bucket.valid], bucket.valid) for bucket in self.buckets]
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -234,9 +258,10 @@ class SpanAttention:
         count, length = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         out = v.new_zeros(count * length, q.shape[1], v.shape[-1])
-        for bucket, (index, valid) in zip(self.buckets, self.token_indices, strict=True):
+        for bucket in self.buckets:
             part = sdpa(bucket.gather(q), bucket.gather(k), bucket.gather(v), bucket.mask, scale)
-            out = out.index_copy(0, index, part[valid].to(out.dtype))
+            target, source = bucket.real
+            out = out.index_copy(0, target, part.flatten(0, 1).index_select(0, source).to(out.dtype))
         return out.unflatten(0, (count, length))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,16 +37,19 @@ def route(
 
     Args:
         x: [B, L, D].
-        chosen: [B, L] bool, the tokens of the first layer.
+        chosen: [B, L] bool, the tokens of the first layer. Best on the CPU (``inputs.on_cpu``): a device is asked how
+            many they are, and the CPU waits for its answer.
         of_chosen: [n, D] -> [n, any width].
         of_rest: the same for all other tokens.
 
     Returns:
         [B, L, that width].
     """
-    first, second = of_chosen(x[chosen]), of_rest(x[~chosen])
-    out = first.new_empty(*x.shape[:-1], first.shape[-1])
-    return out.masked_scatter(chosen[..., None], first).masked_scatter(~chosen[..., None], second)
+    mask, tokens = chosen.flatten().numpy(force=True), x.flatten(0, 1)
+    ones, others = (torch.from_numpy(np.flatnonzero(m)).to(x.device, non_blocking=True) for m in (mask, ~mask))
+    first, second = of_chosen(tokens.index_select(0, ones)), of_rest(tokens.index_select(0, others))
+    out = first.new_empty(len(tokens), first.shape[-1]).index_copy(0, ones, first).index_copy(0, others, second)
+    return out.unflatten(0, x.shape[:-1])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A rule (``mask_rules.py``) states, elementwise, whether a query attends to a key. It is rendered as a dense boolean
 matrix (:func:`dense_mask`), as a FlexAttention BlockMask (:func:`block_mask`), and per document
-(:func:`document_spans`, :func:`span_mask`), so that the cost of a packed sequence grows with its documents, not with
+(``document_attention.py``, :func:`span_mask`), so that the cost of a packed sequence grows with its documents, not with
 the square of its length.
 
 A layer may have a window: there a query attends only to the last tokens of what its rule shows it (:func:`rule_of`).
@@ -170,28 +170,6 @@ def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return torch.compile(create_block_mask, dynamic=False) if compiled else create_block_mask
-
-
-@dataclass(frozen=True)
-class Span:
-    """The location of one document: index of its packed sequence and of its first token, and its length."""
-
-    sequence: int
-    start: int
-    length: int
-
-
-def document_spans(document_ids: Tensor) -> list[Span]:
-    """The runs of equal document ids of [B, L], sequence by sequence; padding is left out."""
-    spans = []
-    for sequence, ids in enumerate(document_ids.cpu()):
-        values, lengths = torch.unique_consecutive(ids, return_counts=True)
-        start = 0
-        for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
-            if value != PADDING:
-                spans.append(Span(sequence, start, length))
-            start += length
-    return spans
 
 
 def span_tokens(image_ids: Tensor, lengths: Tensor, token_kinds: Tensor | None = None) -> Tokens:

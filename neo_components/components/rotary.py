@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from neo_components.components.rope_scaling import check_scaling, frequencies, length_bucket_of, magnitude
 from neo_components.errors import ArgumentError
 from neo_components.registry import ROPES, Choice
+from neo_components.token_indices import TokenIndices
 from neo_components.types import DocumentTokens
 
 T, H, W = 0, 1, 2
@@ -171,18 +173,21 @@ class Rotary(nn.Module):
         """Whether a document's length selects its frequencies."""
         return self.scaling is not None and self.scaling["rope_type"] in ("longrope", "dynamic")
 
-    def forward(self, positions: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, document_ids: Tensor | None = None, known: TokenIndices | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines.
 
         Args:
             positions: [B, L, 3].
             document_ids: [B, L]; ``None``: each sequence is one document. Only read where a document's length
                 selects its frequencies.
+            known: what the CPU knows of the tokens, so that a device is not asked for these lengths.
 
         Returns:
             [B, L, 1, E] float32 each: one entry per pair, for any head.
         """
-        frequency = self._by_document(positions, document_ids) if self.looks_at_length else self.frequency
+        frequency = self._by_document(positions, document_ids, known) if self.looks_at_length else self.frequency
         # Half precision would merge neighboring positions, so the angle is float32 whatever the model's type.
         angle = positions[..., self.axis].float() * frequency
         cosines, sines = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
@@ -192,20 +197,22 @@ class Rotary(nn.Module):
         scale[: self._rotated // 2] = self._magnitude
         return cosines * scale, sines * scale
 
-    def _by_document(self, positions: Tensor, document_ids: Tensor | None) -> Tensor:
+    def _by_document(self, positions: Tensor, document_ids: Tensor | None, known: TokenIndices | None) -> Tensor:
         """[B, L, E]: each token's frequencies, by its own document's length alone, whatever else is packed with it."""
-        if document_ids is None:
-            document_ids = torch.zeros(positions.shape[:2], dtype=torch.int64, device=positions.device)
-        sequence = torch.arange(len(document_ids), device=document_ids.device)[:, None].expand_as(document_ids)
-        _, document = torch.stack([sequence, document_ids]).flatten(1).unique(dim=1, return_inverse=True)
-        last = positions[..., T].flatten()
-        lengths = torch.zeros(int(document.max()) + 1, dtype=last.dtype, device=last.device)
-        lengths = lengths.scatter_reduce(0, document, last, "amax") + 1
-        length_buckets = [self.length_bucket(math.ceil(length)) for length in lengths.tolist()]
+        if known is not None:
+            positions, document_ids = known.ids["positions"], known.ids["document_ids"]
+        at = positions[..., T].numpy(force=True)
+        numbers = np.zeros(at.shape, dtype=np.int64) if document_ids is None else document_ids.numpy(force=True)
+        begins = np.diff(numbers, prepend=numbers[:, :1] - 1).astype(bool).flatten()
+        ends = np.maximum.reduceat(at.flatten(), np.flatnonzero(begins)) + 1
+        length_buckets = [self.length_bucket(math.ceil(end)) for end in ends.tolist()]
         kinds = sorted(set(length_buckets))
-        table = torch.stack([self._frequency(kind) for kind in kinds]).to(self.frequency.device)
-        index = torch.tensor([kinds.index(length_bucket) for length_bucket in length_buckets], device=last.device)
-        return table[index[document]].view(*document_ids.shape, -1)
+        device = self.frequency.device
+        table = torch.stack([self._frequency(kind) for kind in kinds]).to(device, non_blocking=True)
+        if len(kinds) == 1:
+            return table[0]
+        index = np.array([kinds.index(bucket) for bucket in length_buckets])[begins.cumsum() - 1]
+        return table[torch.from_numpy(index.reshape(at.shape)).to(device, non_blocking=True)]
 
 
 ROPE = ("rope", "head_width", "base_t", "base_h", "base_w", "rope_scaling", "rotary_width")

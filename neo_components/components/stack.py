@@ -19,6 +19,7 @@ from neo_components.components.moe import Experts
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.rotary import ROPE, Rotary, rotary_of
 from neo_components.errors import ArgumentError
+from neo_components.token_indices import TokenIndices
 from neo_components.types import kinds_of
 
 Prepared = dict[tuple[LayerRule, str], Attend]
@@ -86,6 +87,7 @@ class PrimitiveStack(Component):
         image_ids: Tensor,
         prepared: Prepared | None = None,
         token_kinds: Tensor | None = None,
+        known: TokenIndices | None = None,
     ) -> list[Attend]:
         """The attention backend of every block for one batch.
 
@@ -94,12 +96,13 @@ class PrimitiveStack(Component):
             image_ids: [B, L].
             prepared: backends that another stack prepared for this batch; used where they fit, and added to.
             token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
+            known: what the CPU knows of the tokens; ``None``: nothing.
         """
         prepared = {} if prepared is None else prepared
         for rule in self.layer_rules:
             if (rule, self.backend) not in prepared:
                 prepared[rule, self.backend] = prepare_attention(
-                    document_ids, image_ids, rule.rule, self.backend, rule.window, token_kinds
+                    document_ids, image_ids, rule.rule, self.backend, rule.window, token_kinds, known
                 )
         return [prepared[rule, self.backend] for rule in self.layer_rules]
 
@@ -114,6 +117,7 @@ class PrimitiveStack(Component):
         attend: Attend | Sequence[Attend] | None = None,
         hidden_states: dict[str, Tensor] | None = None,
         first: int = 0,
+        known: TokenIndices | None = None,
     ) -> Tensor:
         """All blocks.
 
@@ -126,17 +130,18 @@ class PrimitiveStack(Component):
             attend: backends prepared by the caller: one for all blocks or one each (a cache).
             hidden_states: filled with each block's output under ``layer_<first + i>``.
             first: number of the first block in the whole model.
+            known: what the CPU knows of the tokens (``Batch.known``); without it a device may be asked for it.
 
         Returns:
             [B, L, D].
         """
         kinds = kinds_of(image_ids) if token_kinds is None else token_kinds
         if attend is None:
-            attend = self.prepare(document_ids, image_ids, token_kinds=kinds)
-        tables = {number: self.rotaries[number](positions, document_ids) for number in sorted(set(self._tables))}
+            attend = self.prepare(document_ids, image_ids, token_kinds=kinds, known=known)
+        tables = {number: self.rotaries[number](positions, document_ids, known) for number in sorted(set(self._tables))}
         for number, block in enumerate(self.layers):
             own = attend[number] if isinstance(attend, Sequence) else attend
-            inputs = BlockInputs(tables[self._tables[number]], own, image_ids, kinds)
+            inputs = BlockInputs(tables[self._tables[number]], own, image_ids, kinds, known)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, use_reentrant=False)
             else:

@@ -8,13 +8,16 @@ Source: NEO paper section 3.2 (``shared``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from neo_components.errors import one_of
-from neo_components.types import NO_IMAGE, Batch, TokenKind, tokens_around
+from neo_components.token_indices import Index, TokenIndices
+from neo_components.types import FILLING, NO_IMAGE, Batch, TokenKind, tokens_around
 
 SHARED, BYPASS = "shared", "bypass"
 TEXT = (SHARED, BYPASS)
@@ -33,6 +36,9 @@ class Passing:
         document_ids: [b, l].
         image_ids: [b, l].
         token_kinds: [b, l].
+        known: what the CPU knows of them; ``None``: nothing.
+
+    Where ``index`` selects, and on a device, padding may follow the n tokens.
     """
 
     index: Tensor | None
@@ -41,6 +47,7 @@ class Passing:
     document_ids: Tensor
     image_ids: Tensor
     token_kinds: Tensor
+    known: TokenIndices | None
 
 
 class TextRoute:
@@ -80,24 +87,42 @@ class TextRoute:
 
     def passing(self, batch: Batch) -> Passing:
         """The tokens of a batch that pass the pre-Buffer."""
-        columns = (batch.token_ids, batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)
         if self.words_pass:
-            return Passing(None, *columns)
-        documents = self.documents(batch.document_ids, batch.image_ids, batch.token_kinds)
-        index = (documents >= 0).flatten().nonzero()[:, 0]
-        return _select(batch, documents, index)
+            columns = (batch.token_ids, batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)
+            return Passing(None, *columns, batch.known)
+        ids = batch.indices.ids
+        documents = self.documents(ids["document_ids"], ids["image_ids"], ids["token_kinds"])
+        chosen = torch.from_numpy(np.flatnonzero(documents.numpy() >= 0))
+        return _select(ids, documents, chosen, batch.token_ids.device)
 
     def one_token(self, batch: Batch) -> Passing:
         """Any one token of a batch of which none passes: for processes that must all compute the same parts."""
-        own = torch.zeros_like(batch.document_ids)  # that of padding would attend to nothing, not even to itself
-        return _select(batch, own, torch.zeros(1, dtype=torch.int64, device=own.device))
+        ids = batch.indices.ids
+        own = torch.zeros_like(ids["document_ids"])  # that of padding would attend to nothing, not even to itself
+        return _select(ids, own, torch.zeros(1, dtype=torch.int64), batch.token_ids.device)
 
 
-def _select(batch: Batch, documents: Tensor, index: Tensor) -> Passing:
+LENGTHS = 4
+"""Different lengths to which the selected tokens of batches of one shape are padded on a device: compiled blocks are
+compiled once for each."""
+
+
+def _select(ids: Mapping[str, Tensor], documents: Tensor, chosen: Tensor, device: torch.device) -> Passing:
     """Selected tokens of a batch as one sequence; images are numbered by their documents, as each sequence numbers its
-    images from 0."""
-    ids, positions, own, image_ids, kinds = (
-        column.flatten(0, 1)[index][None]
-        for column in (batch.token_ids, batch.positions, documents, batch.image_ids, batch.token_kinds)
-    )
-    return Passing(index, ids, positions, own, torch.where(image_ids == NO_IMAGE, image_ids, own), kinds)
+    images from 0. All is done on the CPU, where it is known what is selected."""
+    columns = {name: ids[name].flatten(0, 1)[chosen] for name in ("token_ids", "positions", "image_ids", "token_kinds")}
+    columns["document_ids"] = documents.flatten()[chosen]
+    words = columns["image_ids"] == NO_IMAGE
+    columns["image_ids"] = torch.where(words, columns["image_ids"], columns["document_ids"])
+    if device.type != "cpu":
+        step = -(-documents.numel() // LENGTHS)
+        more = -len(chosen) % step
+        columns = {name: torch.cat([c, c.new_full((more, *c.shape[1:]), FILLING[name])]) for name, c in columns.items()}
+    columns = {name: column[None] for name, column in columns.items()}
+    visual = Index.of(columns["image_ids"] != NO_IMAGE)
+
+    def there(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    known = TokenIndices(columns, {"visual": visual.map(there)})
+    return Passing(there(chosen), known=known, **{name: there(column) for name, column in columns.items()})

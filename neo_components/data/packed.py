@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from neo_components.data.packing import FILLING, pack
+from neo_components.data.packing import pack
 from neo_components.data.plan.pack_plan import PlannedSequence
 from neo_components.data.samples import Draft, SampleMaker
 from neo_components.data.shards.folder import ShardFolder
 from neo_components.data.skip_counts import SampleError, SkipCounts
-from neo_components.types import LISTS, Batch, Sample
+from neo_components.types import FILLING, LISTS, Batch, Sample
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from neo_components.types import (
+    FILLING,
     IGNORED,
     NO_IMAGE,
-    PADDING,
     Batch,
     DocumentTokens,
     ImageGrid,
@@ -75,12 +75,6 @@ def pack(
         image_counts=[[len(sample.images) for sample in samples]],
         frames=[[frame for sample in samples for frame in sample.frames or [None] * len(sample.images)]],
     )
-
-
-FILLING = {
-    "token_ids": 0, "positions": 0, "document_ids": PADDING, "image_ids": NO_IMAGE, "token_kinds": TokenKind.TEXT,
-    "labels": IGNORED, "loss_weights": 0,
-}  # fmt: skip
 
 
 def _pad(column: Tensor, length: int, value: int) -> Tensor:

@@ -179,7 +179,7 @@ class _Trace:
         kept = kept_by(norm, self.setting, lambda: (fake((count, length, hidden), dtype, self.setting, flow),), _none)
         targets = int((self.batch.labels[:, 1:] != IGNORED).sum())
         head, states = self.model.post_llm.head_weight, flow or trains(norm)
-        kept += count * (length - 1) * states  # which tokens are targets
+        kept += targets * torch.int64.itemsize * states  # their indices
         loss = targets * hidden * dtype.itemsize * states + head.numel() * 4 * head.requires_grad
         return kept, loss
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from neo_components.components.attention import NativeAttention
 from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.layers import GatedFeedForward
-from neo_components.components.masks import LayerRule, document_spans, span_mask
+from neo_components.components.masks import LayerRule, span_mask
 from neo_components.components.moe import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
 from neo_components.errors import UnknownFlopsError
 from neo_components.model.neo import NEO
 from neo_components.registry import MASKS
+from neo_components.token_indices import document_spans
 from neo_components.types import IGNORED, NO_IMAGE, PADDING, Batch, kinds_of
 
 PARTS = ("patch_embedding", "pre_buffer", "post_llm", "head", "bridge")

@@ -76,7 +76,7 @@ def tracing(setting: Setting) -> Iterator[None]:
     """Tensors made inside are fake, and autocast is as the setting states, whether or not its device is there."""
     before = torch.is_autocast_enabled(setting.device), torch.get_autocast_dtype(setting.device)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             # torch.autocast("cuda") switches itself off on a machine without a GPU.
             torch.set_autocast_enabled(setting.device, setting.autocast is not None)
             if setting.autocast is not None:
@@ -194,17 +194,16 @@ def traced_attention(
         made = SpanAttention.__new__(SpanAttention)
         made.buckets, shared = [], []
         # These are computed from values, so they are set here: no unit of pairs, and only the number of real tokens.
-        made.__dict__ |= {"units": [], "token_indices": []}
+        made.__dict__["units"] = []
         for bucket, real, masked in shapes:
             count, length = bucket.index.shape
             index, images, kinds = (fake((count, length), torch.int64, setting) for _ in range(3))
             mask = fake((count, 1, length, length), torch.bool, setting) if masked else None
-            real_index, *both = (fake((real,), torch.int64, setting) for _ in range(3))
+            real_tokens = tuple(fake((real,), torch.int64, setting) for _ in range(2))
             one = Bucket(index, fake((count,), torch.int64, setting), images, kinds, rule.rule, rule.window)
-            one.__dict__["mask"] = mask
+            one.__dict__.update(mask=mask, real=real_tokens)
             made.buckets.append(one)
-            made.token_indices.append((real_index, tuple(both)))  # type: ignore[arg-type]
-            shared += [index, real_index, *both, *([] if mask is None else [mask])]
+            shared += [index, *real_tokens, *([] if mask is None else [mask])]
         return made, shared
 
     return spans

@@ -16,11 +16,12 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.stack import Prepared
 from neo_components.components.text_route import Passing, TextRoute
-from neo_components.components.token_loss import token_loss
+from neo_components.components.token_loss import CHUNK, token_loss
 from neo_components.data.packing import pack
 from neo_components.model.generation import generate
 from neo_components.model.neo_files import NEOFiles
-from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec, Output, Sample
+from neo_components.token_indices import TokenIndices
+from neo_components.types import Batch, InputSpec, Output, Sample
 
 
 class NEO(NEOFiles):
@@ -146,16 +147,17 @@ class NEO(NEOFiles):
         x = self.post_llm.embed(batch.token_ids)
         if self.bridge_in is not None:
             x = self.bridge_in(x)
-        return self._with_images(x, batch.token_ids, batch.image_ids, batch)
+        return self._with_images(x, batch.token_ids, None, batch)
 
-    def _with_images(self, x: Tensor, token_ids: Tensor, image_ids: Tensor, batch: Batch) -> Tensor:
-        """x [B, L, D of the pre-Buffer] with boundary vectors and tokens of images at their ids."""
+    def _with_images(self, x: Tensor, token_ids: Tensor, known: TokenIndices | None, batch: Batch) -> Tensor:
+        """x [B, L, D of the pre-Buffer] with boundary vectors and tokens of images at their ids; ``known``: where
+        these are, ``None``: as in the batch."""
         llm = self.post_llm.hparams
         for vector, token_id in zip(self.pre_buffer.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
             x = torch.where((token_ids == token_id)[..., None], vector.to(x.dtype), x)
-        index = (image_ids != NO_IMAGE).flatten().nonzero()[:, 0]
-        if len(index):
+        if len(batch.patches):
             tokens = self.patch_embedding(batch.patches, batch.patch_positions, batch.image_grids).to(x.dtype)
+            index = (known or batch.indices).visual.exact
             return x.flatten(0, 1).index_copy(0, index, tokens).view_as(x)
         if self.every_part:
             return x + self._no_image(batch).sum().to(x.dtype) * 0.0
@@ -187,18 +189,19 @@ class NEO(NEOFiles):
     def _images_into(self, words: Tensor, batch: Batch, hidden_states: dict[str, Tensor] | None) -> Tensor:
         """words [B, L, D of the post-LLM] with what the pre-Buffer makes of each image alone."""
         passing = self.route.passing(batch)
-        if nothing := not passing.token_ids.numel():
+        if nothing := not len(passing.document_ids[0]):
             if not self.every_part:
                 parts = [part for part in (self.pre_buffer, self.bridge_out) if part is not None]
                 return _untouched(words, *parts) if self.training else words
             passing = self.route.one_token(batch)
         x = words.new_zeros(*passing.token_ids.shape, self.pre_buffer.hparams.hidden_size)
-        x = self._with_images(x, passing.token_ids, passing.image_ids, batch)
+        x = self._with_images(x, passing.token_ids, passing.known, batch)
         x = self._through_pre_buffer(x, passing, None, hidden_states)
         if nothing:
             return words + x.sum().to(words.dtype) * 0.0
         assert passing.index is not None
-        return words.flatten(0, 1).index_copy(0, passing.index, x[0].to(words.dtype)).view_as(words)
+        tokens = x[0, : len(passing.index)].to(words.dtype)
+        return words.flatten(0, 1).index_copy(0, passing.index, tokens).view_as(words)
 
     def _through_pre_buffer(
         self,
@@ -210,7 +213,7 @@ class NEO(NEOFiles):
         """Pre-Buffer and bridge over the tokens that pass them."""
         x = self.pre_buffer(
             x, passing.positions, passing.document_ids, passing.image_ids, passing.token_kinds, attend=attend,
-            hidden_states=hidden_states,
+            hidden_states=hidden_states, known=passing.known,
         )  # fmt: skip
         return x if self.bridge_out is None else self.bridge_out(x)
 
@@ -239,7 +242,7 @@ class NEO(NEOFiles):
         x = self._before_llm(batch, first, hidden_states)
         x = self.post_llm(
             x, batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds, attend=then,
-            hidden_states=hidden_states, first=depth,
+            hidden_states=hidden_states, first=depth, known=batch.known,
         )  # fmt: skip
         if hidden_states is not None:
             hidden_states["final_norm"] = x
@@ -248,7 +251,7 @@ class NEO(NEOFiles):
     def _prepare(self, batch: Batch) -> list[Attend]:
         """The attention backend of every block; pre-Buffer and post-LLM share those that are alike."""
         prepared: Prepared = {}
-        where = (batch.document_ids, batch.image_ids, prepared, batch.token_kinds)
+        where = (batch.document_ids, batch.image_ids, prepared, batch.token_kinds, batch.known)
         return [*self.pre_buffer.prepare(*where), *self.post_llm.prepare(*where)]
 
     def forward(self, batch: Batch, output_hidden_states: bool = False) -> Output:
@@ -263,7 +266,7 @@ class NEO(NEOFiles):
         """
         states: dict[str, Tensor] | None = {} if output_hidden_states else None
         hidden = self.hidden(batch, hidden_states=states)
-        labelled = bool((batch.labels != IGNORED).any())
+        labelled = batch.indices.targets.count > 0
         return Output(self.post_llm.logits(hidden), self._loss(hidden, batch) if labelled else None, states)
 
     def loss(self, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
@@ -280,12 +283,15 @@ class NEO(NEOFiles):
         return self._loss(self.hidden(batch), batch, nll)
 
     def _loss(self, hidden: Tensor, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
-        target, weight = batch.labels[:, 1:], batch.loss_weights[:, 1:]
-        labelled = target != IGNORED
-        state, target, weight = hidden[:, :-1][labelled], target[labelled], weight[labelled]
-        total, each = token_loss(state, self.post_llm.head_weight, target, weight, self.post_llm.hparams.logits_divisor)
+        targets, llm = batch.indices.targets, self.post_llm
+        # Full chunks on a device: all have one shape, whatever the batch. What fills the last one weighs nothing.
+        index = targets.exact if hidden.device.type == "cpu" else targets.filled(CHUNK)
+        state = hidden.flatten(0, 1).index_select(0, (index - 1).clamp(min=0))
+        target, weight = (column.flatten().index_select(0, index) for column in (batch.labels, batch.loss_weights))
+        weight[targets.count :] = 0.0
+        total, each = token_loss(state, llm.head_weight, target.clamp(min=0), weight, llm.hparams.logits_divisor)
         if nll is not None:
-            nll.append(each)
+            nll.append(each[: targets.count])
         return total / weight.sum().clamp(min=1e-5)
 
     @torch.no_grad()

@@ -10,8 +10,9 @@ from torch import Tensor
 from neo_components.components.backends import prepare_attention
 from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import sdpa
-from neo_components.components.masks import LayerRule, dense_mask, document_spans
+from neo_components.components.masks import LayerRule, dense_mask
 from neo_components.export.hf.rows import Rows
+from neo_components.token_indices import document_spans
 
 
 class CachedAttention:

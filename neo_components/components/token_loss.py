@@ -7,7 +7,9 @@ cross-entropies (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024, arXiv 2
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,13 @@ CHUNK = 256
 """Target tokens whose logits exist at the same time, at least."""
 LOGITS = 1 << 23
 """Logits that may exist at the same time where ``CHUNK`` tokens have fewer."""
+DEVICE_CHUNK = 1024
+"""Target tokens of a chunk on a device other than the CPU, whose matrix products need more rows to be busy."""
+
+
+def chunk_size(vocab_size: int, device: torch.device) -> int:
+    """Target tokens whose logits are computed together."""
+    return max(CHUNK, LOGITS // vocab_size) if device.type == "cpu" else DEVICE_CHUNK
 
 
 def token_loss(
@@ -36,9 +45,66 @@ def token_loss(
     Returns:
         Scalar float32, whose gradient can be taken once; and each token's cross entropy, [n] float32, without gradient.
     """
+    if torch.compiler.is_compiling():
+        return _in_one_piece(state, head, target, weight, divisor)
     wanted = torch.is_grad_enabled()
     total, each = _TokenLoss.apply(state, head, target, weight, divisor, autocast_type(state), wanted)
     return total, each
+
+
+def _in_one_piece(state: Tensor, head: Tensor, target: Tensor, weight: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
+    """The same, plain, for a compiler that differentiates it."""
+    logits = F.linear(state, head)
+    logits = (logits if divisor == 1.0 else logits / divisor).float()
+    each = F.cross_entropy(logits, target, reduction="none")
+    return (each * weight.float()).sum(), each.detach()
+
+
+class Chunk(NamedTuple):
+    """What is known of a chunk after its forward pass.
+
+    Attributes:
+        each: [c] float32, cross entropies.
+        of_state: [c, D], gradient of their weighted sum with respect to the states, or ``None``.
+        of_head: [V, D] float32, that with respect to the head, or ``None``.
+    """
+
+    each: Tensor
+    of_state: Tensor | None
+    of_head: Tensor | None
+
+
+def chunk_loss(
+    x: Tensor, factor: Tensor, target: Tensor, weight: Tensor, divisor: float, of_state: bool, of_head: bool
+) -> Chunk:
+    """Cross entropies of a chunk, and the gradients that are wanted.
+
+    Args:
+        x: [c, D], in the type of ``factor``.
+        factor: [V, D], the head.
+        target: [c] int64.
+        weight: [c] float32.
+        divisor: of the logits.
+        of_state: whether the gradient of the states is wanted.
+        of_head: whether that of the head is.
+    """
+    logits = F.linear(x, factor)
+    logits = (logits if divisor == 1.0 else logits / divisor).float()
+    of_logits = logits.sub_(logits.logsumexp(-1, keepdim=True))  # log-probabilities, in place
+    each = -of_logits.gather(1, target[:, None])[:, 0]
+    if not (of_state or of_head):
+        return Chunk(each, None, None)
+    of_logits = of_logits.exp_()
+    of_logits[torch.arange(len(x), device=x.device), target] -= 1
+    # float16 would round many small probabilities to zero.
+    back = torch.float32 if factor.dtype == torch.float16 else factor.dtype
+    of_logits = of_logits.mul_(weight[:, None] / divisor).to(back)
+    return Chunk(each, of_logits @ factor.to(back) if of_state else None, of_logits.T @ x.to(back) if of_head else None)
+
+
+@lru_cache(maxsize=1)
+def _compiled_chunk_loss() -> Callable[..., Chunk]:
+    return torch.compile(chunk_loss, dynamic=False, fullgraph=True)
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -51,28 +117,22 @@ class _TokenLoss(torch.autograd.Function):
         each = torch.empty(len(target), dtype=torch.float32, device=state.device)
         of_state = torch.empty_like(state) if wanted and ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(head, dtype=torch.float32) if wanted and ctx.needs_input_grad[1] else None
+        # Chunks of one shape are compiled once; on a device all but those of a user's own index are.
+        compute = _compiled_chunk_loss() if state.is_cuda else chunk_loss
         with torch.autocast(state.device.type, enabled=False):
-            factor = head if dtype is None else head.to(dtype)
-            # float16 would round many small probabilities to zero.
-            back = factor.float() if factor.dtype == torch.float16 and wanted else factor
-            size = max(CHUNK, LOGITS // len(head))
+            factor, size = head if dtype is None else head.to(dtype), chunk_size(len(head), state.device)
             for start in range(0, len(target), size):
                 rows = slice(start, start + size)
-                x = state[rows].to(factor.dtype)
-                logits = F.linear(x, factor)
-                logits = (logits if divisor == 1.0 else logits / divisor).float()
-                of_logits = logits.sub_(logits.logsumexp(-1, keepdim=True))  # log-probabilities, in place
-                each[rows] = -of_logits.gather(1, target[rows, None])[:, 0]
-                total += each[rows] @ weight[rows].float()
-                if of_state is None and of_head is None:
-                    continue
-                of_logits = of_logits.exp_()
-                of_logits[torch.arange(len(x), device=x.device), target[rows]] -= 1
-                of_logits = of_logits.mul_(weight[rows, None] / divisor).to(back.dtype)
-                if of_state is not None:
-                    of_state[rows] = (of_logits @ back).to(state.dtype)
-                if of_head is not None:
-                    of_head += of_logits.T @ x.to(back.dtype)
+                found = compute(
+                    state[rows].to(factor.dtype), factor, target[rows], weight[rows].float(), divisor,
+                    of_state is not None, of_head is not None,
+                )  # fmt: skip
+                each[rows] = found.each
+                total += found.each @ weight[rows].float()
+                if of_state is not None and found.of_state is not None:
+                    of_state[rows] = found.of_state.to(state.dtype)
+                if of_head is not None and found.of_head is not None:
+                    of_head += found.of_head
         ctx.found = of_state, of_head
         ctx.head_type = head.dtype
         ctx.mark_non_differentiable(each)

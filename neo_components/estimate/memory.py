@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from neo_components.components.moe import SparseFeedForward
 from neo_components.components.primitive import NativePrimitive
-from neo_components.components.token_loss import CHUNK, LOGITS
+from neo_components.components.token_loss import chunk_size
 from neo_components.estimate.activations import Activations
 from neo_components.estimate.tracing import Setting
 from neo_components.model.neo import NEO
@@ -171,7 +172,7 @@ def _chunk(model: NEO, batch: Batch, setting: Setting) -> int:
     under autocast a copy of the head; and, if the head trains, its gradient from one chunk."""
     weight = model.post_llm.head_weight
     size = (setting.autocast or setting.weights or weight.dtype).itemsize
-    targets = min(max(CHUNK, LOGITS // len(weight)), int((batch.loss_weights > 0).sum()))
+    targets = min(chunk_size(len(weight), torch.device(setting.device)), int((batch.loss_weights > 0).sum()))
     logits = targets * len(weight) * (4 if size == 4 else 4 + size)
     return logits + weight.numel() * (size * weight.requires_grad + size * (setting.autocast is not None))
 

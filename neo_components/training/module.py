@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -17,24 +15,24 @@ from neo_components.data.module import NEODataModule
 from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
 from neo_components.recipe.stage import StageConfig
+from neo_components.storage.shards import local_of
 from neo_components.training.activation_checkpointing import blocks_of
 from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
 from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import build_optimizer
+from neo_components.training.skipped_steps import SkippedSteps
 from neo_components.types import IGNORED, Batch
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
-log = logging.getLogger(__name__)
-
 
 class NEOTraining(lightning.LightningModule):
     """Trains one stage.
 
-    Logs for each step ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
+    Logs with every entry the step's ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
     ``grad_norm/GROUP`` of each trainable group; that of ``post_llm.hw`` starts high, as the first gradient of the zero
     keys passes their norm. Logs over all steps since the last entry ``loss_by_source/SOURCE`` and
     ``loss_by_modality/text``, ``/image`` and ``/images``. Logs for each validation ``val/loss``, the mean over all
@@ -44,8 +42,10 @@ class NEOTraining(lightning.LightningModule):
     The loss of a step is the weighted mean over all target tokens of its micro-batches, on all processes together. The
     gradient does not depend on how the step is split into micro-batches and processes.
 
-    A step whose gradient is not finite changes neither weights nor optimizer state. It is logged with the keys of its
-    samples; ``stage.max_skipped_steps`` consecutive ones stop the run.
+    A step whose gradient is not finite changes neither weights nor optimizer state. With the next entry it is counted
+    and logged with the keys of its samples; ``stage.max_skipped_steps`` consecutive ones stop the run.
+
+    Between entries the CPU reads nothing from the device, so that it prepares the next steps while the device computes.
 
     Args:
         model: trained in place.
@@ -53,6 +53,7 @@ class NEOTraining(lightning.LightningModule):
 
     Attributes:
         losses_by_part: the last entry's losses by source and by modality.
+        skipped: steps that were skipped.
 
     Raises:
         ValueError: if ``stage.activation_checkpointing`` is ``auto``, or a group or an adapter's target is unknown.
@@ -75,8 +76,7 @@ class NEOTraining(lightning.LightningModule):
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
-        self.skipped_steps = 0
-        self._skipped_consecutive = 0
+        self.skipped = SkippedSteps(stage.max_skipped_steps)
         self._keys: list[str] = []
         self._totals: list[Tensor] = []
 
@@ -106,6 +106,10 @@ class NEOTraining(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, NEODataModule) else None
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning's hook: does not wait until the batch is there, which its pages are locked in memory for."""
+        return batch.to(device, non_blocking=True)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
         nll: list[Tensor] = []
@@ -131,27 +135,38 @@ class NEOTraining(lightning.LightningModule):
             self.log("val/text_perplexity", self.text_loss.compute().exp())
             self.text_loss.reset()
 
+    @property
+    def _logs_step(self) -> bool:
+        """Whether Lightning's loggers get an entry for the step that is being made."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the gradient, drops it if it is not finite, and logs loss and norm before clipping."""
         loss = self._complete()
         norms = gradient_norms(self.trainable)
-        norm = joint_norm(list(norms.values()))
+        norm = joint_norm(list(norms.values())).to(loss.device)
+        # All processes have the same norm.
+        optimizer.found_inf = self.skipped.add(self.global_step, loss, norm, self._keys)  # type: ignore[attr-defined]
+        self._keys = []
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
+        if self._logs_step:
+            self._log_entry(optimizer, norms)
+
+    def _log_entry(self, optimizer: torch.optim.Optimizer, norms: dict[int, Tensor]) -> None:
         for name, parameters in self.groups.items():
             self.log(f"grad_norm/{name}", joint_norm([norms[id(p)] for p in parameters if id(p) in norms]))
         for group in optimizer.param_groups:
             if group["params"]:
                 self.log(f"lr/{group['name']}", group["lr"])
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
-            log_once(self.trainer, self.losses_by_part, self.global_step)
-        if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
-            self._skipped_consecutive = 0
-        else:
-            self._skip(float(loss), float(norm))
-        self.log("train/skipped_steps", float(self.skipped_steps))
-        self._keys = []
+        self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
+        log_once(self.trainer, self.losses_by_part, self.global_step)
+        self.skipped.read()
+        self.log("train/skipped_steps", float(self.skipped.total))
+
+    def on_train_end(self) -> None:
+        """Counts the steps after the last entry."""
+        self.skipped.read()
 
     def _complete(self) -> Tensor:
         """Divides the gradient of the summed loss by the sum of the weights; returns the loss of the step."""
@@ -162,45 +177,24 @@ class NEOTraining(lightning.LightningModule):
         totals = self._add_up(totals)
         weight = totals[1].clamp(min=1e-5)
         # Lightning has divided by the number of batches, and the strategies average over the processes.
-        factor = float(self.trainer.accumulate_grad_batches * self.trainer.world_size / weight)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / weight
         for parameter in self.trainable:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+                local_of(parameter.grad).mul_(factor)
         return (totals[0] / weight).float()
 
     def _add_up(self, tensor: Tensor) -> Tensor:
         """Sums over all processes."""
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
-    def _skip(self, loss: float, norm: float) -> None:
-        """Drops the gradient, so that the optimizer changes nothing. All processes have the same norm.
-
-        Raises:
-            ValueError: after too many consecutive skipped steps.
-        """
-        for parameter in self.trainable:
-            parameter.grad = None
-        self.skipped_steps += 1
-        self._skipped_consecutive += 1
-        names = ", ".join(self._keys[:8]) + (f" and {len(self._keys) - 8} more" if len(self._keys) > 8 else "")
-        seen = f"loss {loss}, gradient norm {norm} at step {self.global_step}"
-        log.warning("step skipped: %s; its samples: %s", seen, names)
-        if self._skipped_consecutive >= self.stage.max_skipped_steps:
-            raise ValueError(
-                f"{self._skipped_consecutive} steps in a row were not finite (stage.max_skipped_steps), the last with "
-                f"{seen}; lower stage.lr or check its samples: {names}; these steps changed no weight"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's arguments, the options of its parts among them, and the number of skipped steps."""
         checkpoint["model"] = json.dumps(own_config(self.model))
-        checkpoint["faults"] = {"skipped_steps": self.skipped_steps, "in_a_row": self._skipped_consecutive}
+        checkpoint["faults"] = self.skipped.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the number of skipped steps."""
-        faults = checkpoint.get("faults", {})
-        self.skipped_steps = faults.get("skipped_steps", 0)
-        self._skipped_consecutive = faults.get("in_a_row", 0)
+        self.skipped.load_state_dict(checkpoint.get("faults", {}))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The stage's optimizer, with linear warm-up and cosine decay."""
@@ -213,13 +207,13 @@ def mean_nll(model: NEO, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood of a batch's target tokens, with equal weights so that packing does not matter, and
     the number of these tokens."""
     weights = (batch.labels != IGNORED).float()
-    return model.loss(replace(batch, loss_weights=weights)), weights[:, 1:].sum()
+    return model.loss(batch.with_loss_weights(weights)), weights[:, 1:].sum()
 
 
 def loss_weight(batch: Batch) -> Tensor:
     """The sum of loss weights, by which ``NEO.loss`` divides."""
-    weight = batch.loss_weights[:, 1:]
-    return weight[batch.labels[:, 1:] != IGNORED].sum().clamp(min=1e-5)
+    index = batch.indices.targets.exact
+    return batch.loss_weights.flatten().index_select(0, index).sum().clamp(min=1e-5)
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:

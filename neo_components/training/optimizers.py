@@ -1,4 +1,8 @@
-"""The optimizers of a stage, AdamW and Muon, each as one ``torch.optim.Optimizer`` with one schedule and state."""
+"""The optimizers of a stage, AdamW and Muon, each as one ``torch.optim.Optimizer`` with one schedule and state.
+
+Each has the attribute ``found_inf``, a scalar tensor on the device of the weights: where it is 1, a step changes
+nothing (the convention of torch's ``GradScaler``). The CPU need not know whether it is.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +32,71 @@ def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": stage.weight_decay, "name": "adamw"},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "name": "adamw"},
     ]
-    adamw = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps)
+    adamw = AdamW(groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps)
     matrices = [parameter for parameter in trainable if id(parameter) in by_muon]
     if not matrices:
         return adamw
     group = {"params": matrices, "name": "muon"}
-    return Joined(torch.optim.Muon([group], lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
+    return Joined(Muon([group], lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
 
 
 def hidden_matrices(model: NEO) -> list[Tensor]:
     """Weights of all linear layers except the head."""
     linear = (part for part in model.modules() if isinstance(part, nn.Linear) and part is not model.post_llm.lm_head)
     return [part.weight for part in linear]
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` in its fused form: one kernel for all weights, which reads ``found_inf`` on the device."""
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, fused=True)
+        # A GradScaler is to divide the gradients before they are clipped, not in this step.
+        self._step_supports_amp_scaling = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a checkpoint whose optimizer was not fused."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group |= {"fused": True, "foreach": None}
+
+
+class Muon(torch.optim.Muon):
+    """``torch.optim.Muon`` that heeds ``found_inf``, one matrix after the other: no second copy of all weights."""
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        self.param_groups = [group | {"params": [weight]}]
+                        self._step_one(weight)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_one(self, weight: Tensor) -> None:
+        if self.found_inf is None:
+            super().step()
+            return
+        skips = self.found_inf > 0
+        momentum = self.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+        before, grad = weight.clone(), weight.grad
+        weight.grad = torch.where(skips, momentum, grad)  # type: ignore[arg-type] # mixed with itself it stays as it is
+        super().step()
+        weight.copy_(torch.where(skips, before, weight))
+        weight.grad = grad
 
 
 class Joined(torch.optim.Optimizer):
@@ -53,6 +110,16 @@ class Joined(torch.optim.Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Of all parts."""
+        return self.parts[0].found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor | None) -> None:
+        for part in self.parts:
+            part.found_inf = value  # type: ignore[attr-defined]
 
     def _share(self) -> None:
         """Makes the parts use this optimizer's groups and state, so that schedules and loading apply to them."""

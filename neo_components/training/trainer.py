@@ -55,7 +55,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
         save_last=True,
         enable_version_counter=False,  # or a second run would leave the first run's last.ckpt in place
     )
-    bar = RichProgressBar() if sys.stderr.isatty() else LineProgress(stage.name)
+    bar = RichProgressBar(refresh_rate=stage.log_every) if sys.stderr.isatty() else LineProgress(stage.name)
     average = ShardedAverage if strategy_of(recipe) == NAME else averaging
     # After the predictions, as it restores the training weights at the end of a validation.
     averages = [average(stage.ema)] if stage.ema else []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from neo_components.types import IGNORED, Batch
+from neo_components.types import Batch
 
 MODALITIES = ("text", "image", "images")
 """Samples without an image, with one image, and with several images or a video."""
@@ -36,15 +36,16 @@ class LossParts:
             batch: packed sequences.
             nll: [n], negative log-likelihood of each target token, from ``NEO.loss``.
         """
-        target = batch.labels[:, 1:] != IGNORED
-        weight = batch.loss_weights[:, 1:][target].double()
-        tables = self._tables(batch).to(nll.device)
-        documents = batch.document_ids[:, 1:].clamp(min=0)
+        index = batch.indices.targets.exact
+        weight = batch.loss_weights.flatten().index_select(0, index).double()
+        tables = self._tables(batch).to(nll.device, non_blocking=True)
+        rows = index // batch.token_ids.shape[1]
+        documents = batch.document_ids.flatten().index_select(0, index).clamp(min=0)
         if self._sums is None:
             self._sums = self._empty(nll.device)
         values = torch.stack([nll.double() * weight, weight], dim=1)
         for table in tables:
-            self._sums.index_add_(0, table.gather(1, documents)[target], values)
+            self._sums.index_add_(0, table.flatten()[rows * table.shape[1] + documents], values)
 
     def _tables(self, batch: Batch) -> Tensor:
         """[2, B, documents]: index of each document's source and of its modality among the sums."""

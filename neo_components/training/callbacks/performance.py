@@ -12,6 +12,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +118,7 @@ class Performance(Callback):
     ) -> None:
         """Adds a batch, and logs with every entry."""
         self._new["seconds"] += time.perf_counter() - self._began
-        self._new["tokens"] += int((batch.document_ids != PADDING).sum())
+        self._new["tokens"] += int((batch.indices.ids["document_ids"] != PADDING).sum())
         self._new["images"] += sum(map(sum, batch.image_counts))
         self._new["positions"] += batch.document_ids.numel()
         assert isinstance(module.model, NEO)
@@ -131,10 +132,10 @@ class Performance(Callback):
 
     def _add_flops(self, model: NEO, batch: Batch) -> None:
         # On the CPU, as the count reads one number per document.
-        read = ("token_ids", "labels", "document_ids", "image_ids", "token_kinds", "image_grids")
-        ids = {name: getattr(batch, name).cpu() for name in read}
+        ids: Mapping[str, Any] = batch.indices.ids
+        on_cpu = replace(batch, **ids)
         try:
-            self._new["flops"] += sum(part.model for part in step_flops(model, replace(batch, **ids)).values())
+            self._new["flops"] += sum(part.model for part in step_flops(model, on_cpu).values())
         except UnknownFlopsError as error:
             self._counts_flops = False
             log.warning("perf/tflops and perf/mfu are not logged: %s", error)

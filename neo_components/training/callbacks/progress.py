@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 
 from neo_components.evaluation import OVERALL, Question, Report, evaluate
 from neo_components.model.chat import Chat
@@ -29,7 +30,7 @@ class LineProgress(Callback):
     """Progress as plain lines, for logs and pipes; printed by rank 0."""
 
     def __init__(self, title: str) -> None:
-        self.title = title
+        self.title, self.note = title, ""
 
     @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -43,9 +44,9 @@ class LineProgress(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advances and shows the loss."""
-        loss = trainer.callback_metrics.get("train/loss")
-        note = f"loss {float(loss):.3f}" if loss is not None else ""
-        self.bar.advance(trainer.global_step - self.bar.done, note)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.note = f"loss {float(trainer.callback_metrics['train/loss']):.3f}"
+        self.bar.advance(trainer.global_step - self.bar.done, self.note)
 
     @rank_zero_only
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -67,9 +68,19 @@ class History(Callback):
     """Keeps (step, seconds since the start, training loss) of every step, and (step, values) of every validation."""
 
     def __init__(self) -> None:
-        self.losses: list[tuple[int, float, float]] = []
+        self._losses: list[tuple[int, float, float]] = []
+        self._unread: list[tuple[int, float, Tensor]] = []
         self.validations: list[tuple[int, dict[str, float]]] = []
         self.began = time.monotonic()
+
+    @property
+    def losses(self) -> list[tuple[int, float, float]]:
+        """Of every step. New losses are read from their device."""
+        if self._unread:
+            values = torch.stack([loss for _, _, loss in self._unread]).tolist()
+            self._losses += [(step, at, loss) for (step, at, _), loss in zip(self._unread, values, strict=True)]
+            self._unread = []
+        return self._losses
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Adds a validation."""
@@ -79,10 +90,12 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds a step."""
+        """Adds a step. Losses are read with every entry of the log only, as reading waits for the device."""
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            self.losses.append((trainer.global_step, time.monotonic() - self.began, float(loss)))
+            self._unread.append((trainer.global_step, time.monotonic() - self.began, loss.detach().clone()))
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            _ = self.losses
 
 
 class Predictions(Callback):

@@ -53,10 +53,14 @@ class SaveOnSignal(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.received = 0
+        self._group: Any = None
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Replaces Lightning's handlers; Python allows it in the main thread only."""
+        if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
+            # Between CPUs, so that no process waits for its device in every step.
+            self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
         signals = [signal.SIGTERM, *([REQUEUE] if slurm_environment() else [])]
@@ -88,8 +92,8 @@ class SaveOnSignal(Callback):
             return
         received = self.received
         if trainer.world_size > 1:
-            highest = torch.tensor(received, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+            highest = torch.tensor(received)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, self._group)
             received = int(highest)
         if not received:
             return

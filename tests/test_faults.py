@@ -59,7 +59,7 @@ def test_a_step_that_is_not_finite_changes_nothing(caplog: pytest.LogCaptureFixt
         assert torch.equal(a, b), name
     moments, others = (m.trainer.optimizers[0].state_dict()["state"] for m in (module, other))
     assert all(torch.equal(moments[n][key], others[n][key]) for n in others for key in others[n])
-    assert module.skipped.total == 1
+    assert module.skipped_steps == 1
     assert "step skipped: loss nan" in caplog.text
     assert all(key in caplog.text for key in bad.keys[0])
     assert not any(key in caplog.text for key in first.keys[0])
@@ -74,7 +74,7 @@ def test_too_many_in_a_row_stop_the_run() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     good = rows(model.input_spec, 4)
     module = fit(model, [batches[0], good[0], batches[1], good[1]], stage={"max_skipped_steps": 2})
-    assert module.skipped.total == 2
+    assert module.skipped_steps == 2
 
 
 def test_accumulated_batches_equal_one_whole() -> None:

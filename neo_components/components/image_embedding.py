@@ -69,7 +69,8 @@ class ImageEmbedding(Component):
             patches: [P, C * patch_size**2], normalized pixels as (channel, y, x); the ``fold**2`` patches of a visual
                 token, row by row, are neighbors.
             patch_positions: [P, 2] row and column of each patch in its image.
-            image_grids: [I, 2] rows and columns of patches of each image; ``None``: one layer that does not need them.
+            image_grids: [I, 2] rows and columns of patches of each image, on the CPU, so that reading them waits for no
+                device; ``None``: one layer that does not need them.
 
         Returns:
             [tokens, D].

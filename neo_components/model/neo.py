@@ -156,7 +156,8 @@ class NEO(NEOFiles):
         for vector, token_id in zip(self.pre_buffer.boundary, (llm.image_start_id, llm.image_end_id), strict=True):
             x = torch.where((token_ids == token_id)[..., None], vector.to(x.dtype), x)
         if len(batch.patches):
-            tokens = self.patch_embedding(batch.patches, batch.patch_positions, batch.image_grids).to(x.dtype)
+            grids = batch.indices.ids["image_grids"]
+            tokens = self.patch_embedding(batch.patches, batch.patch_positions, grids).to(x.dtype)
             index = (known or batch.indices).visual.exact
             return x.flatten(0, 1).index_copy(0, index, tokens).view_as(x)
         if self.every_part:
@@ -169,7 +170,7 @@ class NEO(NEOFiles):
         side = embedding.fold
         patches = batch.patches.new_zeros(side**2, embedding.channels * embedding.patch_size**2)
         positions = batch.patch_positions.new_zeros(side**2, 2)
-        return embedding(patches, positions, positions.new_full((1, 2), side))
+        return embedding(patches, positions, torch.full((1, 2), side, device="cpu"))
 
     def _before_llm(
         self, batch: Batch, attend: Attend | Sequence[Attend] | None, hidden_states: dict[str, Tensor] | None

@@ -53,7 +53,7 @@ class NEOTraining(lightning.LightningModule):
 
     Attributes:
         losses_by_part: the last entry's losses by source and by modality.
-        skipped: steps that were skipped.
+        step_loss: loss of the last step, a scalar on its device.
 
     Raises:
         ValueError: if ``stage.activation_checkpointing`` is ``auto``, or a group or an adapter's target is unknown.
@@ -76,7 +76,8 @@ class NEOTraining(lightning.LightningModule):
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
-        self.skipped = SkippedSteps(stage.max_skipped_steps)
+        self.step_loss: Tensor | None = None
+        self._skipped = SkippedSteps(stage.max_skipped_steps)
         self._keys: list[str] = []
         self._totals: list[Tensor] = []
 
@@ -136,17 +137,23 @@ class NEOTraining(lightning.LightningModule):
             self.text_loss.reset()
 
     @property
+    def skipped_steps(self) -> int:
+        """Number of steps that were skipped. New steps are read from their device."""
+        self._skipped.read()
+        return self._skipped.total
+
+    @property
     def _logs_step(self) -> bool:
         """Whether Lightning's loggers get an entry for the step that is being made."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the gradient, drops it if it is not finite, and logs loss and norm before clipping."""
-        loss = self._complete()
+        loss = self.step_loss = self._complete()
         norms = gradient_norms(self.trainable)
         norm = joint_norm(list(norms.values())).to(loss.device)
         # All processes have the same norm.
-        optimizer.found_inf = self.skipped.add(self.global_step, loss, norm, self._keys)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._skipped.add(self.global_step, loss, norm, self._keys)  # type: ignore[attr-defined]
         self._keys = []
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
@@ -161,12 +168,11 @@ class NEOTraining(lightning.LightningModule):
                 self.log(f"lr/{group['name']}", group["lr"])
         self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
         log_once(self.trainer, self.losses_by_part, self.global_step)
-        self.skipped.read()
-        self.log("train/skipped_steps", float(self.skipped.total))
+        self.log("train/skipped_steps", float(self.skipped_steps))
 
     def on_train_end(self) -> None:
         """Counts the steps after the last entry."""
-        self.skipped.read()
+        self._skipped.read()
 
     def _complete(self) -> Tensor:
         """Divides the gradient of the summed loss by the sum of the weights; returns the loss of the step."""
@@ -190,11 +196,11 @@ class NEOTraining(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's arguments, the options of its parts among them, and the number of skipped steps."""
         checkpoint["model"] = json.dumps(own_config(self.model))
-        checkpoint["faults"] = self.skipped.state_dict()
+        checkpoint["faults"] = self._skipped.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the number of skipped steps."""
-        self.skipped.load_state_dict(checkpoint.get("faults", {}))
+        self._skipped.load_state_dict(checkpoint.get("faults", {}))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The stage's optimizer, with linear warm-up and cosine decay."""

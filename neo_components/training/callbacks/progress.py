@@ -45,7 +45,7 @@ class LineProgress(Callback):
     ) -> None:
         """Advances and shows the loss."""
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.note = f"loss {float(trainer.callback_metrics['train/loss']):.3f}"
+            self.note = f"loss {float(module.step_loss):.3f}"  # type: ignore[arg-type]
         self.bar.advance(trainer.global_step - self.bar.done, self.note)
 
     @rank_zero_only
@@ -72,6 +72,11 @@ class History(Callback):
         self._unread: list[tuple[int, float, Tensor]] = []
         self.validations: list[tuple[int, dict[str, float]]] = []
         self.began = time.monotonic()
+        self._step = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Starts at the step that the run starts or resumes from."""
+        self._step = trainer.global_step
 
     @property
     def losses(self) -> list[tuple[int, float, float]]:
@@ -91,10 +96,12 @@ class History(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds a step. Losses are read with every entry of the log only, as reading waits for the device."""
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None:
-            self._unread.append((trainer.global_step, time.monotonic() - self.began, loss.detach().clone()))
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step = step
+        self._unread.append((step, time.monotonic() - self.began, module.step_loss))  # type: ignore[arg-type]
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             _ = self.losses
 
 

@@ -278,8 +278,15 @@ class Batch(_Carried):
         changed._indices = self._indices
         return changed
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """A copy with every tensor on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """A copy with every tensor on ``device``.
+
+        Args:
+            device: there.
+            non_blocking: do not wait until it is there; ``None``: if its memory is page-locked.
+        """
+        if non_blocking is None:
+            non_blocking = self.token_ids.is_pinned()
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

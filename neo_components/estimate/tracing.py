@@ -105,6 +105,10 @@ class Known(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.to and torch.device(args[1]).type != "cpu":
+            return _beside(args[0], torch.device(args[1]))
+        if func is Tensor.numpy:
+            return args[0].as_subclass(Tensor).numpy()
         fakes = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
         if not fakes:
             with unset_fake_temporarily():

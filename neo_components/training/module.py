@@ -107,10 +107,6 @@ class NEOTraining(lightning.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, NEODataModule) else None
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Lightning's hook: does not wait until the batch is there, which its pages are locked in memory for."""
-        return batch.to(device, non_blocking=True)
-
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
         nll: list[Tensor] = []

@@ -17,8 +17,8 @@ install: $(INSTALLED) ## make .venv and install everything, if it is missing or 
 quickstart: $(INSTALLED) ## the main job on CPU: data, three training stages, evaluation, report
 	$(BIN)/neo quickstart
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## run the tests, a process for each core (at most 4)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Set before any test imports the libraries that read them.
@@ -12,6 +13,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from filelock import FileLock
 
 # The tests' models are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -33,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small folder of everything that the commands read, to be left as it is."""
     from commands import build_world
 
-    return build_world(tmp_path_factory.mktemp("world"))
+    return made_once(tmp_path_factory, "world", build_world)
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +43,27 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of the main job at a fiftieth of its steps: the real command, the shipped recipes."""
     from commands import installed_neo
 
-    folder = tmp_path_factory.mktemp("quick start")  # the space must do no harm
-    done = installed_neo("quickstart", "--scale", "0.02", "-o", "out", folder=folder)
-    (folder / "stdout.txt").write_text(done.out)
-    (folder / "stderr.txt").write_text(done.err)
-    assert done.status == 0, done.err
-    return folder / "out"
+    def run(folder: Path) -> Path:
+        done = installed_neo("quickstart", "--scale", "0.02", "-o", "out", folder=folder)
+        (folder / "stdout.txt").write_text(done.out)
+        (folder / "stderr.txt").write_text(done.err)
+        assert done.status == 0, done.err
+        return folder / "out"
+
+    return made_once(tmp_path_factory, "quick start", run)  # the space must do no harm
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What ``make`` builds in a folder of that name, once for all processes of a test run.
+
+    Returns:
+        The path that ``make`` returned.
+    """
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    root = factory.getbasetemp().parent if workers else factory.getbasetemp()
+    folder, done = root / name, root / f"{name}.txt"
+    with FileLock(root / f"{name}.lock"):
+        if not done.is_file():
+            folder.mkdir()  # fails if another process failed here
+            done.write_text(str(make(folder)))
+    return Path(done.read_text())

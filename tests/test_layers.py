@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"types"},
     {"registry"},
     {"storage"},
-    {"llms", "data"},
+    {"llms", "data", "devices"},
     {"components"},
     {"evaluation", "viewers"},
     {"model"},

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -17,7 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from neo_components.cli.data import data_app
+from neo_components.cli.models import Device, Dtype, Model, Out, open_chat
 from neo_components.cli.recipes import Imports, Overrides, recipes_app, register
+from neo_components.cli.reuse import attach, convert, export
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,25 +29,6 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
-
-Model = Annotated[str, typer.Argument(help="Model folder, Hub id, or output folder of a run.")]
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "provenance.json",
-)  # fmt: skip
-"""Files beside the weights that are the same in all layouts."""
-
-Out = Annotated[Path, typer.Option("--output", "-o", help="Output folder.")]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")]
-
-
-class Export(StrEnum):
-    """What ``neo export`` writes."""
-
-    pre_buffer = "pre-buffer"
-    hf = "hf"
-    hf_llm = "hf-llm"
-    program = "program"
 
 
 class Strategy(StrEnum):
@@ -64,12 +46,22 @@ def quickstart(
         float, typer.Option(help="Fraction of the training steps and test questions, for a trial run.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(help="Device for all steps: cpu, cuda (the first GPU), cuda:N, or auto (cuda, else cpu)."),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Precision of the training: bfloat16 (mixed), float32, or auto (bfloat16 if the device has it)."
+        ),
+    ] = "auto",
 ) -> None:
-    """Train a small model on real data, evaluate, export and reuse it, and write a report. Runs on a CPU."""
+    """Train a small model on real data, evaluate, export and reuse it, and write a report. A CPU is enough."""
     from neo_components.quickstart.main import run
 
     _quiet()
-    run(output, scale, seed)
+    run(output, scale, seed, device, dtype)
 
 
 @app.command()
@@ -78,6 +70,12 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None, typer.Option(help="Checkpoint to resume from, 'last', or 'auto' (last, if any).")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on this one device: cpu, cuda, cuda:N, or auto (cuda, else cpu). Default: the recipe's trainer."
+        ),
     ] = None,
     imports: Imports = None,
 ) -> None:
@@ -90,11 +88,27 @@ def train(
 
     register(imports)
     _quiet()
-    result = run(load_recipe(recipe, overrides or []), resume)
+    result = run(load_recipe(recipe, [*(overrides or []), *_on_device(device, overrides or [])]), resume)
     if result.first:
         typer.echo(table([*result.summary.rows(), *locations(result.folder.parent)]))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo's threads can abort a process that ends with them
+
+
+def _on_device(device: str | None, overrides: list[str]) -> list[str]:
+    """Overrides of a recipe for ``--device``.
+
+    Raises:
+        ValueError: if the device is not there or cannot train, or an override gives another.
+    """
+    if device is None:
+        return []
+    from neo_components.devices import find_training_device, trainer_overrides
+
+    keys = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
+    if given := [override for override in overrides if override.partition("=")[0] in keys]:
+        raise ValueError(f"--device {device} and {given[0]} both choose devices; leave one out")
+    return trainer_overrides(find_training_device(device))
 
 
 @app.command()
@@ -108,7 +122,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions, at most this many.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for scores and answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer in tokens.")] = 16,
-    dtype: Dtype = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     imports: Imports = None,
 ) -> None:
     """Ask a model every question of a folder by greedy generation and score the answers."""
@@ -116,7 +131,6 @@ def evaluate(
 
     from neo_components.evaluation import evaluate as run
     from neo_components.evaluation import questions_from_shards
-    from neo_components.model.chat import Chat
     from neo_components.registry import METRICS
 
     register(imports)
@@ -125,7 +139,7 @@ def evaluate(
         raise ValueError(f"{output} is a folder; --output is the name of a JSON file")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    chat = Chat.from_pretrained(_model_folder(model), dtype=dtype)
+    chat = open_chat(model, device, dtype)
     report = run(
         chat.model,
         chat.tokenizer,
@@ -164,123 +178,17 @@ def chat(
     question: Annotated[str, typer.Argument(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of the answer in tokens.")] = 256,
-    dtype: Dtype = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     imports: Imports = None,
 ) -> None:
     """Ask a model a question about images or about text."""
-    from neo_components.model.chat import Chat
-
     register(imports)
-    typer.echo(Chat.from_pretrained(_model_folder(model), dtype=dtype).ask(question, image or [], max_new_tokens))
+    typer.echo(open_chat(model, device, dtype).ask(question, image or [], max_new_tokens))
 
 
-@app.command()
-def export(
-    model: Model,
-    output: Out,
-    to: Annotated[Export, typer.Option(help="What to write; see above.")] = Export.pre_buffer,
-    license: Annotated[str, typer.Option(help="License of the weights, for the model card.")] = "",
-    anchors: Annotated[
-        int, typer.Option(help="pre-buffer: maximum number of word embeddings to keep for fitting bridges.")
-    ] = 4096,
-    max_new_tokens: Annotated[int, typer.Option(help="hf: default of max_new_tokens in its generation config.")] = 256,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: as stored.")
-    ] = None,
-    imports: Imports = None,
-) -> None:
-    """Export a trained model, or a part of it, for use elsewhere.
-
-    --to pre-buffer: the pre-Buffer with its patch embedding, to attach to another language model.
-
-    --to hf: the whole model as a folder for transformers (trust_remote_code=True); this library is not needed.
-
-    --to hf-llm: the language model alone, as an ordinary causal language model of transformers.
-
-    --to program: the part before the language model, as torch.export programs.
-    """
-    from neo_components.model.chat import Chat
-    from neo_components.storage.weights import TensorFiles
-
-    register(imports)
-    folder = _model_folder(model)
-    chat = Chat.from_pretrained(folder, dtype=dtype or TensorFiles(folder).dtype())
-    if to is Export.pre_buffer:
-        from neo_components.components.pre_buffer import AssetInfo
-        from neo_components.model.attach import export_pre_buffer, provenance_of
-
-        info = AssetInfo(chat.image_config(), provenance_of(folder), license)
-        typer.echo(export_pre_buffer(chat.model, output, folder, anchors, info))
-    elif to is Export.hf:
-        from neo_components.export.hf.folder import write_hf
-
-        limits = chat.min_pixels, chat.max_pixels
-        typer.echo(write_hf(chat.model, chat.tokenizer, output, *limits, max_new_tokens, license))
-    elif to is Export.program:
-        from neo_components.export.torch_export import write_programs
-
-        typer.echo(write_programs(chat.model, output, chat.image_config()))
-    else:
-        from neo_components.export.hf.language_model import what_is_lost, write_language_model
-
-        typer.echo(write_language_model(chat.model.post_llm, chat.tokenizer, output, license))
-        for sentence in what_is_lost(chat.model.post_llm):
-            typer.echo(sentence, err=True)
-
-
-def _model_folder(model: str) -> Path:
-    """The folder of a model; for the output folder of a run, the model in it."""
-    from neo_components.storage.hub import resolve
-    from neo_components.storage.weights import CONFIG
-
-    folder = resolve(model)
-    return folder / "neo" if not (folder / CONFIG).is_file() and (folder / "neo" / CONFIG).is_file() else folder
-
-
-@app.command()
-def attach(
-    pre_buffer: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-Buffer asset.")],
-    llm: Annotated[str, typer.Argument(help="Folder or Hub id of a language model.")],
-    output: Out,
-    bridge: Annotated[
-        str, typer.Option(help="Bridge between the widths: auto, identity, least_squares, orthogonal or random.")
-    ] = "auto",
-    text: Annotated[
-        str, typer.Option(help="Path of text tokens: shared (through the pre-Buffer) or bypass (around it).")
-    ] = "shared",
-    imports: Imports = None,
-) -> None:
-    """Attach a pre-Buffer to another language model. Train the result with a recipe."""
-    from neo_components.components.pre_buffer import PreBuffer
-    from neo_components.data import load_tokenizer
-    from neo_components.data.limits import MAX_PIXELS, MIN_PIXELS
-    from neo_components.model.attach import attach as join
-    from neo_components.model.chat import Chat
-
-    register(imports)
-    part = PreBuffer.from_pretrained(pre_buffer)
-    limits = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS} | part.info.image
-    chat = Chat(join(part, llm, bridge, text=text), load_tokenizer(llm), limits["min_pixels"], limits["max_pixels"])
-    typer.echo(chat.save_pretrained(output))
-
-
-@app.command()
-def convert(
-    model: Model,
-    output: Out,
-    layout: Annotated[str, typer.Option(help="Layout to write: neo_components or released.")] = "neo_components",
-    imports: Imports = None,
-) -> None:
-    """Convert a model to another layout, with its tokenizer and image limits."""
-    from neo_components.model.neo import NEO
-
-    register(imports)
-    folder = _model_folder(model)
-    NEO.from_pretrained(folder).save_pretrained(output, layout=layout)
-    for name in COMPANIONS:
-        if (folder / name).is_file() and folder.resolve() != output.resolve():
-            shutil.copyfile(folder / name, output / name)
-    typer.echo(output)
+for command in (export, attach, convert):
+    app.command()(command)
 
 
 @app.command()

@@ -152,11 +152,11 @@ class NativeAttention(nn.Module):
         """
         rows, start = [], 0
         for width in self.t_widths:
-            first = torch.arange(start, start + width // 2)
+            first = torch.arange(start, start + width // 2, device=self.q_proj.weight.device)
             rows.append(torch.stack([first, first + width // 2], dim=1))
             start += width
         fastest = torch.cat(rows)[: self.head_width // 4].T.flatten()
-        half = self.q_proj.weight.unflatten(0, (-1, self.head_width))[:, fastest.to(self.q_proj.weight.device)]
+        half = self.q_proj.weight.unflatten(0, (-1, self.head_width))[:, fastest]
         self.q_proj_hw.weight.copy_(torch.cat([half, half], dim=1).flatten(0, 1))
         self.k_proj_hw.weight.zero_()
         for norm in (self.q_norm_h, self.q_norm_w, self.k_norm_h, self.k_norm_w):

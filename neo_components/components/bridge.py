@@ -118,7 +118,7 @@ class Orthogonal(Bridge):
         x, y, x_mean, y_mean = _centered(source, target)
         rotation = _rotation(x, y)
         left_out = torch.empty_like(y)
-        folds = torch.arange(len(x)) % FOLDS
+        folds = torch.arange(len(x), device=x.device) % FOLDS
         for fold in range(FOLDS):
             out = folds == fold
             x_kept, y_kept, x_middle, y_middle = _centered(x[~out], y[~out])

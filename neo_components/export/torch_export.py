@@ -38,6 +38,8 @@ IMAGES, INPUTS = "images.pt2", "inputs.pt2"
 def write_programs(model: NEO, folder: str | Path, image: dict[str, Any] | None = None) -> Path:
     """Writes ``images.pt2``, ``inputs.pt2``, program.json and a README.md.
 
+    A program runs on the device where the model is, whatever device it is loaded on.
+
     Args:
         model: any model whose pre-Buffer has native or plain positions and no frequencies that depend on length.
         folder: made if absent.
@@ -207,7 +209,7 @@ def _image_program(pre: PreBuffer) -> Any:
     h = pre.patch_embedding.hparams
     side = h.patch_size * h.fold
     rows, columns = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("columns", min=2, max=4096)
-    example = torch.zeros(h.channels, 3 * side, 5 * side, dtype=pre.boundary.dtype)
+    example = pre.boundary.new_zeros(h.channels, 3 * side, 5 * side)
     return _export(ImageProgram(pre), (example,), ({1: side * rows, 2: side * columns},))
 
 
@@ -215,12 +217,12 @@ def _input_program(model: NEO) -> Any:
     h, width = model.patch_embedding.hparams, model.post_llm.hparams.hidden_size
     group = h.fold**2
     length, tokens = torch.export.Dim("length", min=3, max=2**20), torch.export.Dim("tokens", min=2, max=2**20)
-    ids = torch.full((1, 11), model.post_llm.hparams.image_token_id)
+    like = model.pre_buffer.boundary  # its type and device are the program's
+    ids = torch.full((1, 11), model.post_llm.hparams.image_token_id, device=like.device)
     ids[0, :2], ids[0, 9:] = 1, 2
-    dtype = model.pre_buffer.boundary.dtype
     example = (
-        ids, torch.zeros(1, 11, width, dtype=dtype), torch.zeros(7 * group, h.channels * h.patch_size**2, dtype=dtype),
-        torch.zeros(7 * group, 2, dtype=torch.int64),
+        ids, like.new_zeros(1, 11, width), like.new_zeros(7 * group, h.channels * h.patch_size**2),
+        ids.new_zeros(7 * group, 2),
     )  # fmt: skip
     return _export(InputProgram(model), example, ({1: length}, {1: length}, {0: group * tokens}, {0: group * tokens}))
 
@@ -241,6 +243,7 @@ def _description(model: NEO, image: dict[str, Any]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "torch": torch.__version__.split("+")[0],
         "dtype": str(model.pre_buffer.boundary.dtype).removeprefix("torch."),
+        "device": model.pre_buffer.boundary.device.type,
         "image_token_id": llm.image_token_id,
         "image_start_id": llm.image_start_id,
         "image_end_id": llm.image_end_id,

@@ -21,6 +21,7 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import Anchors, AssetInfo, PreBuffer
 from neo_components.components.text_route import TextRoute
 from neo_components.data.packing import pack
+from neo_components.devices import has_float64
 from neo_components.model.neo import NEO
 from neo_components.model.vocabulary import token_strings
 from neo_components.registry import BRIDGES, Choice
@@ -97,6 +98,7 @@ def attach(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | str = "float32",
     text: str = "shared",
+    device: torch.device | str | None = None,
 ) -> NEO:
     """Joins a pre-Buffer to a language model.
 
@@ -110,6 +112,8 @@ def attach(
         dtype: of the weights that are read from a folder or hub id; a module stays as it is.
         text: ``shared``: words pass the pre-Buffer too, as in the paper; ``bypass``: they reach the language model
             untouched, and only images pass it.
+        device: of the model; ``None``: the two parts stay where they are. Bridges are fitted in float64 on the device
+            of the language model, or on the CPU if that has no float64 (mps).
 
     Returns:
         A model ready for tuning. What each fitted bridge leaves unexplained is logged, and kept as its ``unexplained``.
@@ -129,6 +133,9 @@ def attach(
             llm, rope=h.rope, base_h=h.base_h, base_w=h.base_w, attention=h.attention, experts=h.experts,
             backend=pre.backend, dtype=dtype,
         )  # fmt: skip
+    if device is not None:
+        pre.to(device)
+        llm.to(device)
     if h.rope != llm.hparams.rope:
         raise ValueError(
             f"the pre-Buffer was trained with rope {h.rope!r}, and this PostLLM has {llm.hparams.rope!r}, which counts "
@@ -141,10 +148,12 @@ def attach(
     bridge_in, bridge_out = make_bridges(bridge, h.hidden_size, llm.hparams.hidden_size, route.words_pass)
     if any(hasattr(part, "fit") for part in (bridge_in, bridge_out)):
         _fit(bridge_in, bridge_out, *shared_embeddings(pre, llm, tokenizer))
-    # Fitted in full precision, then cast to the type of the modules that they join.
+    # Fitted in full precision, then cast to the type of the modules that they join. Where their weights are deferred
+    # they are on the meta device, and the bridge moves with them later.
+    weight = llm.head_weight
     for part in (bridge_in, bridge_out):
         if part is not None:
-            part.to(llm.head_weight.dtype)
+            part.to(device=None if weight.is_meta else weight.device, dtype=weight.dtype)
     return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
 
 
@@ -153,7 +162,7 @@ def _fit(bridge_in: Any, bridge_out: Any, ours: Tensor, theirs: Tensor) -> None:
     reported = []
     for name, bridge, source, target in (("in", bridge_in, theirs, ours), ("out", bridge_out, ours, theirs)):
         if bridge is not None:
-            bridge.fit(source, target)
+            bridge.to(source.device).fit(source, target)
             if getattr(bridge, "unexplained", None) is None:
                 bridge.unexplained = _unexplained(bridge, source, target)
             left_out = getattr(bridge, "unexplained_left_out", None)
@@ -182,7 +191,8 @@ def _same_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None)
 
 
 def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Word embeddings of the shared tokens: [n, D of the pre-Buffer] and [n, D of the language model].
+    """Word embeddings of the shared tokens: [n, D of the pre-Buffer] and [n, D of the language model], float32 on the
+    language model's device, or on the CPU if that has no float64.
 
     Raises:
         ValueError: if the pre-Buffer has no anchors, the tokenizer is unknown, or too few tokens are shared.
@@ -203,8 +213,9 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
         raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
     ours = pre.anchors.vectors[[index for index, _ in pairs]]
     with filled(llm.word_embedding):
-        theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().cpu().float()
-    return ours, theirs
+        theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().float()
+    device = theirs.device if has_float64(theirs.device) else torch.device("cpu")
+    return ours.to(device), theirs.to(device)
 
 
 @torch.no_grad()
@@ -233,7 +244,8 @@ def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool
     for image in images:
         rows, columns = image.shape[-2] // spec.factor, image.shape[-1] // spec.factor
         tokens = spec.image_tokens(*image.shape[-2:])
-        batch = pack([Sample(torch.tensor([1, *[0] * tokens, 2]), None, [image.cpu()])], spec)
+        token_ids = torch.tensor([1, *[0] * tokens, 2], device="cpu")
+        batch = pack([Sample(token_ids, None, [image.cpu()])], spec)
         batch = batch.to(pre_buffer.boundary.device)
         embedded = embedding(batch.patches, batch.patch_positions, batch.image_grids)
         x = torch.cat([pre_buffer.boundary[:1], embedded, pre_buffer.boundary[1:]])[None]

@@ -40,12 +40,15 @@ class Chat:
     max_pixels: int = MAX_PIXELS
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: str = "float32") -> Chat:
+    def from_pretrained(
+        cls, source: str | Path, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
+    ) -> Chat:
         """Reads a model folder (or hub id) with its tokenizer and preprocessor_config.json.
 
         Args:
             source: folder or hub id.
             dtype: of the weights in memory: float32, bfloat16 or float16.
+            device: of the model, which computes there.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -54,11 +57,16 @@ class Chat:
         folder = resolve(source)
         limits = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
         return cls(
-            NEO.from_pretrained(folder, dtype=dtype),
+            NEO.from_pretrained(folder, dtype=dtype).to(device),
             load_tokenizer(str(folder)),
             limits.get("min_pixels", MIN_PIXELS),
             limits.get("max_pixels", MAX_PIXELS),
         )
+
+    def to(self, device: torch.device | str) -> Chat:
+        """Moves the model to a device; answers are computed where it is."""
+        self.model.to(device)
+        return self
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes model, tokenizer and image limits into one folder."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 import typer
 
 from neo_components.evaluation import Question, Report
@@ -20,6 +21,8 @@ class Findings:
     Args:
         seed: random seed.
         scale: fraction of the training steps and test questions.
+        device: of all steps.
+        precision: Lightning's, of the training.
         minutes: duration of each step.
         stages: the runs of the three stages, in order.
         reports: evaluations on the test split: ``neo``, ``blind``, ``shuffled``, ``reused`` and ``random``.
@@ -29,6 +32,8 @@ class Findings:
 
     seed: int
     scale: float
+    device: torch.device
+    precision: str
     minutes: dict[str, float] = field(default_factory=dict)
     stages: dict[str, RunResult] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import typer
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data import load_tokenizer
+from neo_components.devices import AUTO, describe, find_training_device, trainer_overrides, training_precision
 from neo_components.evaluation import Question, Report, evaluate, questions_from_shards, without_images
 from neo_components.model.attach import export_pre_buffer, provenance_of
 from neo_components.model.chat import Chat
@@ -32,24 +34,32 @@ MADE = ("shards", "llm", "llm_b", *STAGES, "neo", "pre_buffer", "attach", "attac
 """Folders that a run creates."""
 MARK = ".quickstart"
 """Name of a file that marks the folder of a quickstart."""
+GPU_WORKERS = 8
+"""Most data workers beside a GPU, which takes a step in less time than one worker needs to prepare it."""
 
 
-def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
+def run(root: Path, scale: float = 1.0, seed: int = 0, device: str = AUTO, dtype: str = AUTO) -> Findings:
     """Runs the quickstart.
 
     Args:
         root: output folder.
         scale: fraction of the training steps and test questions, in (0, 1]; scores are meaningful at 1 only.
         seed: random seed.
+        device: for all steps: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (``devices.find_training_device``).
+        dtype: precision of the training: ``auto``, ``bfloat16`` (mixed) or ``float32``
+            (``devices.training_precision``). Weights and evaluations are float32.
 
     Raises:
-        ValueError: if ``scale`` is out of range.
+        ValueError: if ``scale`` is out of range, or the device is not there or does not train in that precision.
         FileExistsError: if the output folder has folders of the same names that are not from an earlier run.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be over 0 and at most 1, got {scale}")
+    where = find_training_device(device)
+    precision = training_precision(dtype, where)
     _clear(root)
-    found = Findings(seed, scale, baselines=baselines())
+    found = Findings(seed, scale, where, precision, baselines=baselines())
+    typer.echo(f"device {describe(where)}, training precision {precision}, evaluation 32-true")
     with found.step("data", "write easy-VQA as shards"):
         write_easy_vqa(root / "shards", validation_images=VALIDATION_IMAGES, seed=seed)
     with found.step("llm", "train two small language models on text"):
@@ -63,7 +73,7 @@ def run(root: Path, scale: float = 1.0, seed: int = 0) -> Findings:
     with found.step("reuse", "export the pre-Buffer and attach it to the second language model"):
         _reuse(root, found)
     with found.step("report", "write the report"):
-        draw_figures(root / "figures", found, Chat.from_pretrained(root / "neo"))
+        draw_figures(root / "figures", found, Chat.from_pretrained(root / "neo", device=where))
     write_report(root, found)
     typer.echo(f"report: {root / 'report.md'}\nask: {ask_more(root)}")
     return found
@@ -87,16 +97,20 @@ def _train_llms(root: Path, found: Findings) -> None:
     """Two small models that replace pretrained LLMs; the second is wider and has another tokenizer."""
     conversations = text_conversations(split_images(VALIDATION_IMAGES, found.seed)[0], found.seed)
     steps = _scaled(LLM_STEPS, found.scale)
-    train_text_llm(conversations, root / "llm", steps=steps, seed=found.seed, title="LLM")
+    options: dict[str, Any] = {"steps": steps, "device": found.device}
+    train_text_llm(conversations, root / "llm", seed=found.seed, title="LLM", **options)
     train_text_llm(
         conversations, root / "llm_b", hidden_size=192, heads=6, kv_heads=3, feed_forward=512, vocab_size=330,
-        steps=steps, seed=found.seed + 1, title="second LLM",
+        seed=found.seed + 1, title="second LLM", **options,
     )  # fmt: skip
 
 
 def _recipe(name: str, root: Path, found: Findings) -> Recipe:
-    """A quickstart recipe with outputs in ``root``, scaled."""
-    changes = [f"variables.root={root}", f"seed={found.seed}"]
+    """A quickstart recipe with outputs in ``root``, scaled, on the run's device."""
+    changes = [f"variables.root={root}", f"seed={found.seed}", f"trainer.precision={found.precision}"]
+    changes += trainer_overrides(found.device)
+    if found.device.type != "cpu":
+        changes.append(f"data.workers={max(1, min(GPU_WORKERS, (os.cpu_count() or 1) - 1))}")
     recipe = load_recipe(f"quickstart/{name}", changes)
     if found.scale == 1:
         return recipe
@@ -122,10 +136,11 @@ def _evaluate(root: Path, found: Findings) -> None:
     if found.scale < 1:
         questions = questions[:: max(1, round(1 / found.scale))]
     found.questions = questions
-    chat = Chat.from_pretrained(root / "neo")
+    chat = Chat.from_pretrained(root / "neo", device=found.device)
     found.reports["neo"] = _ask(chat, questions, "test split")
     found.reports["shuffled"] = _ask(chat, questions, "shuffled images", shuffle_images_seed=found.seed)
-    found.reports["blind"] = _ask(text_only(root / "llm"), without_images(questions), "text-only LLM")
+    blind = text_only(root / "llm").to(found.device)
+    found.reports["blind"] = _ask(blind, without_images(questions), "text-only LLM")
 
 
 def _ask(chat: Chat, questions: list[Question], title: str, **options: Any) -> Report:
@@ -144,9 +159,10 @@ def text_only(folder: Path) -> Chat:
 def _reuse(root: Path, found: Findings) -> None:
     """Exports the pre-Buffer, attaches it to the second LLM, and compares it with a random pre-Buffer."""
     folder = root / "neo"
-    chat = Chat.from_pretrained(folder)
+    chat = Chat.from_pretrained(folder, device=found.device)
     info = AssetInfo(chat.image_config(), provenance_of(folder))
     export_pre_buffer(chat.model, root / "pre_buffer", folder, info=info)
     for arm, name in (("reused", "attach"), ("random", "attach_random")):
         result = train(_recipe(name, root, found))
-        found.reports[arm] = _ask(Chat.from_pretrained(result.folder), found.questions, f"test split, {arm}")
+        chat = Chat.from_pretrained(result.folder, device=found.device)
+        found.reports[arm] = _ask(chat, found.questions, f"test split, {arm}")

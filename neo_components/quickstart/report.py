@@ -12,6 +12,7 @@ import torch
 
 from neo_components.components.masks import dense_mask
 from neo_components.data.packing import pack
+from neo_components.devices import describe
 from neo_components.evaluation import Question, Report
 from neo_components.model.chat import Chat
 from neo_components.quickstart.easy_vqa import KINDS
@@ -65,6 +66,8 @@ def results_of(found: Findings) -> dict[str, Any]:
             for name, step, seconds, score in validation_curve(found)
         ],
         "minutes": {"total": round(sum(found.minutes.values()), 2), **minutes},
+        "device": describe(found.device),
+        "precision": found.precision,
         "versions": versions(),
         "seed": found.seed,
         "scale": found.scale,
@@ -136,7 +139,7 @@ def answer_attention(chat: Chat, sample: Sample) -> torch.Tensor:
     """Attention from the last prompt token to each visual token: [rows, columns], mean over the heads of all post-LLM
     blocks."""
     model = chat.model
-    batch = pack([sample], model.input_spec)
+    batch = pack([sample], model.input_spec).to(model.post_llm.word_embedding.weight.device)
     maps = model.attention_maps(batch)[len(model.pre_buffer.layers) :]
     weights = torch.stack([layer[0, :, -1] for layer in maps]).mean((0, 1))
     factor = model.input_spec.factor
@@ -221,6 +224,7 @@ Attention from the start of the answer to the image, and the attention mask of t
 |---|---|
 {steps}
 
+Device {results["device"]}, training precision {results["precision"]}.
 Seed {results["seed"]}. {", ".join(f"{name} {value}" for name, value in results["versions"].items())}.
 
 ## Ask more

@@ -34,6 +34,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 PIECES = ("bytes", "spaces")
 """Kinds of tokenizer: byte-level BPE like Qwen's, or spaces as ``▁`` with byte fallback ``<0x00>`` to ``<0xFF>`` like
 those of sentencepiece (Llama 2, Gemma)."""
+SHOWN_EVERY = 10
+"""Steps from one loss in the progress to the next."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ def train_text_llm(
     learning_rate: float = 3e-3,
     seed: int = 0,
     title: str | None = "training the text LLM",
+    device: torch.device | str = "cpu",
 ) -> TextLLM:
     """Trains a tokenizer, then a model on every token of the conversations, and saves both.
 
@@ -93,8 +96,10 @@ def train_text_llm(
         steps: optimizer steps, with warm-up over the first tenth and cosine decay to 0.
         tokens_per_step: maximum number of tokens of a step, including padding.
         learning_rate: peak learning rate of AdamW.
-        seed: of the initial weights and the order of the conversations; torch's global random state is unchanged.
+        seed: of the initial weights and the order of the conversations, the same on every device; torch's global
+            random state on the CPU is unchanged.
         title: of the progress; ``None`` shows nothing.
+        device: to train on, in float32.
 
     Raises:
         ValueError: if there is no conversation, a turn has an unknown role, or ``vocab_size`` is too small.
@@ -107,7 +112,7 @@ def train_text_llm(
     tokenizer = train_tokenizer(texts, vocab_size, pieces)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new_model(
+        model: Any = _new_model(
             family,
             tokenizer,
             hidden_size=hidden_size,
@@ -118,7 +123,9 @@ def train_text_llm(
             intermediate_size=feed_forward,
             tie_word_embeddings=tie_word_embeddings,
         )
-        losses = _train(model, tokenizer(texts)["input_ids"], steps, tokens_per_step, learning_rate, seed, title)
+        losses = _train(
+            model.to(device), tokenizer(texts)["input_ids"], steps, tokens_per_step, learning_rate, seed, title
+        )
     _save(model, tokenizer, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return TextLLM(folder, parameters, model.config.vocab_size, losses, time.monotonic() - started)
@@ -252,6 +259,7 @@ def _train(
     title: str | None,
 ) -> list[float]:
     """Next-token training on every token; returns the loss of each step."""
+    device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warm_up = max(steps // 10, 1)
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm_up, total_iters=warm_up)
@@ -259,22 +267,25 @@ def _train(
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, fall], [warm_up])
     shuffle = random.Random(seed)
     batches: list[list[int]] = []
-    losses = []
+    losses: list[Tensor] = []
+    note = ""
     model.train()
     with progress(title, total=steps) as bar:
-        for _ in range(steps):
+        for step in range(steps):
             batches = batches or _batches(documents, tokens_per_step, shuffle)
-            token_ids, labels = _pad([documents[number] for number in batches.pop()])
+            token_ids, labels = (x.to(device) for x in _pad([documents[number] for number in batches.pop()]))
             loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            losses.append(loss.item())
-            bar.advance(note=f"loss {losses[-1]:.3f}")
+            losses.append(loss.detach())
+            if step % SHOWN_EVERY == 0 or step + 1 == steps:  # a read waits for all that a GPU still has to do
+                note = f"loss {losses[-1].item():.3f}"
+            bar.advance(note=note)
     model.eval()
-    return losses
+    return torch.stack(losses).tolist()
 
 
 def _batches(documents: list[list[int]], tokens_per_step: int, shuffle: random.Random) -> list[list[int]]:
@@ -293,8 +304,8 @@ def _batches(documents: list[list[int]], tokens_per_step: int, shuffle: random.R
 def _pad(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and labels [B, L], padded at the end, where causal attention needs no mask."""
     length = max(map(len, documents))
-    token_ids = torch.zeros(len(documents), length, dtype=torch.int64)
+    token_ids = torch.zeros(len(documents), length, dtype=torch.int64, device="cpu")
     labels = torch.full_like(token_ids, IGNORED)
     for row, document in enumerate(documents):
-        token_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
+        token_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document, device="cpu")
     return token_ids, labels

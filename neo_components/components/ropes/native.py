@@ -31,12 +31,13 @@ class Native(RopeVariant):
 
     def positions(self, document: DocumentTokens) -> Tensor:
         """[L, 3] int64: text (t, 0, 0); all tokens of an image share the next t. A frame of a video is an image."""
-        positions = torch.zeros(len(document.image_ids), 3, dtype=torch.int64)
+        device = document.image_ids.device
+        positions = torch.zeros(len(document.image_ids), 3, dtype=torch.int64, device=device)
         positions[:, T] = _steps(document.image_ids).cumsum(0) - 1
         for number, image in enumerate(document.images):
             inside = document.of_image(number)
-            positions[inside, H] = torch.arange(image.rows).repeat_interleave(image.columns)
-            positions[inside, W] = torch.arange(image.columns).repeat(image.rows)
+            positions[inside, H] = torch.arange(image.rows, device=device).repeat_interleave(image.columns)
+            positions[inside, W] = torch.arange(image.columns, device=device).repeat(image.rows)
         return positions
 
     def table(self, frequency_t: Sequence[float]) -> PairTable:

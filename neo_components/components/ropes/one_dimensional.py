@@ -20,7 +20,8 @@ class OneDimensional(RopeVariant):
 
     def positions(self, document: DocumentTokens) -> Tensor:
         """[L, 3] int64: (p, p, p)."""
-        return torch.arange(len(document.image_ids))[:, None].expand(-1, 3).clone()
+        device = document.image_ids.device
+        return torch.arange(len(document.image_ids), device=device)[:, None].expand(-1, 3).clone()
 
     def table(self, frequency_t: Sequence[float]) -> PairTable:
         """The language model's pairs, twice."""

@@ -55,8 +55,8 @@ class AnswerMetric(Metric):
         if len(set(self.kinds)) < len(self.kinds) or OVERALL in self.kinds:
             raise ValueError(f"kinds must differ from each other and from {OVERALL!r}, got {list(self.kinds)}")
         groups = max(len(self.kinds), 1)
-        self.add_state("total", torch.zeros(groups, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(groups, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(groups, dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def score(self, prediction: str, targets: Sequence[str]) -> float:
         """The score of one answer, from 0 (wrong) to 1 (right).

@@ -11,12 +11,10 @@ import re
 
 import torch
 
-from neo_components.errors import nearest
 from neo_components.storage.weights import as_dtype
 
 AUTO = "auto"
 NAMES = "auto, cpu, cuda, cuda:N (the N-th GPU, from 0) or mps (Apple)"
-KINDS = ("cpu", "cuda", "mps")
 PRECISIONS = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}
 """Types of ``--dtype`` for a command that trains -> Lightning's precision. Weights stay float32 in both."""
 
@@ -34,7 +32,7 @@ def find_device(name: str | torch.device = AUTO) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("mps" if _has_mps() else "cpu")
     found = re.fullmatch(r"(cuda)(?::(\d+))?|cpu|mps", str(name))
     if found is None:
-        raise ValueError(f"device must be {NAMES}, got {str(name)!r}{nearest(name, KINDS)}")
+        raise ValueError(f"device must be {NAMES}, got {str(name)!r}")
     if found[1]:
         number = int(found[2] or 0)
         if not torch.cuda.is_available() or number >= torch.cuda.device_count():

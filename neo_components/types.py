@@ -109,7 +109,7 @@ ImageLayout = Callable[[int, int], Tensor]
 
 def plain_layout(rows: int, columns: int) -> Tensor:
     """The layout of an image that is its visual tokens and nothing else, [rows * columns]."""
-    return torch.full((rows * columns,), TokenKind.VISUAL, dtype=torch.int64)
+    return torch.full((rows * columns,), TokenKind.VISUAL, dtype=torch.int64, device="cpu")
 
 
 def kinds_of(image_ids: Tensor) -> Tensor:

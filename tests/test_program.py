@@ -113,6 +113,7 @@ def test_plain_positions_and_what_is_told(tmp_path: Path) -> None:
     told = json.loads((folder / "program.json").read_text())
     assert (told["image_token_id"], told["patch_size"], told["fold"], told["text"]) == (57, 4, 2, "shared")
     assert told["image"] == {"min_pixels": 64} and told["format_version"] == 1
+    assert (told["device"], told["dtype"]) == ("cpu", "float32")
     inputs: Any = torch.export.load(folder / "inputs.pt2").module()
     batch, _ = random_batch(model.input_spec, seed=5, rows=1, documents=1, padding=0, images=2)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from commands import good
 from PIL import Image
 
 from neo_components import NEO, PostLLM, PreBuffer, load_recipe
+from neo_components.devices import describe, find_training_device
 from neo_components.evaluation import questions_from_shards
 from neo_components.model.chat import Chat
 from neo_components.quickstart.main import MADE, MARK, _clear, run
@@ -33,7 +34,8 @@ def figures(quickstart: Path) -> dict[str, Any]:
 
 def test_steps_are_announced_and_progress_is_shown(quickstart: Path) -> None:
     out, err = ((quickstart.parent / f"{name}.txt").read_text() for name in ("stdout", "stderr"))
-    *steps, report, ask = out.splitlines()
+    device, *steps, report, ask = out.splitlines()
+    assert re.fullmatch(r"device .+, training precision bf16-mixed, evaluation 32-true", device)
     assert [line[:6] for line in steps] == [f"[{n}/6] " for n in range(1, 7)]
     assert report == "report: out/report.md"
     assert ask == 'ask: neo chat out/neo --image X.png "what color is the shape?"'
@@ -114,7 +116,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_figures(quickstart: Path, figures: dict[str, Any]) -> None:
     assert set(figures) == {
         "accuracy", "accuracy_blind", "accuracy_shuffled", "accuracy_majority", "accuracy_lookup", "reuse",
-        "questions", "validation", "minutes", "versions", "seed", "scale",
+        "questions", "validation", "minutes", "device", "precision", "versions", "seed", "scale",
     }  # fmt: skip
     for name in ("accuracy", "accuracy_blind", "accuracy_shuffled"):
         assert set(figures[name]) == KINDS
@@ -126,7 +128,8 @@ def test_figures(quickstart: Path, figures: dict[str, Any]) -> None:
     assert set(figures["minutes"]) == {"total"} | STEPS
     assert figures["minutes"]["total"] == pytest.approx(sum(figures["minutes"][step] for step in STEPS), abs=0.04)
     assert {"neo_components", "python", "torch", "lightning", "transformers"} <= set(figures["versions"])
-    assert (figures["seed"], figures["scale"]) == (0, 0.02)
+    assert (figures["seed"], figures["scale"], figures["precision"]) == (0, 0.02, "bf16-mixed")
+    assert figures["device"] == describe(find_training_device())
     counts = figures["questions"]
     assert set(counts) == KINDS and counts["overall"] == 194 == sum(counts[kind] for kind in KINDS - {"overall"})
     right = sum(figures["accuracy"][kind] * counts[kind] for kind in KINDS - {"overall"})

@@ -69,7 +69,9 @@ def pack(
         **{name: column[None] for name, column in columns.items()},
         patches=patches,
         patch_positions=positions,
-        image_grids=torch.tensor([_sides(image, spec) for image in images], dtype=torch.int64).view(-1, 2),
+        image_grids=torch.tensor([_sides(image, spec) for image in images], dtype=torch.int64, device="cpu").view(
+            -1, 2
+        ),
         keys=[[sample.key for sample in samples]],
         sources=[[sample.source for sample in samples]],
         image_counts=[[len(sample.images) for sample in samples]],
@@ -84,7 +86,7 @@ def _pad(column: Tensor, length: int, value: int) -> Tensor:
 
 def _number_images(image_ids: Tensor, document_ids: Tensor, samples: Sequence[Sample]) -> Tensor:
     """Counts images over the whole sequence instead of within each document."""
-    before = torch.tensor([0] + [len(sample.images) for sample in samples]).cumsum(0)
+    before = torch.tensor([0] + [len(sample.images) for sample in samples], device="cpu").cumsum(0)
     return torch.where(image_ids == NO_IMAGE, image_ids, image_ids + before[document_ids])
 
 
@@ -140,7 +142,7 @@ def lay_out(token_ids: Tensor, images: Sequence[ImageGrid], spec: InputSpec, nam
 
 
 def _check_ids(ids: Tensor, spec: InputSpec, name: str) -> None:
-    known = (ids >= 0) & (ids < spec.vocab_size) | torch.isin(ids, torch.tensor(spec.image_special_token_ids))
+    known = (ids >= 0) & (ids < spec.vocab_size) | torch.isin(ids, ids.new_tensor(spec.image_special_token_ids))
     if not known.all():
         raise ValueError(
             f"{name}: token id {int(ids[~known][0])} is out of range; the vocabulary has {spec.vocab_size} tokens "
@@ -229,7 +231,7 @@ def patchify(images: Sequence[Tensor], spec: InputSpec) -> tuple[Tensor, Tensor]
     """
     sides = [_sides(image, spec) for image in images]
     counts = [rows * columns for rows, columns in sides]
-    patches = torch.empty(sum(counts), spec.channels * spec.patch_size**2)
+    patches = torch.empty(sum(counts), spec.channels * spec.patch_size**2, device="cpu")
     for image, mine in zip(images, patches.split(counts) if counts else (), strict=True):
         if image.dtype == torch.uint8:  # cut while they are small, and normalized where they have to lie
             mine.copy_(_cut_raw(image, spec.patch_size, spec.fold))
@@ -270,9 +272,10 @@ def _cut_raw(image: Tensor, patch_size: int, fold: int) -> Tensor:
 
 def patch_grid(sides: Sequence[tuple[int, int]], fold: int) -> Tensor:
     """Rows and columns [P, 2] int64 of the patches of images with that many (rows, columns) of patches."""
-    positions = [torch.zeros(0, 2, dtype=torch.int64)]
+    positions = [torch.zeros(0, 2, dtype=torch.int64, device="cpu")]
     for rows, columns in sides:
-        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        down, right = (torch.arange(count, device="cpu") for count in (rows, columns))
+        grid = torch.stack(torch.meshgrid(down, right, indexing="ij"), dim=-1)
         folded = grid.reshape(rows // fold, fold, columns // fold, fold, 2).permute(0, 2, 1, 3, 4)
         positions.append(folded.reshape(rows * columns, 2))
     return torch.cat(positions)

@@ -25,7 +25,7 @@ from neo_components.devices import has_float64
 from neo_components.model.neo import NEO
 from neo_components.model.vocabulary import token_strings
 from neo_components.registry import BRIDGES, Choice
-from neo_components.storage.deferred import filled
+from neo_components.storage.deferred import deferred, filled
 from neo_components.storage.weights import read_json
 from neo_components.types import InputSpec, Sample, TokenKind
 
@@ -148,12 +148,12 @@ def attach(
     bridge_in, bridge_out = make_bridges(bridge, h.hidden_size, llm.hparams.hidden_size, route.words_pass)
     if any(hasattr(part, "fit") for part in (bridge_in, bridge_out)):
         _fit(bridge_in, bridge_out, *shared_embeddings(pre, llm, tokenizer))
-    # Fitted in full precision, then cast to the type of the modules that they join. Where their weights are deferred
-    # they are on the meta device, and the bridge moves with them later.
+    # Fitted in full precision, then cast to the type of the modules that they join. Where weights are deferred theirs
+    # are on the meta device still, and the bridges follow when the model is allocated.
     weight = llm.head_weight
     for part in (bridge_in, bridge_out):
         if part is not None:
-            part.to(device=None if weight.is_meta else weight.device, dtype=weight.dtype)
+            part.to(device=weight.device if deferred() is None else None, dtype=weight.dtype)
     return NEO(pre.patch_embedding, pre, llm, bridge_in, bridge_out, text)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from neo_components.quickstart.main import GPU_WORKERS, _recipe
 from neo_components.storage.weights import TensorFiles, read_json
 from neo_components.types import LISTS
 
+ROOT = Path(__file__).parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
 
@@ -117,6 +120,18 @@ def test_the_quickstart_hands_device_and_precision_to_its_recipes(tmp_path: Path
             "precision": "32-true", "accelerator": "cpu", "devices": 1, "num_nodes": 1, "limit_val_batches": 8
         }  # fmt: skip
         assert gpu.trainer == cpu.trainer | {"precision": "bf16-mixed", "accelerator": "cuda", "devices": [1]}
+
+
+def test_python_of_the_page(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "quickstart").symlink_to(world)
+    (tmp_path / "X.png").symlink_to(world / "red.png")
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "devices.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/devices.md", "exec"), names)
+    assert names["chat"].model.dtype is torch.bfloat16 and names["model"].device == names["device"]
+    assert names["logits"].shape == (1, 3, names["model"].post_llm.hparams.vocab_size)
 
 
 def test_train_on_a_device(world: Path, tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ def _check_text(llm: PostLLM) -> None:
     Raises:
         ValueError: naming it.
     """
-    none = torch.full((1, COMPARED), NO_IMAGE)
+    none = torch.full((1, COMPARED), NO_IMAGE, device="cpu")
     documents = torch.zeros_like(none)
     positions = llm.rotary.variant.positions(DocumentTokens(none[0], kinds_of(none[0]), []))[None]
-    plain = torch.arange(COMPARED)[None, :, None].expand(1, COMPARED, 3)
+    plain = torch.arange(COMPARED, device="cpu")[None, :, None].expand(1, COMPARED, 3)
     for layer in llm.blocks:
         rule, window = layer.layer_rule
         seen, usually = (dense_mask(documents, none, name, window) for name in (rule, "causal"))

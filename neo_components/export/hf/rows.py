@@ -42,7 +42,7 @@ class Rows:
     @staticmethod
     def none(spec: InputSpec, count: int) -> Rows:
         """``count`` rows without a token yet."""
-        empty = torch.zeros(count, 0, dtype=torch.int64)
+        empty = torch.zeros(count, 0, dtype=torch.int64, device="cpu")
         return Rows(spec, empty, empty, empty, [[] for _ in range(count)])
 
     def cut(self, length: int) -> Rows:
@@ -122,7 +122,7 @@ class Rows:
 
     def _check_ids(self, ids: Tensor) -> None:
         known = (ids >= 0) & (ids < self.spec.vocab_size) | torch.isin(
-            ids, torch.tensor(self.spec.image_special_token_ids)
+            ids, ids.new_tensor(self.spec.image_special_token_ids)
         )
         if not known.all():
             raise ValueError(
@@ -148,7 +148,7 @@ class Rows:
         """[B, S + ahead, 3], as if text followed."""
         images, kinds = self.image_ids.cpu(), self.token_kinds.cpu()
         real = self.document_ids.cpu() != PADDING
-        none, text = torch.full((ahead,), NO_IMAGE), torch.full((ahead,), TokenKind.TEXT, dtype=torch.int64)
+        none, text = images.new_full((ahead,), NO_IMAGE), kinds.new_full((ahead,), TokenKind.TEXT)
         found = []
         for row, grids in enumerate(self.grids):
             longer = DocumentTokens(
@@ -158,6 +158,6 @@ class Rows:
             )
             positions = self.spec.index_rule(longer)
             row_positions = positions.new_zeros(images.shape[1] + ahead, 3)
-            row_positions[torch.cat([real[row], torch.ones(ahead, dtype=torch.bool)])] = positions
+            row_positions[torch.cat([real[row], real.new_ones(ahead)])] = positions
             found.append(row_positions)
         return torch.stack(found)

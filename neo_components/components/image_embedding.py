@@ -55,11 +55,14 @@ class ImageEmbedding(Component):
         channels: image channels, C.
         image_layout: which tokens stand for an image of (rows, columns) visual tokens. A function of a module or an
             instance of a small class, as it goes to other processes with :class:`~neo_components.types.InputSpec`.
+        each_token_alone: whether an image's tokens are its visual tokens and each is computed from its own ``fold**2``
+            patches and their positions alone, so that a process can embed a part of an image (context parallelism).
     """
 
     patch_size: int
     fold: int = 1
     channels: int = 3
+    each_token_alone: bool = False
     image_layout: ImageLayout = staticmethod(plain_layout)
 
     def forward(self, patches: Tensor, patch_positions: Tensor, image_grids: Tensor | None = None) -> Tensor:

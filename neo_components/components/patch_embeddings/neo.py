@@ -39,6 +39,8 @@ class PatchEmbedding(ImageEmbedding):
         ArgumentError: (a ``ValueError``) if ``position`` is unknown or ``width`` is no multiple of 4.
     """
 
+    each_token_alone = True
+
     def __init__(
         self,
         hidden_size: int,

@@ -1,0 +1,173 @@
+"""Context parallelism: the processes of a group compute one batch together, each a slice of every packed sequence.
+
+Everything outside attention works on the tokens of the slice: embeddings, norms, feed-forwards, head and loss.
+Attention is :class:`~neo_components.training.context_parallel.attention.HeadParallelAttention`. All processes of a
+group read the same batches; data parallelism goes over the groups.
+
+Source: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neo_components.components.block_inputs import Attend
+from neo_components.components.stack import Prepared
+from neo_components.components.token_loss import token_loss
+from neo_components.model.neo import NEO
+from neo_components.training.context_parallel.attention import HeadParallelAttention
+from neo_components.training.context_parallel.slices import Slice
+from neo_components.types import IGNORED, Batch
+
+
+class ContextParallel:
+    """Computes a model's loss in several processes.
+
+    Args:
+        group: the processes that hold the slices, in order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    @classmethod
+    def of_size(cls, size: int) -> ContextParallel:
+        """Cuts all processes into groups of ``size`` consecutive ones. Every process must call it.
+
+        Raises:
+            ValueError: if the number of processes is no multiple of ``size``.
+        """
+        check_processes(dist.get_world_size(), size)
+        return cls(dist.new_subgroups(size)[0])
+
+    def __deepcopy__(self, memo: Any) -> ContextParallel:
+        return self  # processes have no copies
+
+    def apply(self, model: NEO) -> None:
+        """From now on ``model.loss`` is :meth:`loss`. Logits and generation stay those of one process."""
+        check_model(model, self.size)
+        object.__setattr__(model, "loss", partial(self.loss, model))
+
+    def loss(self, model: NEO, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
+        """``NEO.loss`` of the full batch. Every process of the group must call it.
+
+        The result is the same in every process. Each has its part of the gradient, of which the mean over the processes
+        is the gradient of the loss: DDP and FSDP take that mean.
+
+        Args:
+            model: equal weights in every process, full or sharded.
+            batch: the same full packed sequences in every process.
+            nll: filled as ``NEO.loss`` does, with [n] float32 for the n target tokens of the full batch.
+
+        Returns:
+            Scalar float32.
+
+        Raises:
+            ValueError: if the length L is no multiple of the number of processes.
+        """
+        mine = Slice.of(batch, self.rank, self.size)
+        hidden = model.hidden(mine.batch(batch, model.patch_embedding.fold), self.attends(model, batch))
+        labels, weights = mine.shifted(batch.labels, IGNORED), mine.shifted(batch.loss_weights, 0.0)
+        labelled = labels != IGNORED
+        head, divisor = model.post_llm.head_weight, model.post_llm.hparams.logits_divisor
+        total, each = token_loss(hidden[labelled], head, labels[labelled], weights[labelled], divisor)
+        target = batch.labels[:, 1:] != IGNORED
+        weight = batch.loss_weights[:, 1:][target]
+        every = self._of_all(torch.zeros_like(weights).masked_scatter(labelled, each))[:, :-1][target]
+        if nll is not None:
+            nll.append(every)
+        return _Part.apply(total, every @ weight, self.size) / weight.sum().clamp(min=1e-5)
+
+    def attends(self, model: NEO, batch: Batch) -> list[Attend]:
+        """The attention of every block over slices of a batch; blocks that attend alike share it."""
+        prepared: Prepared = {}
+        where = (batch.document_ids, batch.image_ids, prepared, batch.token_kinds)
+        full = [*model.pre_buffer.prepare(*where), *model.post_llm.prepare(*where)]
+        parallel = {id(attend): HeadParallelAttention(attend, self.group) for attend in full}
+        return [parallel[id(attend)] for attend in full]
+
+    def _of_all(self, x: Tensor) -> Tensor:
+        """[B, l] of this process -> [B, L] of all."""
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(found, x, group=self.group)
+        return torch.cat(found, dim=1)
+
+
+class _Part(torch.autograd.Function):
+    """The sum over all processes, known already, of ``own``: the gradient of ``own`` is that of the sum, times the
+    number of processes, as their mean will be taken."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, whole: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return whole.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.size, None, None
+
+
+def check_processes(processes: int, size: int) -> None:
+    """Refuses groups that do not take all processes.
+
+    Raises:
+        ValueError: if the number of processes is no multiple of ``size``.
+    """
+    if processes % size:
+        raise ValueError(
+            f"stage.context_parallel: groups of {size} do not take all {processes} processes; set trainer.devices "
+            f"(times trainer.num_nodes) to a multiple of {size}, or stage.context_parallel to one of "
+            f"{_listed(divisors(processes))}"
+        )
+
+
+def check_model(model: NEO, size: int) -> None:
+    """Refuses a model that ``size`` processes cannot compute together.
+
+    Raises:
+        ValueError: with the reason and the sizes that work.
+    """
+    if size == 1:
+        return
+    for name, stack in (("pre-Buffer", model.pre_buffer), ("post-LLM", model.post_llm)):
+        for heads in sorted({block.hparams.num_heads for block in stack.blocks}):
+            if heads % size:
+                raise ValueError(
+                    f"stage.context_parallel: {size} processes cannot share the {heads} query heads of the {name} "
+                    f"evenly; choose one of {_listed(divisors(heads))}"
+                )
+        if any(rotary.looks_at_length for rotary in stack.rotaries):
+            raise ValueError(
+                f"stage.context_parallel: the {name} rotates by the length of a document, which a slice does not show "
+                f"(rope_scaling {stack.hparams.rope_scaling['rope_type']}); set stage.context_parallel to 1"
+            )
+    if not model.route.words_pass:
+        raise ValueError(
+            f"stage.context_parallel: with model.text={model.route.text} no slice has its share of the tokens that "
+            "pass the pre-Buffer; set stage.context_parallel to 1, or use model.text=shared"
+        )
+    if not model.patch_embedding.each_token_alone:
+        raise ValueError(
+            f"stage.context_parallel: a {type(model.patch_embedding).__name__} embeds whole images, and a slice may "
+            "have part of one; set stage.context_parallel to 1, or each_token_alone on a patch embedding whose "
+            "tokens depend on their own patches only"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,5 +1,5 @@
-"""One process of ``tests/test_context_parallel.py``: ``torchrun ... context_child.py PLAN.json`` computes the cases of a
-plan in all processes together and in this one alone, then trains the recipe of the plan if it has one."""
+"""One process of ``tests/test_context_parallel.py``: ``torchrun ... context_child.py PLAN.json`` computes the cases of
+a plan in all processes together and in this one alone, then trains the recipes of the plan."""
 
 from __future__ import annotations
 

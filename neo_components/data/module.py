@@ -90,6 +90,10 @@ class NEODataModule(lightning.LightningDataModule):
         augment: random changes to the images of training; ``None`` makes none.
         seed: of shuffling and augmentation.
 
+    Attributes:
+        context_parallel: how many consecutive processes read the same batches; the training module sets it to
+            ``stage.context_parallel``.
+
     Raises:
         ValueError: if an argument is out of its range; all such faults together.
     """
@@ -133,6 +137,7 @@ class NEODataModule(lightning.LightningDataModule):
         self.cache, self.cache_gb, self.allow_pipe = cache, cache_gb, allow_pipe
         self._check()
         self.input_spec: InputSpec | None = None
+        self.context_parallel = 1
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._folders: dict[str, ShardFolder] = {}
         self._lengths: dict[str, Lengths] = {}
@@ -259,6 +264,7 @@ class NEODataModule(lightning.LightningDataModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = [mine] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(ranks, mine)
+            ranks = ranks[:: self.context_parallel]  # one of each group, as all have read the same
         if len({batches for batches, _ in ranks}) != 1:
             raise RuntimeError(f"the ranks took different numbers of batches: {[batches for batches, _ in ranks]}")
         return {
@@ -310,7 +316,11 @@ class NEODataModule(lightning.LightningDataModule):
         }
 
     def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        """Number of this process's group and how many groups there are; without context parallelism each process is
+        a group."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank // self.context_parallel, self.trainer.world_size // self.context_parallel
 
     def _folder(self, source: Source) -> ShardFolder:
         if source.shards not in self._folders:

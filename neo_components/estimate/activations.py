@@ -62,6 +62,18 @@ class Activations:
             kept += sum(block.input if n < again else block.full for n, block in enumerate(blocks))
         return kept
 
+    def on_each_of(self, devices: int) -> Activations:
+        """What each of several devices keeps that compute the step together, by context parallelism: masks, and at most
+        the gradients of the loss, are not split."""
+
+        def split(blocks: list[Block]) -> list[Block]:
+            return [Block(block.full // devices, block.input // devices) for block in blocks]
+
+        return Activations(
+            self.patch_embedding // devices, self.bridges // devices, split(self.pre_buffer), split(self.post_llm),
+            self.head // devices, self.loss, self.shared,
+        )  # fmt: skip
+
     def largest(self, pre_recomputed: int, post_recomputed: int) -> int:
         """Bytes of the largest checkpointed block: the backward pass recomputes one at a time in full."""
         again = [*self.pre_buffer[:pre_recomputed], *self.post_llm[:post_recomputed]]

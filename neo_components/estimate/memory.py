@@ -26,7 +26,8 @@ class Plan:
     Args:
         strategy: ``single``; ``ddp``: every device holds everything; ``fsdp2``: weights, gradients and optimizer states
             are sharded over the devices and gathered block by block.
-        devices: all of them; each reads its own packed sequences.
+        devices: all of them; each group of ``context_parallel`` devices reads its own packed sequences.
+        context_parallel: how many devices compute each packed sequence together.
 
     Raises:
         ValueError: if the combination is not possible.
@@ -34,6 +35,7 @@ class Plan:
 
     strategy: str = "single"
     devices: int = 1
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -42,6 +44,15 @@ class Plan:
             raise ValueError(f"devices must be 1 or more, got {self.devices}")
         if self.strategy == "single" and self.devices != 1:
             raise ValueError(f"strategy single has one device, got {self.devices}; choose ddp or fsdp2")
+        if self.context_parallel < 1 or self.devices % self.context_parallel:
+            raise ValueError(
+                f"context_parallel must be 1 or more and divide devices ({self.devices}), got {self.context_parallel}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """How many packed sequences are read at the same time, for each of a micro-batch."""
+        return self.devices // self.context_parallel
 
     @property
     def shards(self) -> int:
@@ -79,7 +90,7 @@ def step_memory(
 
     Args:
         model: what trains is read off ``requires_grad``, what is checkpointed off ``checkpointed_blocks``.
-        batch: packed sequences of one device.
+        batch: packed sequences of one device, or of one group of devices under context parallelism.
         setting: device and precision.
         plan: how the model is distributed over devices.
         activations: of the model, batch and setting (``kept_activations``).
@@ -87,6 +98,7 @@ def step_memory(
         average: whether an average of the weights is kept.
         accumulates: whether gradients stay from batch to batch.
     """
+    activations = activations.on_each_of(plan.context_parallel)
     single = {id(weight) for weight in single_moment}
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -109,7 +121,7 @@ def step_memory(
         "one checkpointed block": activations.largest(*again),
         "autocast copies": _autocast_copies(model, setting),
         "logits of one chunk": _chunk(model, batch, setting),
-        "working space": _working(model, batch, setting),
+        "working space": _working(model, batch, setting) // plan.context_parallel,
     }
     moving = _peak_of_backward(model, kept, plan, activations, passing, accumulates)
     kinds = {kind: size for kind, size in (always | passing).items() if size}

@@ -118,13 +118,13 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
         hidden_matrices(model) if stage.optimizer == "muon" else (), bool(stage.ema),
         accumulates(recipe),
     )  # fmt: skip
-    batches = plan.devices * int(recipe.trainer.get("accumulate_grad_batches") or 1)
+    batches = plan.groups * int(recipe.trainer.get("accumulate_grad_batches") or 1)
     flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}
     used = sum(part.model + part.again for part in flops.values())
     hours = used * stage.steps / (plan.devices * assumed.tflops * 1e12 * assumed.mfu) / 3600
     assumptions = described | {
         "micro-batch": f"{recipe.data['micro_batch_size']} packed sequences of {recipe.data['seq_len']} tokens on a "
-        f"device, {batches} micro-batches a step",
+        f"{_reader(plan)}, {batches} micro-batches a step",
         "strategy": f"{plan.strategy}, {plan.devices} devices",
         "precision": str(recipe.trainer.get("precision") or "32-true"),
         "device": setting.device,
@@ -141,6 +141,10 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     )  # fmt: skip
     notes += [*doubts.notes, *_smaller_step(recipe, plan, report)]
     return replace(report, notes=notes, warnings=[*_refused(recipe), *(doubts.warnings or _warnings(report))])
+
+
+def _reader(plan: Plan) -> str:
+    return "device" if plan.context_parallel == 1 else f"group of {plan.context_parallel} devices"
 
 
 def _smaller_step(recipe: Recipe, plan: Plan, report: Report) -> list[str]:

@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "ema": (0, 1),
     "activation_checkpointing": (0, 1),
     "activation_gb": (0, float("inf")),
+    "context_parallel": (1, float("inf")),
     "warmup_steps": (0, float("inf")),
     "eps": (0, float("inf")),
     "weight_decay": (0, float("inf")),
@@ -120,6 +121,9 @@ class StageConfig:
             fits the device's memory, or ``activation_gb``.
         activation_gb: GB (10^9 bytes) that the activations of a micro-batch may take under ``activation_checkpointing:
             auto``; 0: what the device's memory leaves.
+        context_parallel: number of processes that compute each batch together, each of them a slice of every packed
+            sequence and some heads of its attention (Jacobs et al. 2023, arXiv 2309.14509); 1: each process computes
+            batches of its own. It must divide ``data.seq_len``, the number of query heads, and that of processes.
         compile: compile every block in place (``torch.compile``). Meant for GPUs. The first steps take minutes; packed
             sequences of one length (``data.seq_len``) avoid recompilation.
         ema: decay of an exponential moving average of the weights (for example 0.999), which validation, checkpoints
@@ -151,6 +155,7 @@ class StageConfig:
     metric: Annotated[Choice, METRIC] = METRIC.default
     activation_checkpointing: float | Literal["auto"] = 0.0
     activation_gb: float = 0.0
+    context_parallel: int = 1
     compile: bool = False
     ema: float = 0.0
     max_skipped_steps: int = 10

@@ -97,6 +97,7 @@ def _need(
     """Bytes of the activations; without a budget for them, of everything."""
     checkpointed = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     if stage.activation_gb:
+        activations = activations.on_each_of(plan.context_parallel)
         return activations.total(*checkpointed) + activations.largest(*checkpointed)
     single = hidden_matrices(model) if stage.optimizer == "muon" else ()
     return step_memory(model, batch, setting, plan, activations, single, bool(stage.ema), accumulates).peak

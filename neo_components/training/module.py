@@ -19,6 +19,7 @@ from neo_components.storage.shards import local_of
 from neo_components.training.activation_checkpointing import blocks_of
 from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
+from neo_components.training.context_parallel.model import ContextParallel, check_model
 from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import build_optimizer
@@ -56,7 +57,8 @@ class NEOTraining(lightning.LightningModule):
         step_loss: loss of the last step, a scalar on its device.
 
     Raises:
-        ValueError: if ``stage.activation_checkpointing`` is ``auto``, or a group or an adapter's target is unknown.
+        ValueError: if ``stage.activation_checkpointing`` is ``auto``, a group or an adapter's target is unknown, or
+            ``stage.context_parallel`` processes cannot compute the model together.
     """
 
     def __init__(self, model: NEO, stage: StageConfig) -> None:
@@ -68,11 +70,13 @@ class NEOTraining(lightning.LightningModule):
                 "stage.activation_checkpointing is auto: resolve it first, as neo train does "
                 "(training.activation_checkpointing.resolve_auto), or give a number from 0 to 1"
             )
+        check_model(model, stage.context_parallel)
         self.set_trainable()
         for stack in (model.pre_buffer, model.post_llm):
             stack.checkpointed_blocks = blocks_of(stage.activation_checkpointing, len(stack.layers))
             if stage.compile:
                 stack.compile_blocks()
+        self.context: ContextParallel | None = None
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
@@ -96,6 +100,15 @@ class NEOTraining(lightning.LightningModule):
     def several_batches(self) -> bool:
         """Whether a step has several micro-batches, accumulated or on several processes."""
         return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: with ``stage.context_parallel``, the processes of a group read and compute the same
+        batches."""
+        if self.stage.context_parallel > 1 and self.context is None:
+            self.context = ContextParallel.of_size(self.stage.context_parallel)
+            self.context.apply(self.model)
+        if self._data is not None:
+            self._data.context_parallel = self.stage.context_parallel
 
     def on_fit_start(self) -> None:
         """Reads the names of the data's sources; for data without names, losses are logged by modality only."""

@@ -45,8 +45,9 @@ def setting_of(recipe: Recipe, plan: Plan) -> Setting:
 def plan_of(recipe: Recipe, strategy: str | None = None, devices: int | None = None) -> Plan:
     """How a model is placed on devices; an argument overrides the recipe."""
     count = devices or devices_of(recipe)
+    together = recipe.given_stage.context_parallel if recipe.given_stage is not None else 1
     own = str(recipe.trainer.get("strategy") or "auto")
-    return Plan(strategy or ("fsdp2" if own == "fsdp2" else "ddp" if count > 1 else "single"), count)
+    return Plan(strategy or ("fsdp2" if own == "fsdp2" else "ddp" if count > 1 else "single"), count, together)
 
 
 def devices_of(recipe: Recipe) -> int:

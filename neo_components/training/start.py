@@ -22,10 +22,10 @@ from neo_components.storage.deferred import Deferred
 from neo_components.training.activation_checkpointing import blocks_of, resolve_auto
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
 from neo_components.training.fsdp2.checkpoints import is_sharded
-from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of, refuse_unshardable
+from neo_components.training.fsdp2.strategy import NAME, ShardedTraining, policy_of
 from neo_components.training.module import NEOTraining
 from neo_components.training.placement import accumulates, device_memory, plan_of, setting_of
-from neo_components.training.trainer import strategy_of
+from neo_components.training.trainer import check_strategy, strategy_of
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def start(recipe: Recipe) -> tuple[Chat, NEOTraining]:
     Raises:
         ValueError: if parts of the recipe do not fit the model or the strategy.
     """
+    check_strategy(recipe)
     return _start_sharded(recipe) if strategy_of(recipe) == NAME else _start_full(recipe)
 
 
@@ -47,7 +48,6 @@ def _start_full(recipe: Recipe) -> tuple[Chat, NEOTraining]:
 def _start_sharded(recipe: Recipe) -> tuple[Chat, NEOTraining]:
     """Builds the model on the meta device; the shards are known once all processes have started."""
     policy = policy_of(recipe.trainer.get("precision", "32-true"))
-    refuse_unshardable(recipe.stage)
     with Deferred() as deferred:
         chat = _chat(recipe)
         if recipe.stage.whiten_patches:

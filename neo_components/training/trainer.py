@@ -20,8 +20,11 @@ from neo_components.training.callbacks.progress import LineProgress, Predictions
 from neo_components.training.callbacks.rng_state import RandomStates
 from neo_components.training.callbacks.signals import SaveOnSignal, slurm_environment
 from neo_components.training.checkpoints import AtomicCheckpointIO
+from neo_components.training.context_parallel.model import check_processes
+from neo_components.training.context_parallel.slices import check_length
 from neo_components.training.fsdp2.average import ShardedAverage
 from neo_components.training.fsdp2.strategy import NAME, FSDP2Strategy, policy_of, refuse_unshardable
+from neo_components.training.placement import devices_of
 
 
 def build_trainer(recipe: Recipe, callbacks: list[Callback], done: int) -> lightning.Trainer:
@@ -99,7 +102,7 @@ def _options(recipe: Recipe, done: int) -> dict[str, Any]:
 
 
 def check_strategy(recipe: Recipe) -> None:
-    """Refuses settings that the recipe's strategy does not support.
+    """Refuses settings that the recipe's strategy and number of processes do not support.
 
     Raises:
         ValueError: with the reason and the alternatives.
@@ -107,6 +110,8 @@ def check_strategy(recipe: Recipe) -> None:
     if strategy_of(recipe) == NAME:
         policy_of(recipe.trainer.get("precision", "32-true"))
         refuse_unshardable(recipe.stage)
+    check_processes(devices_of(recipe), recipe.stage.context_parallel)
+    check_length(recipe.data["seq_len"], recipe.stage.context_parallel)
 
 
 def strategy_of(recipe: Recipe) -> str:

@@ -25,6 +25,7 @@ from neo_components.data.skip_counts import REASONS
 from neo_components.errors import UnknownFlopsError
 from neo_components.estimate.flops import step_flops
 from neo_components.model.neo import NEO
+from neo_components.training.module import NEOTraining
 from neo_components.types import PADDING, Batch
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,16 @@ def peak_flops(name: str, precision: str) -> float | None:
     if not precision.startswith(("bf16", "16")):
         return None
     return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+
+
+TIMES = ("seconds", "waited")
+
+
+def _readers(trainer: lightning.Trainer) -> int:
+    """How many processes read each batch, so that sums over processes count it as often."""
+    module = trainer.lightning_module
+    assert isinstance(module, NEOTraining)
+    return module.stage.context_parallel
 
 
 def process_gb() -> float:
@@ -168,8 +179,9 @@ class Performance(Callback):
     def _added(self, trainer: lightning.Trainer) -> dict[str, float]:
         """The sums since the last entry, over all processes."""
         values = torch.tensor(list(self._new.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-        added = trainer.strategy.reduce(values, reduce_op="sum").tolist()
-        return dict(zip(self._new, added, strict=True))
+        added = dict(zip(self._new, trainer.strategy.reduce(values, reduce_op="sum").tolist(), strict=True))
+        every = _readers(trainer)
+        return {name: sum_ / (1 if name in TIMES else every) for name, sum_ in added.items()}
 
     def _memory(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, float]:
         most = [process_gb()]
@@ -186,7 +198,7 @@ class Performance(Callback):
             return {}
         skipped = data.describe()["train"]["skipped"]
         counts = torch.tensor([float(skipped.get(reason, 0)) for reason in REASONS_IN_ORDER], device=module.device)
-        total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        total = (trainer.strategy.reduce(counts, reduce_op="sum") / _readers(trainer)).tolist()
         found = {f"data/skipped_{name}": count for name, count in zip(REASONS_IN_ORDER, total, strict=True) if count}
         return {"data/skipped": sum(total)} | found
 

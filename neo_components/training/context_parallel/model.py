@@ -38,6 +38,7 @@ class ContextParallel:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        self._compared = False
 
     @classmethod
     def of_size(cls, size: int) -> ContextParallel:
@@ -46,7 +47,7 @@ class ContextParallel:
         Raises:
             ValueError: if the number of processes is no multiple of ``size``.
         """
-        check_processes(dist.get_world_size(), size)
+        check_processes(dist.get_world_size() if dist.is_initialized() else 1, size)
         return cls(dist.new_subgroups(size)[0])
 
     def __deepcopy__(self, memo: Any) -> ContextParallel:
@@ -72,8 +73,9 @@ class ContextParallel:
             Scalar float32.
 
         Raises:
-            ValueError: if the length L is no multiple of the number of processes.
+            ValueError: if the length L is no multiple of the number of processes, or the first batches differ.
         """
+        self._compare(batch)
         mine = Slice.of(batch, self.rank, self.size)
         hidden = model.hidden(mine.batch(batch, model.patch_embedding.fold), self.attends(model, batch))
         labels, weights = mine.shifted(batch.labels, IGNORED), mine.shifted(batch.loss_weights, 0.0)
@@ -94,6 +96,23 @@ class ContextParallel:
         full = [*model.pre_buffer.prepare(*where), *model.post_llm.prepare(*where)]
         parallel = {id(attend): HeadParallelAttention(attend, self.group) for attend in full}
         return [parallel[id(attend)] for attend in full]
+
+    def _compare(self, batch: Batch) -> None:
+        """Refuses different batches in the processes of the group. Only the first ones are compared."""
+        if self._compared:
+            return
+        ids = batch.token_ids
+        index = torch.arange(1, ids.numel() + 1, device=ids.device)
+        mine = torch.stack([index[-1], ((ids.flatten() + 1) * index).sum()])
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self.group)
+        if any(not torch.equal(mine, other) for other in found):
+            raise ValueError(
+                f"stage.context_parallel: the {self.size} processes of a group must read the same batches, and their "
+                "first ones differ; train from NEODataModule, or let process RANK read the data of "
+                f"RANK // {self.size}"
+            )
+        self._compared = True
 
     def _of_all(self, x: Tensor) -> Tensor:
         """[B, l] of this process -> [B, L] of all."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neo_components.types import IGNORED, NO_IMAGE, Batch
+from neo_components.types import NO_IMAGE, Batch
 
 PER_TOKEN = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds", "labels", "loss_weights")
 """Columns of a batch with one entry for each token, [B, L, ...]."""
@@ -28,12 +29,7 @@ class Slice:
             ValueError: if the length of the sequences is no multiple of ``size``.
         """
         length = batch.token_ids.shape[1]
-        if length % size:
-            raise ValueError(
-                f"packed sequences of {length} tokens cannot be cut into {size} equal slices "
-                f"(stage.context_parallel): choose data.seq_len as a multiple of {size}, for example "
-                f"{-(-length // size) * size}"
-            )
+        check_length(length, size)
         return cls(rank * length // size, (rank + 1) * length // size)
 
     def column(self, x: Tensor) -> Tensor:
@@ -62,7 +58,7 @@ class Slice:
             torch.cat([x[first * fold**2 : last * fold**2] for first, last in runs])
             for x in (batch.patches, batch.patch_positions)
         )
-        columns = {name: self.column(getattr(batch, name)) for name in PER_TOKEN}
+        columns: dict[str, Any] = {name: self.column(getattr(batch, name)) for name in PER_TOKEN}
         return replace(batch, **columns, patches=patches, patch_positions=positions)
 
     def visual_runs(self, image_ids: Tensor) -> list[tuple[int, int]]:
@@ -73,3 +69,16 @@ class Slice:
         first = before[:, self.start]
         last = first + self.column(visual).sum(1)
         return list(zip(first.tolist(), last.tolist(), strict=True))
+
+
+def check_length(length: int, size: int) -> None:
+    """Refuses sequences that cannot be cut into equal slices.
+
+    Raises:
+        ValueError: if their length is no multiple of ``size``.
+    """
+    if length % size:
+        raise ValueError(
+            f"stage.context_parallel: packed sequences of {length} tokens cannot be cut into {size} equal slices; "
+            f"choose data.seq_len as a multiple of {size}, for example {-(-length // size) * size}"
+        )

@@ -272,6 +272,12 @@ class Batch(_Carried):
         indices = {name: Index.of(mask).map(lambda x: x.to(device, non_blocking=True)) for name, mask in chosen.items()}
         return TokenIndices(ids, indices)
 
+    def with_indices(self, indices: TokenIndices) -> Batch:
+        """The same batch with what the CPU knows of its tokens, given by who made its columns."""
+        changed = replace(self)
+        changed._indices = indices
+        return changed
+
     def with_loss_weights(self, loss_weights: Tensor) -> Batch:
         """The same tokens with other loss weights, [B, L]."""
         changed = replace(self, loss_weights=loss_weights)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from neo_components.components.block_inputs import Attend
 from neo_components.components.stack import Prepared
-from neo_components.components.token_loss import token_loss
+from neo_components.components.token_loss import CHUNK, token_loss
 from neo_components.model.neo import NEO
 from neo_components.training.context_parallel.attention import HeadParallelAttention
 from neo_components.training.context_parallel.slices import Slice
@@ -76,23 +76,27 @@ class ContextParallel:
             ValueError: if the length L is no multiple of the number of processes, or the first batches differ.
         """
         self._compare(batch)
-        mine = Slice.of(batch, self.rank, self.size)
+        batch = batch.with_indices(batch.indices)  # found once
+        mine, llm = Slice.of(batch, self.rank, self.size), model.post_llm
         hidden = model.hidden(mine.batch(batch, model.patch_embedding.fold), self.attends(model, batch))
-        labels, weights = mine.shifted(batch.labels, IGNORED), mine.shifted(batch.loss_weights, 0.0)
-        labelled = labels != IGNORED
-        head, divisor = model.post_llm.head_weight, model.post_llm.hparams.logits_divisor
-        total, each = token_loss(hidden[labelled], head, labels[labelled], weights[labelled], divisor)
-        target = batch.labels[:, 1:] != IGNORED
-        weight = batch.loss_weights[:, 1:][target]
-        every = self._of_all(torch.zeros_like(weights).masked_scatter(labelled, each))[:, :-1][target]
+        predicting = mine.predicting(batch)
+        index = predicting.exact if hidden.device.type == "cpu" else predicting.filled(CHUNK)  # as in NEO.loss
+        labels, weights = mine.following(batch.labels, IGNORED), mine.following(batch.loss_weights, 0.0)
+        state, target, weight = (x.flatten(0, 1).index_select(0, index) for x in (hidden, labels, weights))
+        weight[predicting.count :] = 0.0
+        own, each = token_loss(state, llm.head_weight, target.clamp(min=0), weight, llm.hparams.logits_divisor)
+        of_slice = each.new_zeros(weights.numel()).index_copy(0, predicting.exact, each[: predicting.count])
+        targets = batch.indices.targets.exact
+        every = self._of_all(of_slice.view_as(weights)).flatten().index_select(0, targets - 1)
         if nll is not None:
             nll.append(every)
-        return _Part.apply(total, every @ weight, self.size) / weight.sum().clamp(min=1e-5)
+        weight = batch.loss_weights.flatten().index_select(0, targets)
+        return _Sum.apply(own, every @ weight, self.size) / weight.sum().clamp(min=1e-5)
 
     def attends(self, model: NEO, batch: Batch) -> list[Attend]:
         """The attention of every block over slices of a batch; blocks that attend alike share it."""
         prepared: Prepared = {}
-        where = (batch.document_ids, batch.image_ids, prepared, batch.token_kinds)
+        where = (batch.document_ids, batch.image_ids, prepared, batch.token_kinds, batch.known)
         full = [*model.pre_buffer.prepare(*where), *model.post_llm.prepare(*where)]
         parallel = {id(attend): HeadParallelAttention(attend, self.group) for attend in full}
         return [parallel[id(attend)] for attend in full]
@@ -121,7 +125,7 @@ class ContextParallel:
         return torch.cat(found, dim=1)
 
 
-class _Part(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     """The sum over all processes, known already, of ``own``: the gradient of ``own`` is that of the sum, times the
     number of processes, as their mean will be taken."""
 
@@ -165,11 +169,6 @@ def check_model(model: NEO, size: int) -> None:
                     f"stage.context_parallel: {size} processes cannot share the {heads} query heads of the {name} "
                     f"evenly; choose one of {_listed(divisors(heads))}"
                 )
-        if any(rotary.looks_at_length for rotary in stack.rotaries):
-            raise ValueError(
-                f"stage.context_parallel: the {name} rotates by the length of a document, which a slice does not show "
-                f"(rope_scaling {stack.hparams.rope_scaling['rope_type']}); set stage.context_parallel to 1"
-            )
     if not model.route.words_pass:
         raise ValueError(
             f"stage.context_parallel: with model.text={model.route.text} no slice has its share of the tokens that "

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neo_components.types import NO_IMAGE, Batch
+from neo_components.components.rotary import T
+from neo_components.token_indices import Index, TokenIndices
+from neo_components.types import IGNORED, NO_IMAGE, Batch
 
 PER_TOKEN = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds", "labels", "loss_weights")
 """Columns of a batch with one entry for each token, [B, L, ...]."""
@@ -36,11 +38,15 @@ class Slice:
         """[B, L, ...] -> [B, l, ...]."""
         return x[:, self.start : self.stop]
 
-    def shifted(self, x: Tensor, filling: float) -> Tensor:
-        """[B, L] -> [B, l]: the entry of the token behind each, which may lie in the next slice; behind the sequence's
-        last token, ``filling``."""
-        following = torch.cat([x[:, 1:], x.new_full((len(x), 1), filling)], dim=1)
-        return self.column(following)
+    def following(self, x: Tensor, filling: float) -> Tensor:
+        """[B, L] -> [B, l]: the entry of the next token of each, which may lie in the next slice; ``filling`` for the
+        sequence's last token."""
+        return self.column(torch.cat([x[:, 1:], x.new_full((len(x), 1), filling)], dim=1))
+
+    def predicting(self, batch: Batch) -> Index:
+        """The tokens of this slice whose next token is a target."""
+        labels = self.following(batch.indices.ids["labels"], IGNORED)
+        return _on_device(labels != IGNORED, batch)
 
     def batch(self, batch: Batch, fold: int) -> Batch:
         """The part of a batch that this slice holds.
@@ -53,22 +59,38 @@ class Slice:
             [B, l] and [p, ...] of the patches of its visual tokens, also where an image lies in several slices. What a
             batch knows of whole images and samples (``image_grids``, ``keys`` ...) is that of the full batch.
         """
-        runs = self.visual_runs(batch.image_ids)
+        runs = self._visual_runs(batch.indices.ids["image_ids"] != NO_IMAGE)
         patches, positions = (
             torch.cat([x[first * fold**2 : last * fold**2] for first, last in runs])
             for x in (batch.patches, batch.patch_positions)
         )
         columns: dict[str, Any] = {name: self.column(getattr(batch, name)) for name in PER_TOKEN}
-        return replace(batch, **columns, patches=patches, patch_positions=positions)
+        part = replace(batch, **columns, patches=patches, patch_positions=positions)
+        return part.with_indices(self._known(batch))
 
-    def visual_runs(self, image_ids: Tensor) -> list[tuple[int, int]]:
-        """For each sequence the visual tokens in this slice, as a range of numbers: those of a batch [B, L] are
-        numbered in their order, sequence by sequence."""
-        visual = (image_ids != NO_IMAGE).cpu()
+    def _known(self, batch: Batch) -> TokenIndices:
+        """What the CPU knows of the slice. The T position of every token is the last of its document: lengths of
+        documents, by which some models choose frequencies, are those of full documents."""
+        full = batch.indices
+        ids = {name: self.column(column) if name in PER_TOKEN else column for name, column in full.ids.items()}
+        ends = full.ids["positions"].clone()
+        for span in full.spans:
+            document = ends[span.sequence, span.start : span.start + span.length, T]
+            document.fill_(document.max())
+        visual = _on_device(ids["image_ids"] != NO_IMAGE, batch)
+        return TokenIndices(ids | {"positions": self.column(ends)}, {"visual": visual})
+
+    def _visual_runs(self, visual: Tensor) -> list[tuple[int, int]]:
+        """For each sequence its visual tokens in this slice, as a range of numbers: the visual tokens [B, L] of a batch
+        are numbered in their order, sequence by sequence."""
         before = visual.flatten().cumsum(0).view_as(visual) - visual.long()
         first = before[:, self.start]
         last = first + self.column(visual).sum(1)
         return list(zip(first.tolist(), last.tolist(), strict=True))
+
+
+def _on_device(chosen: Tensor, batch: Batch) -> Index:
+    return Index.of(chosen).map(lambda x: x.to(batch.token_ids.device, non_blocking=True))
 
 
 def check_length(length: int, size: int) -> None:

@@ -17,29 +17,32 @@ from torch import Tensor
 from neo_components import NEO, Batch, InputSpec, Sample, load_recipe, pack
 from neo_components.training.context_parallel.model import ContextParallel
 from neo_components.training.run import train
+from neo_components.types import IGNORED
 
 LENGTH = 128
 
 
+def words(count: int, learn: bool = True) -> Sample:
+    """A document of words, all of which are targets if any is."""
+    ids = 3 + torch.arange(count) % 50
+    return Sample(ids, ids.clone() if learn else None)
+
+
 def crossing(spec: InputSpec) -> Batch:
-    """Two sequences: an image of 48 tokens over the borders at 32 and 64, with a document on each side, and documents
-    of images of their own behind a border at 96 where no image is; the other is words in its second half."""
+    """Two sequences, to be cut at 64, or at 32, 64 and 96. The first has an image of 48 tokens at 30 to 77 between
+    documents of words; the second has small images at its start, no other, and targets at every border."""
     generator = torch.Generator().manual_seed(5)
     grid = (6, 8)
     ids = torch.tensor([3, 4, 5, *image_tokens(spec, grid), *range(6, 14)])
-    labels = torch.where(ids < 20, ids, -100)
-    large = Sample(ids, labels, [random_image(spec, grid, generator)])
-    words = [random_sample(spec, n, images=0, text=(14, 14)) for n in range(2)]
+    large = Sample(ids, torch.where(ids < 50, ids, IGNORED), [random_image(spec, grid, generator)])
     small = [random_sample(spec, n, images=1, text=(3, 5)) for n in (4, 5)]
-    first = pack([words[0], large, random_sample(spec, 3, images=0, text=(30, 30))], spec, seq_len=LENGTH)
-    second = pack([*small, words[1], random_sample(spec, 9, images=0, text=(40, 40))], spec, seq_len=LENGTH)
-    return Batch.stack([first, second])
+    rows = [words(26), large, words(20)], [*small, words(100 - sum(len(one.token_ids) for one in small))]
+    return Batch.stack([pack(row, spec, seq_len=LENGTH) for row in rows])
 
 
-def wordy(spec: InputSpec, learn: bool = True) -> Batch:
-    """A batch without any image."""
-    samples = [random_sample(spec, n, images=0, text=(20, 20), learn=learn) for n in range(4)]
-    return pack(samples, spec, seq_len=LENGTH)
+def worded(spec: InputSpec, learn: bool = True) -> Batch:
+    """One sequence without any image."""
+    return pack([words(50, learn), words(70, learn)], spec, seq_len=LENGTH)
 
 
 def gradients(model: NEO, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -60,7 +63,7 @@ def compare(group: ContextParallel, sizes: dict[str, Any], batch: str = "crossin
     together = deepcopy(alone)
     group.apply(together)
     spec = alone.input_spec
-    data = {"crossing": crossing, "wordy": wordy, "unlabelled": lambda spec: wordy(spec, False)}[batch](spec)
+    data = {"crossing": crossing, "words": worded, "unlabelled": lambda spec: worded(spec, learn=False)}[batch](spec)
     loss, nll, expected = gradients(alone, data)
     seen, seen_nll, mine = gradients(together, data)
     for grad in mine.values():
@@ -71,14 +74,31 @@ def compare(group: ContextParallel, sizes: dict[str, Any], batch: str = "crossin
     with torch.no_grad():
         validation = float(together.eval().loss(data))
     return {
-        "loss": abs(float(seen / loss.clamp(min=1e-9)) - 1) if loss else float(seen),
+        "loss": abs(float(seen - loss)) / max(float(loss), 1.0),
         "nll": float((seen_nll - nll).abs().max()) if len(nll) else 0.0,
         "targets": len(nll),
         "gradient": max(far.values()),
         "largest": max(float(grad.abs().max()) for grad in expected.values()),
         "validation": abs(validation - float(loss)),
-        "value": float(seen),
     }
+
+
+def different(group: ContextParallel) -> str:
+    """The message about processes of a group that read different batches."""
+    model = tiny_model()
+    group.apply(model)
+    try:
+        model.loss(pack([words(10 + dist.get_rank())], model.input_spec, seq_len=LENGTH))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def trained(file: str, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
+    """What a run of a recipe reports."""
+    done = train(load_recipe(file, overrides), resume)
+    losses = [loss for _, _, loss in done.losses]
+    return {"losses": losses, "metrics": done.metrics, "tokens": done.summary.tokens, "images": done.summary.images}
 
 
 def main(path: Path) -> None:
@@ -86,10 +106,9 @@ def main(path: Path) -> None:
     dist.init_process_group("gloo")
     plan = json.loads(path.read_text())
     group = ContextParallel.of_size(plan["size"])
-    results = {name: compare(group, **case) for name, case in plan["cases"].items()}
-    for name, (file, *overrides) in plan.get("recipes", {}).items():
-        done = train(load_recipe(file, overrides))
-        results[name] = {"losses": [loss for _, _, loss in done.losses], "metrics": done.metrics}
+    results = {name: compare(group, **case) for name, case in plan.get("cases", {}).items()}
+    results["different"] = different(ContextParallel(group.group))
+    results |= {name: trained(**run) for name, run in plan.get("runs", {}).items()}
     path.with_name(f"{path.stem}.rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_model
-from commands import neo
-from context_child import LENGTH, crossing, trained
+from commands import good, neo
+from context_child import crossing, trained
 from test_bypass import around
 from test_sharding import TESTS, torchrun
-from torch import Tensor, nn
+from torch import Tensor
 
-from neo_components import NEO
-from neo_components.components.image_embedding import ImageEmbedding
-from neo_components.estimate.memory import Plan
+from neo_components import NEO, PatchEmbedding
+from neo_components.estimate.activations import kept_activations
+from neo_components.estimate.memory import Plan, step_memory
+from neo_components.estimate.tracing import Setting
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.context_parallel.attention import kv_copies
 from neo_components.training.context_parallel.model import check_model
@@ -133,9 +134,7 @@ def test_a_slice_has_the_patches_of_its_tokens() -> None:
     slices = [Slice.of(batch, rank, 4) for rank in range(4)]
     parts = [one.batch(batch, spec.fold) for one in slices]
     assert torch.equal(torch.cat([part.token_ids for part in parts], dim=1), batch.token_ids)
-    assert [len(part.patches) // spec.fold**2 for part in parts] == [
-        int((part.image_ids >= 0).sum()) for part in parts
-    ]
+    assert [len(part.patches) // spec.fold**2 for part in parts] == [int((part.image_ids >= 0).sum()) for part in parts]
     assert [int((part.image_ids[0] >= 0).sum()) for part in parts] == [2, 32, 14, 0]
     # Of the large image the first 2 visual tokens, in the first slice; of the second sequence all, behind them.
     assert torch.equal(parts[1].patches, batch.patches[2 * 4 : 34 * 4])
@@ -149,17 +148,11 @@ def test_key_value_heads_are_repeated_as_little_as_possible() -> None:
     assert [kv_copies(heads, 4) for heads in (8, 4, 2, 1, 6)] == [1, 1, 2, 4, 2]
 
 
-class Whole(ImageEmbedding):
-    """A patch embedding that does not promise to embed each token alone."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.patch_size, self.fold = 4, 1
-        self.linear = nn.Linear(48, hidden_size)
+class Whole(PatchEmbedding):
+    """Each of its tokens depends on all patches."""
 
     def forward(self, patches: Tensor, patch_positions: Tensor, image_grids: Tensor | None = None) -> Tensor:
-        return self.linear(patches) + patches.mean()
+        return super().forward(patches - patches.mean(), patch_positions)
 
 
 def test_what_cannot_be_computed_together_is_refused(world: Path) -> None:
@@ -170,8 +163,8 @@ def test_what_cannot_be_computed_together_is_refused(world: Path) -> None:
         NEOTraining(model, StageConfig(train=("all",), context_parallel=4))
     with pytest.raises(ValueError, match=r"model.text=bypass .* use model.text=shared"):
         check_model(around(), 2)
-    whole = NEO(Whole(32), model.pre_buffer, model.post_llm)
-    with pytest.raises(ValueError, match="a Whole embeds whole images"):
+    whole = NEO(Whole(32, width=16, patch_size=4), model.pre_buffer, model.post_llm)
+    with pytest.raises(ValueError, match="a Whole may need whole images"):
         check_model(whole, 2)
     with pytest.raises(ValueError, match=r"sequences of 128 tokens .* multiple of 3, for example 129"):
         Slice.of(crossing(model.input_spec), 0, 3)
@@ -186,3 +179,18 @@ def test_what_cannot_be_computed_together_is_refused(world: Path) -> None:
     assert "stage.context_parallel: got 0, must be 1 or more" in none.err
     with pytest.raises(ValueError, match=r"context_parallel must be 1 or more and divide devices \(3\), got 2"):
         Plan("ddp", 3, 2)
+
+
+def test_each_process_keeps_its_part_of_the_activations(world: Path) -> None:
+    """In estimates of memory, and in the report: a step of two groups has two micro-batches."""
+    model = tiny_model(seed=1)
+    batch, setting = crossing(model.input_spec), Setting("cpu")
+    kept = kept_activations(model, batch, setting)
+    alone, split = (step_memory(model, batch, setting, Plan("ddp", 4, c), kept).kinds for c in (1, 2))
+    blocks = sum(block.full for block in (*kept.pre_buffer, *kept.post_llm))
+    assert alone["activations"] - split["activations"] == pytest.approx(
+        (blocks + kept.patch_embedding + kept.bridges + kept.head) / 2, abs=8
+    )
+    assert alone["weights"] == split["weights"] and alone["gradients"] == split["gradients"]
+    told = good("inspect", world / "run.yaml", "trainer.devices=4", "stage.context_parallel=2")
+    assert "group of 2 devices, 2 micro-batches a step" in " ".join(told.split())

@@ -212,13 +212,14 @@ def test_the_commands_of_the_training_page_in_their_order(clone: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_commands_of_the_scaling_page_in_their_order(clone: Path) -> None:
-    """Both strategies, started by the command itself, then torchrun's line twice: the second time it goes on."""
+    """Both strategies and context parallelism, started by the command itself, then torchrun's line twice: the second
+    time it goes on."""
     short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
     short += ["stage.predictions=0", "data.seq_len=512", "data.workers=0", "stage.whiten_patches=0"]
     lines = [shlex.split(line, comments=True) for line in bash_lines("docs/scaling.md")]
-    assert [words[0] for words in lines] == ["neo", "neo", "torchrun"]
+    assert [words[0] for words in lines] == ["neo", "neo", "torchrun", "neo"]
     run = Path("outputs/quickstart/pretrain")
-    for words in lines[:2]:
+    for words in (*lines[:2], lines[3]):
         done = installed_neo(*words[1:], *short, folder=clone)
         assert done.status == 0 and done.out.count(f"model: {run}/neo") == 1, done.err
         assert NEO.from_pretrained(run / "neo").post_llm.hparams.depth >= 1

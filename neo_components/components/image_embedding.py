@@ -57,6 +57,7 @@ class ImageEmbedding(Component):
             instance of a small class, as it goes to other processes with :class:`~neo_components.types.InputSpec`.
         each_token_alone: whether an image's tokens are its visual tokens and each is computed from its own ``fold**2``
             patches and their positions alone, so that a process can embed a part of an image (context parallelism).
+            Not inherited: a derived class states it again.
     """
 
     patch_size: int

@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from neo_components.components.block_inputs import Attend
 from neo_components.components.stack import Prepared
-from neo_components.components.token_loss import CHUNK, token_loss
+from neo_components.components.token_loss import DEVICE_CHUNK, token_loss
 from neo_components.model.neo import NEO
 from neo_components.training.context_parallel.attention import HeadParallelAttention
 from neo_components.training.context_parallel.slices import Slice
-from neo_components.types import IGNORED, Batch
+from neo_components.types import IGNORED, Batch, plain_layout
 
 
 class ContextParallel:
@@ -80,7 +80,7 @@ class ContextParallel:
         mine, llm = Slice.of(batch, self.rank, self.size), model.post_llm
         hidden = model.hidden(mine.batch(batch, model.patch_embedding.fold), self.attends(model, batch))
         predicting = mine.predicting(batch)
-        index = predicting.exact if hidden.device.type == "cpu" else predicting.filled(CHUNK)  # as in NEO.loss
+        index = predicting.exact if hidden.device.type == "cpu" else predicting.filled(DEVICE_CHUNK)  # as in NEO.loss
         labels, weights = mine.following(batch.labels, IGNORED), mine.following(batch.loss_weights, 0.0)
         state, target, weight = (x.flatten(0, 1).index_select(0, index) for x in (hidden, labels, weights))
         weight[predicting.count :] = 0.0
@@ -174,11 +174,13 @@ def check_model(model: NEO, size: int) -> None:
             f"stage.context_parallel: with model.text={model.route.text} no slice has its share of the tokens that "
             "pass the pre-Buffer; set stage.context_parallel to 1, or use model.text=shared"
         )
-    if not model.patch_embedding.each_token_alone:
+    embedding = type(model.patch_embedding)
+    # A class that derives from one which embeds each token alone may do otherwise, so each states it for itself.
+    if not (vars(embedding).get("each_token_alone") and model.patch_embedding.image_layout is plain_layout):
         raise ValueError(
-            f"stage.context_parallel: a {type(model.patch_embedding).__name__} embeds whole images, and a slice may "
-            "have part of one; set stage.context_parallel to 1, or each_token_alone on a patch embedding whose "
-            "tokens depend on their own patches only"
+            f"stage.context_parallel: a {embedding.__name__} may need whole images, and a slice may have part of one; "
+            "set stage.context_parallel to 1, or each_token_alone = True in the class of a patch embedding each of "
+            "whose tokens depends on its own patches only"
         )
 
 

@@ -110,8 +110,9 @@ def check_strategy(recipe: Recipe) -> None:
     if strategy_of(recipe) == NAME:
         policy_of(recipe.trainer.get("precision", "32-true"))
         refuse_unshardable(recipe.stage)
-    check_processes(devices_of(recipe), recipe.stage.context_parallel)
-    check_length(recipe.data["seq_len"], recipe.stage.context_parallel)
+    if (size := recipe.stage.context_parallel) > 1:
+        check_processes(devices_of(recipe), size)
+        check_length(recipe.data["seq_len"], size)
 
 
 def strategy_of(recipe: Recipe) -> str:

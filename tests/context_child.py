@@ -45,17 +45,20 @@ def worded(spec: InputSpec, learn: bool = True) -> Batch:
     return pack([words(50, learn), words(70, learn)], spec, seq_len=LENGTH)
 
 
-def gradients(model: NEO, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def gradients(model: NEO, batch: Batch, half: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, each target's, and the gradient of every parameter."""
     nll: list[Tensor] = []
     model.zero_grad()
-    loss = model.loss(batch, nll)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model.loss(batch, nll)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), nll[0], found
 
 
-def compare(group: ContextParallel, sizes: dict[str, Any], batch: str = "crossing", checkpointed: int = 0) -> Any:
+def compare(
+    group: ContextParallel, sizes: dict[str, Any], batch: str = "crossing", checkpointed: int = 0, half: bool = False
+) -> dict[str, float]:
     """How far the loss (relative), each target's and each gradient (absolute) are from those of one process."""
     alone = tiny_model(**sizes)
     for stack in (alone.pre_buffer, alone.post_llm):
@@ -64,14 +67,14 @@ def compare(group: ContextParallel, sizes: dict[str, Any], batch: str = "crossin
     group.apply(together)
     spec = alone.input_spec
     data = {"crossing": crossing, "words": worded, "unlabelled": lambda spec: worded(spec, learn=False)}[batch](spec)
-    loss, nll, expected = gradients(alone, data)
-    seen, seen_nll, mine = gradients(together, data)
+    loss, nll, expected = gradients(alone, data, half)
+    seen, seen_nll, mine = gradients(together, data, half)
     for grad in mine.values():
         dist.all_reduce(grad, op=dist.ReduceOp.SUM)
         grad /= group.size
     assert mine.keys() == expected.keys()
     far = {name: float((mine[name] - grad).abs().max()) for name, grad in expected.items()}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         validation = float(together.eval().loss(data))
     return {
         "loss": abs(float(seen - loss)) / max(float(loss), 1.0),

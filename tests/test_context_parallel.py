@@ -39,11 +39,11 @@ def together(processes: int, folder: Path, plan: dict[str, Any]) -> list[dict[st
     return [json.loads(path.with_name(f"{path.stem}.rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-def check(result: dict[str, Any], targets: int) -> None:
+def check(result: dict[str, Any], targets: int, tolerance: float = 1e-5) -> None:
     """Loss, loss of each target, and every gradient are those of one process."""
     assert result["loss"] < 1e-6 and result["validation"] < 5e-6 and result["nll"] < 1e-5
     assert result["targets"] == targets
-    assert result["gradient"] < 1e-5 and (result["largest"] > 0.1 or not targets)
+    assert result["gradient"] < tolerance and (result["largest"] > 0.1 or not targets)
 
 
 def run(world: Path, output: Path, *overrides: str, **more: Any) -> dict[str, Any]:
@@ -76,6 +76,7 @@ def test_two_processes_compute_what_one_does(world: Path, tmp_path: Path) -> Non
         "window": {"sizes": {"window": 9, "qk_norm": "whole", "norm_placement": "after"}},
         "lengths": {"sizes": {"rope_scaling": DYNAMIC}, "checkpointed": 1},
         "experts": {"sizes": {"num_experts": 4, "experts_per_token": 2}},
+        "autocast": {"sizes": {}, "half": True},
         "words": {"sizes": {}, "batch": "words"},
         "unlabelled": {"sizes": {}, "batch": "unlabelled"},
     }
@@ -92,7 +93,9 @@ def test_two_processes_compute_what_one_does(world: Path, tmp_path: Path) -> Non
     batch = crossing(tiny_model().input_spec)
     for result in (first, second):
         for name in cases:
-            check(result[name], targets.get(name, int((batch.labels != IGNORED).sum())))
+            # In half precision a gradient of a few tokens is rounded before it is added to those of the other slice.
+            coarse = 0.005 if name == "autocast" else 1e-5
+            check(result[name], targets.get(name, int((batch.labels != IGNORED).sum())), coarse)
         assert "must read the same batches" in result["different"]
         same(result["ddp"], alone)
         same(result["fsdp2"], alone)

@@ -91,7 +91,8 @@ class ContextParallel:
         if nll is not None:
             nll.append(every)
         weight = batch.loss_weights.flatten().index_select(0, targets)
-        return _Sum.apply(own, every @ weight, self.size) / weight.sum().clamp(min=1e-5)
+        total = (every * weight).sum()  # a product of vectors would be rounded under autocast
+        return _Sum.apply(own, total, self.size) / weight.sum().clamp(min=1e-5)
 
     def attends(self, model: NEO, batch: Batch) -> list[Attend]:
         """The attention of every block over slices of a batch; blocks that attend alike share it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from neo_components import NEO, InputSpec, Sample, pack
-from neo_components.components.backends import make_buckets
+from neo_components.components.document_attention import make_buckets
 from neo_components.components.masks import Tokens, block_mask, dense_mask, span_mask
 from neo_components.components.ropes.native import Native
 from neo_components.components.ropes.one_dimensional import OneDimensional

@@ -1,7 +1,7 @@
 """Autoregressive generation with a key/value cache, for many prompts at once.
 
-The prompts are packed into one sequence for the prefill (mixed mask); then each step computes one token per prompt.
-Nothing is kept on the model between calls.
+The prompts are packed into one sequence for the prefill (mixed mask); then each step computes one token per prompt
+(``decoding.py``). Nothing is kept on the model between calls.
 
 Some language models rotate long documents by other frequencies than short ones (``components/rope_scaling.py``). When a
 document grows into another rope length bucket its cached keys are void, and the prefill runs again: once for
@@ -11,36 +11,16 @@ document grows into another rope length bucket its cached keys are void, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neo_components.components.backends import KVCache
-from neo_components.components.block_inputs import Attend
-from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, InputSpec, TokenKind
-
-if TYPE_CHECKING:
-    from neo_components.components.masks import LayerRule
-
-
-class Generating(Protocol):
-    """The interface that :func:`generate` needs; ``NEO`` has it."""
-
-    @property
-    def input_spec(self) -> InputSpec: ...
-
-    @property
-    def layer_rules(self) -> list[LayerRule]: ...
-
-    @property
-    def post_llm(self) -> Any: ...
-
-    def length_buckets(self, length: int) -> tuple[int, ...]: ...
-
-    def hidden(self, batch: Batch, attend: Sequence[Attend]) -> Tensor: ...
+from neo_components.components.cache import KVCache
+from neo_components.model.decoding import Choice, Decoder, Generating, Watch, has_fixed_steps, prepared_step
+from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, TokenKind
 
 
 @torch.no_grad()
@@ -53,8 +33,12 @@ def generate(
     top_p: float = 1.0,
     stop_token_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
+    compile: bool | None = None,
 ) -> list[Tensor]:
     """Continues packed prompts.
+
+    On CUDA the host never waits for a step. Stop tokens are read a few steps late, and a prompt that has ended goes on,
+    unread, until all have. On CPU it is dropped at once.
 
     Args:
         model: a ``NEO``: has ``hidden``, ``layer_rules``, ``length_buckets``, ``input_spec`` and ``post_llm``.
@@ -65,57 +49,92 @@ def generate(
         top_p: draw only among the likeliest tokens that together reach this probability.
         stop_token_ids: a prompt ends with the first of these.
         generator: source of randomness for drawing.
+        compile: ``True``: decoding steps have fixed shapes, are compiled by ``torch.compile`` (which takes a minute or
+            so, once for each number of prompts and room of the cache) and, on CUDA, replayed as a CUDA graph.
+            ``False``: step by step. ``None``: on CUDA, if there are at least ``decoding.GRAPH_FROM`` new tokens, a CUDA
+            graph of the uncompiled step, which takes no longer to make than a few steps; ``False`` otherwise.
 
     Returns:
-        One [new] int64 tensor per prompt, the stop token included.
+        One [new] int64 tensor per prompt, on the CPU, the stop token included.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, or ``compile`` is ``True`` and a step of the model waits for the host.
     """
     if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(
             "needs max_new_tokens >= 1, temperature > 0 and 0 < top_p <= 1, got "
             f"{max_new_tokens}, {temperature} and {top_p}"
         )
-    cache = _cache(model, prompts, max_new_tokens)
+    device = prompts.token_ids.device
+    fixed = has_fixed_steps(model, device, max_new_tokens, compile)
     later = _later_positions(model, prompts, max_new_tokens)
-    stop = torch.tensor(list(stop_token_ids), device=prompts.token_ids.device, dtype=torch.int64)
+    cache = _cache(model, prompts, max_new_tokens, fixed)
     hidden = _prefill(model, prompts, cache)
-    active = torch.arange(len(hidden), device=hidden.device)
-    new: list[list[int]] = [[] for _ in hidden]
-    for step in range(max_new_tokens):
-        logits = model.post_llm.logits(hidden).float()
-        token = _draw(logits, temperature, top_p, generator) if do_sample else logits.argmax(-1)
-        for prompt, value in zip(active.tolist(), token.tolist(), strict=True):
-            new[prompt].append(value)
-        going = (~torch.isin(token, stop)).nonzero()[:, 0]
-        if step + 1 == max_new_tokens or not len(going):
+    choose = Choice(do_sample, temperature, top_p, generator)
+    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64).to(device)
+    decoder = Decoder(model, cache, later.to(device), choose, stop)
+    decoder.take(hidden)
+    with prepared_step(decoder, fixed, bool(compile)) as step:
+        rows = _continue(model, prompts, decoder, step, later, Watch(len(stop_token_ids), device, fixed))
+    return [_up_to_stop(row, stop_token_ids) for row in rows]
+
+
+def _continue(
+    model: Generating, prompts: Batch, decoder: Decoder, step: Callable[[], None], later: Tensor, watch: Watch
+) -> list[list[int]]:
+    """The tokens of each prompt, after steps until all have ended or there is no room left."""
+    documents, room = later.shape[:2]
+    active = list(range(documents))
+    rows: list[list[int]] = [[] for _ in active]
+
+    def read(made: int) -> None:
+        for document, tokens in zip(active, decoder.tokens[:, :made].tolist(), strict=True):
+            rows[document] = tokens
+
+    made = 1
+    while made < room:
+        ended = watch(decoder.finished)
+        if all(ended):
             break
-        if len(going) < len(active):
-            cache.keep(going)
-            active, token = active[going], token[going]
-        if _rotates_again(model, later[active, step]):
-            grown = _grown(prompts, later, new)
-            cache = _cache(model, grown, max_new_tokens - step)
-            hidden = _prefill(model, grown, cache)[active]
-            cache.keep(active)
-            continue
-        hidden = model.hidden(_one_token(token, later[active, step]), cache.layers)[:, 0]
-        cache.advance()
-    return [torch.tensor(tokens, dtype=torch.int64) for tokens in new]
+        if any(ended) and watch.drops:
+            read(made)
+            going = [row for row, end in enumerate(ended) if not end]
+            decoder.keep(going)
+            active = [active[row] for row in going]
+        if _rotates_again(model, later[active, made - 1]):
+            read(made)
+            decoder.take(_read_again(model, _grown(prompts, later, rows), decoder, active, room - made))
+        else:
+            step()
+        made += 1
+    read(made)
+    return rows
 
 
-def _cache(model: Generating, prompts: Batch, room: int) -> KVCache:
-    return KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room, prompts.token_kinds)
+def _up_to_stop(tokens: list[int], stop: Sequence[int]) -> Tensor:
+    ends = [number for number, token in enumerate(tokens) if token in stop]
+    return torch.tensor(tokens[: ends[0] + 1] if ends else tokens, dtype=torch.int64)
+
+
+def _cache(model: Generating, prompts: Batch, room: int, fixed: bool = False) -> KVCache:
+    return KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room, prompts.token_kinds, fixed)
 
 
 def _prefill(model: Generating, prompts: Batch, cache: KVCache) -> Tensor:
     """Fills the cache; the hidden state of the last token of each prompt, [S, D]."""
-    return model.hidden(prompts, cache.layers)[0, cache.lengths.cumsum(0) - 1]
+    return model.hidden(prompts, cache.layers)[0].index_select(0, cache.ends())
+
+
+def _read_again(model: Generating, grown: Batch, decoder: Decoder, active: list[int], room: int) -> Tensor:
+    """Fills a new cache by all that there is of the active documents; the hidden states of their last tokens."""
+    decoder.cache = _cache(model, grown, room)
+    hidden = _prefill(model, grown, decoder.cache)[active]
+    decoder.cache.keep(active)
+    return hidden
 
 
 def _rotates_again(model: Generating, positions: Tensor) -> bool:
-    """Whether tokens at these positions [S, 3] change the frequencies that the tokens before them were rotated by."""
+    """Whether tokens at these positions [S, 3], on the CPU, change the frequencies that those before them got."""
     ends = [math.ceil(end) for end in positions[:, 0].tolist()]
     return any(model.length_buckets(end) != model.length_buckets(end + 1) for end in ends)
 
@@ -128,7 +147,7 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
         inside = prompts.document_ids[0] == document
         ids = torch.tensor(tokens, dtype=torch.int64, device=inside.device)
         columns["token_ids"] += [prompts.token_ids[0, inside], ids]
-        columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)]]
+        columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)].to(inside.device)]
         columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
         columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
         columns["token_kinds"] += [prompts.token_kinds[0, inside], torch.full_like(ids, TokenKind.TEXT)]
@@ -139,7 +158,7 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
 
 
 def _later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
-    """[S, count, 3]: positions that the model's index rule gives the tokens after each prompt, as text."""
+    """[S, count, 3], on the CPU: positions that the model's index rule gives the tokens after each prompt, as text."""
     spec = model.input_spec
     document_ids, image_ids, kinds = (
         x[0].cpu() for x in (prompts.document_ids, prompts.image_ids, prompts.token_kinds)
@@ -159,28 +178,4 @@ def _later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
             [ImageGrid(grids[number][0], grids[number][1], prompts.frame_of(0, number)) for number in numbers],
         )
         found.append(spec.index_rule(longer)[len(images) :])
-    return torch.stack(found).to(prompts.positions.device)
-
-
-def _one_token(token: Tensor, position: Tensor) -> Batch:
-    """A batch of one new token per document: [S, 1]."""
-    ids = token[:, None]
-    none = torch.full_like(ids, NO_IMAGE)
-    return Batch(
-        token_ids=ids,
-        positions=position[:, None],
-        document_ids=torch.zeros_like(ids),
-        image_ids=none,
-        labels=torch.full_like(ids, IGNORED),
-        loss_weights=torch.zeros(ids.shape, device=ids.device),
-        patches=torch.zeros(0, 1, device=ids.device),
-        patch_positions=torch.zeros(0, 2, dtype=torch.int64, device=ids.device),
-    )
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token per row of [S, V]."""
-    ranked, order = (logits / temperature).softmax(-1).sort(descending=True)
-    # A token is kept if those before it have not reached top_p yet.
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
-    return order.gather(-1, torch.multinomial(ranked, 1, generator=generator))[:, 0]
+    return torch.stack(found)

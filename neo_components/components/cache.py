@@ -52,7 +52,9 @@ class KVCache:
         fixed: bool = False,
     ) -> None:
         where = (document_ids, image_ids)
-        buckets = {rule: make_buckets(*where, *rule, one=True, token_kinds=token_kinds)[0] for rule in dict.fromkeys(rules)}
+        buckets = {
+            rule: make_buckets(*where, *rule, one=True, token_kinds=token_kinds)[0] for rule in dict.fromkeys(rules)
+        }
         # All alike but for their masks; a model without layers needs the lengths too.
         prompt = next(iter(buckets.values()), None) or make_buckets(*where, "causal", one=True)[0]
         self.fixed = fixed
@@ -61,7 +63,7 @@ class KVCache:
         self.documents = torch.arange(len(self.lengths), device=self.lengths.device)
         self.room = max(self._host_lengths) + room
         if fixed:
-            self.room = -(-self.room // CHUNK) * CHUNK
+            self.room = fixed_room(self.room)
         self.used = self.room if fixed else max(self._host_lengths)
         self._tokens = _with_room(prompt, self.room)
         self._packed = prompt.index, _packed_order(self._host_lengths, prompt.index.device)
@@ -163,6 +165,14 @@ class CachedLayer:
         return attend_to_one(q, keys, values, self.mask.hidden, scale)
 
 
+def fixed_room(tokens: int) -> int:
+    """The next size at which a fixed room ends: ``CHUNK`` times a power of two, or three times one. Few sizes, as
+    ``torch.compile`` compiles for each."""
+    chunks = -(-tokens // CHUNK)
+    octave = 1 << (chunks - 1).bit_length()
+    return CHUNK * (3 * octave // 4 if octave > 2 and 4 * chunks <= 3 * octave else octave)
+
+
 def attend_to_one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, chunks: int = 1) -> Tensor:
     """Attention of one query per document; every key and value is read once, whatever the number of query heads.
 
@@ -194,6 +204,10 @@ def attend_to_one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float,
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Batched matrix product [n, i, j] x [n, j, k] -> [n, i, k], of float32 for factors of half precision."""
+    if torch.compiler.is_compiling():
+        # One reduction that scale, mask and rounding are fused with. For few rows i no matrix kernel is faster.
+        a, b = (x.float() if x.dtype in HALF else x for x in (a, b))
+        return (a[..., None] * b[:, None]).sum(2)
     if a.dtype not in HALF:
         return torch.bmm(a, b)
     if a.is_cuda:

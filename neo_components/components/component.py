@@ -21,7 +21,8 @@ class Component(lightning.LightningModule):
     @property
     def hparams(self) -> Any:
         """The keyword arguments, as attributes and as a mapping."""
-        return super().hparams
+        # Lightning's own property is opaque to torch.compile.
+        return self.__dict__["_hparams"] if "_hparams" in self.__dict__ else super().hparams
 
     def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Keeps keyword arguments as ``hparams``, for a constructor that has completed some of them."""

@@ -110,6 +110,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
             if lost := [finer_name for finer_name in finer if h[finer_name] is not None and h[name] is None]:
                 raise ArgumentError(lost[0], f"has no effect without {name}, which is not given")
         super().build(arguments)
+        self.embedding_multiplier, self.logits_divisor = h["embedding_multiplier"], h["logits_divisor"]
 
     def block_changes(self, number: int) -> dict[str, Any]:
         """Arguments in which block ``number`` differs from those for all blocks."""
@@ -136,10 +137,10 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
         """Word embeddings [B, L, D] of [B, L] ids, as the first block reads them; an image token's id beyond the
         vocabulary gives an arbitrary row, which the caller replaces."""
         x = self.word_embedding(token_ids.clamp(max=self.word_embedding.num_embeddings - 1))
-        if self.hparams.embedding_multiplier == 1.0:
+        if self.embedding_multiplier == 1.0:
             return x
-        # Rounded to the model's type before it multiplies, as Gemma was trained.
-        return x * torch.tensor(self.hparams.embedding_multiplier, dtype=x.dtype, device=x.device)
+        # Rounded to the model's type before it multiplies, as Gemma was trained. Filled on the device: nothing waits.
+        return x * torch.full((), self.embedding_multiplier, dtype=x.dtype, device=x.device)
 
     def word_ids(self, rows: Sequence[int]) -> Tensor:
         """Row numbers of the word embedding as ids on its device, [n] int64."""
@@ -152,7 +153,7 @@ class PostLLM(PrimitiveStack, PostLLMFiles):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., D] -> [..., V]."""
         logits = nn.functional.linear(hidden, self.head_weight)
-        return logits if self.hparams.logits_divisor == 1.0 else logits / self.hparams.logits_divisor
+        return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
     def text_logits(self, token_ids: Tensor) -> Tensor:
         """Plain causal text through the language model alone.

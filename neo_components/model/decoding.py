@@ -1,30 +1,25 @@
 """One decoding step: the token that each document got goes through the model, and the next one is chosen.
 
 Everything that a step reads or writes stays on the device: tokens, positions, lengths and which documents ended. So the
-host never waits in a step, and on a GPU a step is captured once as a CUDA graph and replayed.
+host never waits in a step; ``fixed_steps.py`` compiles it and replays it as a CUDA graph.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from neo_components.components.block_inputs import Attend
-from neo_components.components.primitive import NativePrimitive
-from neo_components.components.rotary import Rotary
 from neo_components.types import IGNORED, NO_IMAGE, Batch, InputSpec
 
 if TYPE_CHECKING:
     from neo_components.components.cache import KVCache
     from neo_components.components.masks import LayerRule
-
-log = logging.getLogger(__name__)
 
 
 class Generating(Protocol):
@@ -90,7 +85,7 @@ class Decoder:
         stop: [n] int64, ids that end a document.
 
     Attributes:
-        tokens: [S, new] int64, those so far and zeros.
+        tokens: [S, new] int64, those so far and zeros; where shapes are fixed, as long as the cache's room.
         finished: [S] bool, which documents have ended. These go on, unread, until they are dropped.
         cache: may be replaced between two steps.
     """
@@ -98,6 +93,8 @@ class Decoder:
     def __init__(self, model: Generating, cache: KVCache, later: Tensor, choose: Choice, stop: Tensor) -> None:
         self.model, self.cache, self.choose, self._stop = model, cache, choose, stop
         device, count = later.device, len(later)
+        if cache.fixed:  # so that what is compiled does not depend on the number of new tokens
+            later = F.pad(later, (0, 0, 0, cache.room - later.shape[1]))
         self._later = later
         self.tokens = torch.zeros(later.shape[:2], dtype=torch.int64, device=device)
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
@@ -106,19 +103,19 @@ class Decoder:
 
     def step(self) -> None:
         """Reads the newest token of each document and chooses the next."""
-        self.take(self.forward())
+        self.begin()
+        self.take(self.model.hidden(self._newest, self.cache.layers)[:, 0])
+        self.cache.advance()
 
-    def forward(self) -> Tensor:
-        """[S, D]: the hidden states of the newest tokens, which go into the cache."""
+    def begin(self) -> None:
+        """Positions and masks of the newest tokens."""
         self._newest.positions.copy_(self._later.index_select(1, self._made - 1))
         self.cache.open()
-        hidden = self.model.hidden(self._newest, self.cache.layers)[:, 0]
-        self.cache.advance()
-        return hidden
 
     def take(self, hidden: Tensor) -> None:
         """Chooses the next token of each document by the hidden state of its last one, [S, D]."""
         token = self.choose(self.model.post_llm.logits(hidden))[:, None]
+        # A step that failed before this line has changed nothing that it does not write again.
         self.tokens.index_copy_(1, self._made, token)
         self._newest.token_ids.copy_(token)
         self.finished.logical_or_((token == self._stop).any(-1))
@@ -149,8 +146,6 @@ def one_word_each(count: int, dtype: torch.dtype) -> Batch:
     )
 
 
-GRAPH_FROM = 32
-"""New tokens from which a CUDA graph is captured without being asked for."""
 EVERY = 8
 """Steps between two looks at which documents have ended, where steps do not wait for the host."""
 
@@ -201,32 +196,3 @@ class Watch:
         arrived = torch.cuda.Event()
         arrived.record()
         return flags, arrived
-
-
-def has_fixed_steps(model: Any, device: torch.device, new: int, compile: bool | None) -> bool:
-    """Whether all steps have the same shapes.
-
-    Args:
-        model: a ``NEO``.
-        device: that it is on.
-        new: most tokens to add.
-        compile: see :func:`~neo_components.model.generation.generate`.
-
-    Raises:
-        ValueError: if they cannot, but ``compile`` is ``True``.
-    """
-    by_length = any(isinstance(part, Rotary) and part.looks_at_length for part in model.modules())
-    if compile and by_length:
-        raise ValueError(
-            "compile=True: this model's rope_scaling (longrope or dynamic) selects its frequencies by the length of a "
-            "document, so its steps differ; generate with compile=False"
-        )
-    if compile is not None:
-        return compile
-    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    return device.type == "cuda" and new >= GRAPH_FROM and not by_length and not sharded
-
-
-@contextmanager
-def prepared_step(decoder: Decoder, fixed: bool, compile: bool) -> Iterator[Callable[[], None]]:
-    yield decoder.step

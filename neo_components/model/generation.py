@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from neo_components.components.cache import KVCache
-from neo_components.model.decoding import Choice, Decoder, Generating, Watch, has_fixed_steps, prepared_step
+from neo_components.model.decoding import Choice, Decoder, Generating, Watch
+from neo_components.model.fixed_steps import has_fixed_steps, prepared_step
 from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, TokenKind
 
 
@@ -51,8 +52,8 @@ def generate(
         generator: source of randomness for drawing.
         compile: ``True``: decoding steps have fixed shapes, are compiled by ``torch.compile`` (which takes a minute or
             so, once for each number of prompts and room of the cache) and, on CUDA, replayed as a CUDA graph.
-            ``False``: step by step. ``None``: on CUDA, if there are at least ``decoding.GRAPH_FROM`` new tokens, a CUDA
-            graph of the uncompiled step, which takes no longer to make than a few steps; ``False`` otherwise.
+            ``False``: step by step. ``None``: on CUDA, from ``fixed_steps.GRAPH_FROM`` new tokens on, a CUDA graph of
+            the uncompiled step, which takes no longer to make than a few steps; otherwise as ``False``.
 
     Returns:
         One [new] int64 tensor per prompt, on the CPU, the stop token included.
@@ -67,16 +68,26 @@ def generate(
         )
     device = prompts.token_ids.device
     fixed = has_fixed_steps(model, device, max_new_tokens, compile)
-    later = _later_positions(model, prompts, max_new_tokens)
-    cache = _cache(model, prompts, max_new_tokens, fixed)
-    hidden = _prefill(model, prompts, cache)
+    later = later_positions(model, prompts, max_new_tokens)
     choose = Choice(do_sample, temperature, top_p, generator)
-    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64).to(device)
-    decoder = Decoder(model, cache, later.to(device), choose, stop)
-    decoder.take(hidden)
-    with prepared_step(decoder, fixed, bool(compile)) as step:
+    decoder = start(model, prompts, later, choose, stop_token_ids, fixed)
+    with prepared_step(decoder, fixed, compile is True) as step:
         rows = _continue(model, prompts, decoder, step, later, Watch(len(stop_token_ids), device, fixed))
     return [_up_to_stop(row, stop_token_ids) for row in rows]
+
+
+def start(
+    model: Generating, prompts: Batch, later: Tensor, choose: Choice, stop_token_ids: Sequence[int], fixed: bool
+) -> Decoder:
+    """Reads the prompts and chooses the first token of each; ``later``: from :func:`later_positions`."""
+    cache = _cache(model, prompts, later.shape[1], fixed)
+    hidden = _prefill(model, prompts, cache)
+    device = hidden.device
+    decoder = Decoder(
+        model, cache, later.to(device), choose, torch.tensor(list(stop_token_ids), dtype=torch.int64).to(device)
+    )
+    decoder.take(hidden)
+    return decoder
 
 
 def _continue(
@@ -157,7 +168,7 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
     return replace(prompts, **changed)
 
 
-def _later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
+def later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
     """[S, count, 3], on the CPU: positions that the model's index rule gives the tokens after each prompt, as text."""
     spec = model.input_spec
     document_ids, image_ids, kinds = (

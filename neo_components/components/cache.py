@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neo_components.components.document_attention import HALF, Bucket, make_buckets, sdpa
 from neo_components.components.masks import LayerRule, Tokens, rule_of
+from neo_components.token_indices import TokenIndices
 from neo_components.types import NO_IMAGE, TokenKind
 
 CHUNK = 256
@@ -34,6 +35,7 @@ class KVCache:
         token_kinds: [1, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
         fixed: every step reads the full room under a mask, so that all steps have the same shapes (CUDA graphs,
             ``torch.compile``). Otherwise a step reads the tokens so far: their number is known on the host.
+        known: what the CPU knows of the tokens, so that a device is not asked for it.
 
     Attributes:
         lengths: [S] int64, on the device: tokens of each document so far.
@@ -50,24 +52,30 @@ class KVCache:
         room: int,
         token_kinds: Tensor | None = None,
         fixed: bool = False,
+        known: TokenIndices | None = None,
     ) -> None:
-        where = (document_ids, image_ids)
-        buckets = {
-            rule: make_buckets(*where, *rule, one=True, token_kinds=token_kinds)[0] for rule in dict.fromkeys(rules)
+        device = document_ids.device
+        if known is not None:
+            document_ids, image_ids, token_kinds = (
+                known.ids[name] for name in ("document_ids", "image_ids", "token_kinds")
+            )
+        found = {
+            rule: make_buckets(document_ids, image_ids, *rule, one=True, token_kinds=token_kinds)[0]
+            for rule in dict.fromkeys([*rules, LayerRule("causal")])
         }
-        # All alike but for their masks; a model without layers needs the lengths too.
-        prompt = next(iter(buckets.values()), None) or make_buckets(*where, "causal", one=True)[0]
+        self._host_lengths: list[int] = found[LayerRule("causal")].lengths.tolist()
+        buckets = {rule: bucket.to(device) for rule, bucket in found.items()}
+        prompt = buckets[LayerRule("causal")]  # all are alike but for their masks
         self.fixed = fixed
-        self._host_lengths: list[int] = prompt.lengths.tolist()
         self.lengths = prompt.lengths.clone()
-        self.documents = torch.arange(len(self.lengths), device=self.lengths.device)
+        self.documents = torch.arange(len(self.lengths), device=device)
         self.room = max(self._host_lengths) + room
         if fixed:
             self.room = fixed_room(self.room)
         self.used = self.room if fixed else max(self._host_lengths)
         self._tokens = _with_room(prompt, self.room)
-        self._packed = prompt.index, _packed_order(self._host_lengths, prompt.index.device)
-        self._masks = {rule: LayerMask(rule) for rule in buckets}
+        self._packed = prompt.index, _packed_order(self._host_lengths).to(device, non_blocking=True)
+        self._masks = {rule: LayerMask(rule) for rule in dict.fromkeys(rules)}
         self.layers = [CachedLayer(self, buckets[rule], self._masks[rule]) for rule in rules]
 
     def open(self) -> None:
@@ -215,11 +223,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _packed_order(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _packed_order(lengths: Sequence[int]) -> Tensor:
     """[L]: index in a flattened [S, m] of each token of the packed sequence; m is the largest length."""
     row = max(lengths)
-    index = torch.cat([torch.arange(length) + number * row for number, length in enumerate(lengths)])
-    return index.to(device)
+    return torch.cat([torch.arange(length) + number * row for number, length in enumerate(lengths)])
 
 
 def _with_room(bucket: Bucket, room: int) -> Tokens:

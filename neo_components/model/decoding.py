@@ -80,9 +80,9 @@ class Decoder:
     Args:
         model: a ``NEO``.
         cache: filled by the prompts.
-        later: [S, new, 3] positions of the new tokens.
+        later: [S, new, 3] positions of the new tokens, on the CPU.
         choose: how tokens are chosen.
-        stop: [n] int64, ids that end a document.
+        stop: [n] int64, ids that end a document, on the model's device.
 
     Attributes:
         tokens: [S, new] int64, those so far and zeros; where shapes are fixed, as long as the cache's room.
@@ -92,14 +92,15 @@ class Decoder:
 
     def __init__(self, model: Generating, cache: KVCache, later: Tensor, choose: Choice, stop: Tensor) -> None:
         self.model, self.cache, self.choose, self._stop = model, cache, choose, stop
-        device, count = later.device, len(later)
+        device = stop.device
         if cache.fixed:  # so that what is compiled does not depend on the number of new tokens
             later = F.pad(later, (0, 0, 0, cache.room - later.shape[1]))
-        self._later = later
+        self._later, self._host_later = later.to(device), later
         self.tokens = torch.zeros(later.shape[:2], dtype=torch.int64, device=device)
-        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(len(later), dtype=torch.bool, device=device)
         self._made = torch.zeros(1, dtype=torch.int64, device=device)
-        self._newest = one_word_each(count, later.dtype).to(device)
+        self._made_on_host = 0
+        self._newest = one_word_each(len(later), later.dtype).to(device)
 
     def step(self) -> None:
         """Reads the newest token of each document and chooses the next."""
@@ -110,6 +111,9 @@ class Decoder:
     def begin(self) -> None:
         """Positions and masks of the newest tokens."""
         self._newest.positions.copy_(self._later.index_select(1, self._made - 1))
+        if not self.cache.fixed:  # for frequencies that depend on a document's length
+            made = self._made_on_host
+            self._newest.indices.ids["positions"].copy_(self._host_later[:, made - 1 : made])
         self.cache.open()
 
     def take(self, hidden: Tensor) -> None:
@@ -120,12 +124,15 @@ class Decoder:
         self._newest.token_ids.copy_(token)
         self.finished.logical_or_((token == self._stop).any(-1))
         self._made.add_(1)
+        if not self.cache.fixed:
+            self._made_on_host += 1
 
     def keep(self, documents: Sequence[int]) -> None:
         """Drops all documents but these, whose tokens are read before."""
         index = torch.tensor(documents, device=self.tokens.device)
         self.cache.keep(documents)
         self._later, self.tokens, self.finished = self._later[index], self.tokens[index], self.finished[index]
+        self._host_later = self._host_later[documents]
         newest = self._newest.token_ids[index]
         self._newest = one_word_each(len(documents), self._later.dtype).to(self.tokens.device)
         self._newest.token_ids.copy_(newest)

@@ -33,6 +33,11 @@ FORMS = 64
 Step = Callable[[], None]
 
 
+def looks_at_length(model: Any) -> bool:
+    """Whether the length of a document selects the frequencies that it is rotated by."""
+    return any(isinstance(part, Rotary) and part.looks_at_length for part in model.modules())
+
+
 def has_fixed_steps(model: Any, device: torch.device, new: int, compile: bool | None) -> bool:
     """Whether all steps have the same shapes.
 
@@ -45,7 +50,7 @@ def has_fixed_steps(model: Any, device: torch.device, new: int, compile: bool | 
     Raises:
         ValueError: if they cannot, but ``compile`` is ``True``.
     """
-    by_length = any(isinstance(part, Rotary) and part.looks_at_length for part in model.modules())
+    by_length = looks_at_length(model)
     if compile and by_length:
         raise ValueError(
             "compile=True, but the rope_scaling of this model (longrope or dynamic) selects frequencies by the length "

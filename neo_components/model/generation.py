@@ -20,7 +20,7 @@ from torch import Tensor
 
 from neo_components.components.cache import KVCache
 from neo_components.model.decoding import Choice, Decoder, Generating, Watch
-from neo_components.model.fixed_steps import has_fixed_steps, prepared_step
+from neo_components.model.fixed_steps import has_fixed_steps, looks_at_length, prepared_step
 from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, TokenKind
 
 
@@ -82,10 +82,8 @@ def start(
     """Reads the prompts and chooses the first token of each; ``later``: from :func:`later_positions`."""
     cache = _cache(model, prompts, later.shape[1], fixed)
     hidden = _prefill(model, prompts, cache)
-    device = hidden.device
-    decoder = Decoder(
-        model, cache, later.to(device), choose, torch.tensor(list(stop_token_ids), dtype=torch.int64).to(device)
-    )
+    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64).to(hidden.device)
+    decoder = Decoder(model, cache, later, choose, stop)
     decoder.take(hidden)
     return decoder
 
@@ -95,6 +93,7 @@ def _continue(
 ) -> list[list[int]]:
     """The tokens of each prompt, after steps until all have ended or there is no room left."""
     documents, room = later.shape[:2]
+    by_length = looks_at_length(model)
     active = list(range(documents))
     rows: list[list[int]] = [[] for _ in active]
 
@@ -112,7 +111,7 @@ def _continue(
             going = [row for row, end in enumerate(ended) if not end]
             decoder.keep(going)
             active = [active[row] for row in going]
-        if _rotates_again(model, later[active, made - 1]):
+        if by_length and _rotates_again(model, later[active, made - 1]):
             read(made)
             decoder.take(_read_again(model, _grown(prompts, later, rows), decoder, active, room - made))
         else:
@@ -128,7 +127,9 @@ def _up_to_stop(tokens: list[int], stop: Sequence[int]) -> Tensor:
 
 
 def _cache(model: Generating, prompts: Batch, room: int, fixed: bool = False) -> KVCache:
-    return KVCache(prompts.document_ids, prompts.image_ids, model.layer_rules, room, prompts.token_kinds, fixed)
+    return KVCache(
+        prompts.document_ids, prompts.image_ids, model.layer_rules, room, prompts.token_kinds, fixed, prompts.known
+    )
 
 
 def _prefill(model: Generating, prompts: Batch, cache: KVCache) -> Tensor:
@@ -154,27 +155,26 @@ def _grown(prompts: Batch, later: Tensor, new: list[list[int]]) -> Batch:
     """The prompts, each followed by its new tokens."""
     names = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
+    known = prompts.indices.ids
     for document, tokens in enumerate(new):
-        inside = prompts.document_ids[0] == document
-        ids = torch.tensor(tokens, dtype=torch.int64, device=inside.device)
-        columns["token_ids"] += [prompts.token_ids[0, inside], ids]
-        columns["positions"] += [prompts.positions[0, inside], later[document, : len(tokens)].to(inside.device)]
-        columns["document_ids"] += [prompts.document_ids[0, inside], torch.full_like(ids, document)]
-        columns["image_ids"] += [prompts.image_ids[0, inside], torch.full_like(ids, NO_IMAGE)]
-        columns["token_kinds"] += [prompts.token_kinds[0, inside], torch.full_like(ids, TokenKind.TEXT)]
+        inside = known["document_ids"][0] == document
+        ids = torch.tensor(tokens, dtype=torch.int64)
+        columns["token_ids"] += [known["token_ids"][0, inside], ids]
+        columns["positions"] += [known["positions"][0, inside], later[document, : len(tokens)]]
+        columns["document_ids"] += [known["document_ids"][0, inside], torch.full_like(ids, document)]
+        columns["image_ids"] += [known["image_ids"][0, inside], torch.full_like(ids, NO_IMAGE)]
+        columns["token_kinds"] += [known["token_kinds"][0, inside], torch.full_like(ids, TokenKind.TEXT)]
     changed: dict[str, Any] = {name: torch.cat(parts)[None] for name, parts in columns.items()}
     changed["labels"] = torch.full_like(changed["token_ids"], IGNORED)
-    changed["loss_weights"] = torch.zeros(changed["labels"].shape, device=changed["labels"].device)
-    return replace(prompts, **changed)
+    changed["loss_weights"] = torch.zeros(changed["labels"].shape)
+    return replace(prompts, **changed).to(prompts.token_ids.device)
 
 
 def later_positions(model: Generating, prompts: Batch, count: int) -> Tensor:
     """[S, count, 3], on the CPU: positions that the model's index rule gives the tokens after each prompt, as text."""
-    spec = model.input_spec
-    document_ids, image_ids, kinds = (
-        x[0].cpu() for x in (prompts.document_ids, prompts.image_ids, prompts.token_kinds)
-    )
-    grids = (prompts.image_grids.cpu() // spec.fold).tolist()
+    spec, known = model.input_spec, prompts.indices.ids
+    document_ids, image_ids, kinds = (known[name][0] for name in ("document_ids", "image_ids", "token_kinds"))
+    grids = (known["image_grids"] // spec.fold).tolist()
     found = []
     for document in range(int(document_ids.max()) + 1):
         inside = document_ids == document

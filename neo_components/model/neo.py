@@ -305,6 +305,7 @@ class NEO(NEOFiles):
         top_p: float = 1.0,
         stop_token_ids: Sequence[int] = (),
         generator: torch.Generator | None = None,
+        compile: bool | None = None,
     ) -> list[Tensor]:
         """Continues prompts; arguments as in :func:`neo_components.model.generation.generate`.
 
@@ -318,7 +319,9 @@ class NEO(NEOFiles):
         training = self.training
         self.eval()
         try:
-            return generate(self, prompts, max_new_tokens, do_sample, temperature, top_p, stop_token_ids, generator)
+            return generate(
+                self, prompts, max_new_tokens, do_sample, temperature, top_p, stop_token_ids, generator, compile
+            )
         finally:
             self.train(training)
 

@@ -194,7 +194,7 @@ class Rotary(nn.Module):
         if self._magnitude == 1.0:
             return cosines, sines
         scale = torch.ones_like(self.frequency)
-        scale[: self._rotated // 2] = self._magnitude
+        scale[: self._rotated // 2].fill_(self._magnitude)
         return cosines * scale, sines * scale
 
     def _by_document(self, positions: Tensor, document_ids: Tensor | None, known: TokenIndices | None) -> Tensor:

@@ -188,8 +188,8 @@ def main() -> None:
     print(
         f"device: {device}, torch {torch.__version__}, {options.dtype}, {options.bandwidth:.1f} GB/s"
         f"{' (measured)' if options.measured_bandwidth else ''}; {found['parameters'] / 1e9:.2f}B parameters, hidden "
-        f"{options.hidden}, {options.pre}+{options.post} blocks, vocabulary {options.vocabulary}, {options.prompt} tokens "
-        f"each, {options.new} new"
+        f"{options.hidden}, {options.pre}+{options.post} blocks, vocabulary {options.vocabulary}, "
+        f"{options.prompt} tokens each, {options.new} new"
     )
     print(f"{'way':>9s} {'batch':>6s} {'tokens/s':>9s} {'MB/token':>9s} {'bound':>9s} {'share':>6s} {'ready s':>8s} "
           f"{'same':>5s}")  # fmt: skip

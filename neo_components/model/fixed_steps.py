@@ -136,13 +136,17 @@ class GraphedStep:
     def _second(self) -> None:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
+        waits: RuntimeError | None = None
         try:
             self._decoder.step()
-            self._next = self._capture
         except RuntimeError as error:
-            self._one_by_one(error, "synchroniz")
+            waits = error
         finally:
             torch.cuda.set_sync_debug_mode(before)
+        if waits is None:
+            self._next = self._capture
+        else:
+            self._one_by_one(waits, "synchroniz")
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -247,6 +247,14 @@ def test_python_of_the_readme() -> None:
     assert not untouched
 
 
+def test_python_of_the_generation_page() -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("docs/generation.md", "python"):
+        exec(compile(example, "docs/generation.md", "exec"), names)
+    assert [len(tokens) <= 8 and tokens.dtype == torch.int64 for tokens in names["greedy"]] == [True, True]
+    assert [tokens.shape for tokens in names["drawn"]] == [(8,), (8,)]
+
+
 def test_python_of_the_language_model_page(clone: Path) -> None:
     names: dict[str, Any] = {}
     for example in blocks("docs/language_models.md", "python"):

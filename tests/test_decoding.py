@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,3 +311,28 @@ def test_tokens_are_drawn_by_their_probability(top_p: float) -> None:
     for number, share in enumerate((kept / kept.sum()).tolist()):
         drawn = int((tokens == number).sum())
         assert abs(drawn - count * share) <= 5 * (count * share * (1 - share)) ** 0.5
+
+
+def test_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are those of the weights that a token passes and of the cache so far; its share is of their bound."""
+    path = Path(__file__).parent.parent / "benchmarks" / "decode.py"
+    spec = importlib.util.spec_from_file_location("decode", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "decode", module)
+    spec.loader.exec_module(module)
+    arguments = ["--tiny", "--batch", "1", "2", "--bandwidth", "10", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(sys, "argv", ["decode.py", *arguments, "--output", str(tmp_path / "out")])
+    module.main()
+    found = json.loads((tmp_path / "out" / "decode.json").read_text())
+    # Two blocks: projections 64 x (3 x 64 + 2 x 32 + 32), output 64 x 64, feed-forward 3 x 64 x 192, norms 2 x 64
+    # and of queries and keys 64 each; then the final norm and the head.
+    projections, feed_forward, norms = 64 * (2 * 64 + 2 * 32 + 32) + 64 * 64, 3 * 64 * 192, 2 * 64 + 4 * 32
+    weights = 4 * (2 * (projections + feed_forward + norms) + 64 + 100 * 64)
+    for row, batch in zip(found["rows"], (1, 2), strict=True):
+        cached = batch * 2 * (2 * 32 + 32) * 4 * (16 + module.WARM + 4)
+        assert row["step_bytes"] == weights + cached
+        assert row["bytes_per_token"] * batch == row["step_bytes"]
+        assert row["bound"] == pytest.approx(batch * 10e9 / row["step_bytes"])
+        assert row["bound_share"] == pytest.approx(row["tokens_per_second"] / row["bound"])
+        assert row["tokens_per_second"] > 0 and row["same_tokens"] == 1.0 and row["batch"] == batch

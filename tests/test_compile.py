@@ -92,7 +92,7 @@ def test_whole_blocks_with_flex_attention() -> None:
 
 def test_a_block_mask_is_built_once_per_batch_and_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not per layer, nor by each stack anew."""
-    from neo_components.components import backends
+    from neo_components.components import flex_attention
 
     made: list[Any] = []
 
@@ -100,7 +100,7 @@ def test_a_block_mask_is_built_once_per_batch_and_rule(monkeypatch: pytest.Monke
         made.append(block_mask(*where, **kinds))
         return made[-1]
 
-    monkeypatch.setattr(backends, "block_mask", counted)
+    monkeypatch.setattr(flex_attention, "block_mask", counted)
     model = tiny_model(post={"depth": 3, "window": 5, "window_layers": [1]}, pre={"depth": 2})
     set_backend(model, "flex")
     with torch.no_grad():

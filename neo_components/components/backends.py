@@ -6,7 +6,6 @@ the mask rule of ``masks.py``; a padded token's output is unspecified (finite, n
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import SpanAttention
-from neo_components.components.masks import RuleName, block_mask, dense_mask
+from neo_components.components.flex_attention import FlexAttention
+from neo_components.components.masks import RuleName, dense_mask
 from neo_components.errors import one_of
 from neo_components.token_indices import TokenIndices
 
@@ -50,45 +50,6 @@ def prepare_attention(
         backend = "flex" if document_ids.is_cuda else "sdpa"
     kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
     return kinds[backend](document_ids, image_ids, rule, window, token_kinds, known)
-
-
-def flex_attention() -> Any:
-    """Torch's FlexAttention, which is slow to import."""
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
-    return flex
-
-
-@lru_cache(maxsize=1)
-def compiled_flex_attention() -> Any:
-    """FlexAttention compiled, for blocks that are not compiled."""
-    return torch.compile(flex_attention(), dynamic=False)
-
-
-class FlexAttention:
-    """FlexAttention with a BlockMask over the packed sequence; compiled on CUDA, eager (forward only) on CPU.
-
-    Arguments as in :class:`SpanAttention`. A call raises ValueError if a gradient is required on CPU.
-    """
-
-    def __init__(
-        self,
-        document_ids: Tensor,
-        image_ids: Tensor,
-        rule: str | RuleName = "mixed",
-        window: int | None = None,
-        token_kinds: Tensor | None = None,
-        known: TokenIndices | None = None,
-    ) -> None:
-        self.mask = block_mask(document_ids, image_ids, rule, window, token_kinds=token_kinds)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if not q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise ValueError("FlexAttention has no backward on CPU; use attention backend 'sdpa' for training there")
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        flex = flex_attention() if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex_attention()
-        out = flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2)
 
 
 class EagerAttention:

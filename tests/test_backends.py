@@ -122,7 +122,7 @@ def test_choice_of_backend() -> None:
     assert isinstance(prepare_attention(ids, ids - 1), SpanAttention)
     assert isinstance(prepare_attention(ids, ids - 1, backend="eager"), EagerAttention)
     assert isinstance(prepare_attention(ids, ids - 1, backend="flex"), FlexAttention)
-    with pytest.raises(ValueError, match="backend must be one of auto, sdpa, flex, eager, got 'flash'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, sdpa, flex, varlen, eager, got 'flash'"):
         prepare_attention(ids, ids - 1, backend="flash")
 
 

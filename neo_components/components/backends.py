@@ -1,4 +1,4 @@
-"""Attention backends: per-document SDPA, FlexAttention, and an eager one that keeps attention weights.
+"""Attention backends: per-document SDPA, FlexAttention, FlashAttention, and an eager one that keeps attention weights.
 
 A backend is prepared once per batch from the document and image ids and then called by every layer. All agree with
 the mask rule of ``masks.py``; a padded token's output is unspecified (finite, never read).
@@ -15,10 +15,11 @@ from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import SpanAttention
 from neo_components.components.flex_attention import FlexAttention
 from neo_components.components.masks import RuleName, dense_mask
+from neo_components.components.varlen_attention import VarlenAttention
 from neo_components.errors import one_of
 from neo_components.token_indices import TokenIndices
 
-BACKENDS = ("auto", "sdpa", "flex", "eager")
+BACKENDS = ("auto", "sdpa", "flex", "varlen", "eager")
 
 
 def prepare_attention(
@@ -36,19 +37,21 @@ def prepare_attention(
         document_ids: [B, L].
         image_ids: [B, L].
         rule: registered name of the mask rule.
-        backend: ``sdpa``, ``flex``, ``eager``, or ``auto``: ``flex`` on CUDA, ``sdpa`` elsewhere (FlexAttention has
-            no backward on CPU).
+        backend: ``sdpa``, ``flex``, ``varlen`` (FlashAttention, for causal masks on a GPU), ``eager``, or ``auto``:
+            ``flex`` on CUDA, ``sdpa`` elsewhere (FlexAttention has no backward on CPU).
         window: how many tokens back a query attends (``masks.rule_of``); ``None``: all.
         token_kinds: [B, L]; ``None``: visual tokens and text, as ``image_ids`` has them.
         known: what the CPU knows of the tokens; without it ``sdpa`` asks the device where the documents are.
 
     Raises:
-        ArgumentError: (a ``ValueError``) if the backend's name is unknown.
+        ValueError: if the backend's name is unknown, or ``varlen`` cannot compute this batch.
     """
     one_of("backend", backend, BACKENDS)
     if backend == "auto":
         backend = "flex" if document_ids.is_cuda else "sdpa"
-    kinds: dict[str, Any] = {"sdpa": SpanAttention, "flex": FlexAttention, "eager": EagerAttention}
+    kinds: dict[str, Any] = {
+        "sdpa": SpanAttention, "flex": FlexAttention, "varlen": VarlenAttention, "eager": EagerAttention,
+    }  # fmt: skip
     return kinds[backend](document_ids, image_ids, rule, window, token_kinds, known)
 
 

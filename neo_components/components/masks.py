@@ -169,8 +169,8 @@ def block_mask(
 def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # A second length compiles it for all lengths. Past the compiler's limit fullgraph is an error, where torch would go on
-    # with the whole matrix.
+    # A second length compiles it for all lengths. Past the compiler's limit fullgraph is an error, where torch would go
+    # on with the whole matrix.
     return torch.compile(create_block_mask, fullgraph=True) if compiled else create_block_mask
 
 

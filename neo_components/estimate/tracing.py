@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from neo_components.components.backends import EagerAttention
 from neo_components.components.block_inputs import Attend
 from neo_components.components.document_attention import Bucket, SpanAttention, make_buckets
+from neo_components.components.flex_attention import at_least
 from neo_components.components.masks import LayerRule
 from neo_components.components.moe import SparseFeedForward
 
@@ -175,7 +176,7 @@ def traced_attention(
         image_ids: [B, L].
         token_kinds: [B, L].
         rule: mask rule and window.
-        backend: ``sdpa``, ``flex`` or ``eager``.
+        backend: ``sdpa``, ``flex``, ``varlen`` or ``eager``.
 
     Returns:
         A function that makes the backend inside :func:`tracing`.
@@ -189,8 +190,9 @@ def traced_attention(
             return made, [made.mask]
 
         return eager
-    if backend == "flex":
-        return lambda setting: (_Fused.attend, [])
+    if backend in ("flex", "varlen"):
+        attend = _Fused.attend if backend == "flex" else _Fused.attend_padded
+        return lambda setting: (attend, [])
     buckets = make_buckets(document_ids, image_ids, *rule, token_kinds=token_kinds)
     shapes = [(b, int(b.valid.sum()), b.mask is not None) for b in buckets]
 
@@ -225,6 +227,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _Fused.apply(q, k, v)
+
+    @staticmethod
+    def attend_padded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As FlashAttention: values as wide as queries."""
+        return _Fused.apply(q, k, at_least(v, q.shape[-1]))[..., : v.shape[-1]]
 
 
 @contextmanager

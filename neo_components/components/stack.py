@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from neo_components.components.backends import prepare_attention
 from neo_components.components.block_arguments import block_arguments, complete_choices
 from neo_components.components.block_inputs import Attend, BlockInputs
+from neo_components.components.checkpointing import checkpointed
 from neo_components.components.component import Component
 from neo_components.components.lean_primitive import LeanPrimitive
 from neo_components.components.masks import LayerRule
@@ -34,10 +34,12 @@ class PrimitiveStack(Component):
     Attributes:
         checkpointed_blocks: how many blocks, from the first on, keep only their input for the backward pass
             (activation checkpointing).
+        checkpoint_keeps: what else these keep, of ``checkpointing.KEEPS``.
     """
 
     layers: nn.ModuleList
     checkpointed_blocks: int = 0
+    checkpoint_keeps: str = "input"
 
     def build(self, arguments: Mapping[str, Any]) -> None:
         """Keeps the arguments in ``hparams`` and makes the blocks.
@@ -143,7 +145,7 @@ class PrimitiveStack(Component):
             own = attend[number] if isinstance(attend, Sequence) else attend
             inputs = BlockInputs(tables[self._tables[number]], own, image_ids, kinds, known)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, use_reentrant=False)
+                x = checkpointed(block, x, inputs, self.checkpoint_keeps)
             else:
                 x = block(x, inputs)
             if hidden_states is not None:

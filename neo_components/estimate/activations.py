@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neo_components.components.block_inputs import BlockInputs
 from neo_components.components.bridge import Bridge
+from neo_components.components.checkpointing import products_of
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.stack import PrimitiveStack
 from neo_components.estimate.flops import trains
@@ -25,7 +26,7 @@ class Block:
 
     Args:
         full: all that its backward pass needs.
-        input: its input alone, which activation checkpointing keeps.
+        input: its input, and what else activation checkpointing keeps (``checkpoint_keeps``).
     """
 
     full: int
@@ -131,8 +132,12 @@ class _Trace:
         for layer in stack.blocks:
             full = self._block(layer, ids, shape, flow, stack.backend)
             flow = flow or trains(layer)
-            entering = shape[0] * shape[1] * stack.hparams.hidden_size * self._size(layer)
-            found.append(Block(full, entering if flow else 0))
+            tokens = shape[0] * shape[1]
+            kept = tokens * stack.hparams.hidden_size * self._size(layer)
+            if stack.checkpoint_keeps == "products":
+                dtype = self.setting.autocast or self._dtype(layer)
+                kept += products_of(layer, tokens) * dtype.itemsize
+            found.append(Block(full, kept if flow else 0))
         return found, flow
 
     def _block(

@@ -128,6 +128,8 @@ def stack_flops(
         one = block_flops(block, tokens, pairs[block.layer_rule], flow, routed)
         flow = flow or trains(block)
         again = one.forward if number < stack.checkpointed_blocks and flow else 0
+        if again and stack.checkpoint_keeps == "products":
+            again = _scores(block.self_attn, pairs[block.layer_rule])
         total += Flops(one.forward, one.backward, again)
     return total, flow
 
@@ -187,13 +189,18 @@ def _attention(part: NativeAttention, tokens: int, pairs: int, flow: bool) -> Fl
         "v": [part.v_proj],
     }
     q, k, v = (flow or any(trains(p) for p in group if p is not None) for group in groups.values())
-    heads = part.q_proj.out_features // part.head_width
-    scores, values = 2 * pairs * heads * 2 * part.head_width, 2 * pairs * heads * part.head_width
+    values = _scores(part, pairs) // 3
+    scores = 2 * values
     backward = scores * (q + k) + values * (v + (q or k))
     total = Flops(scores + values, backward)
     for name in ("q_proj", "k_proj", "v_proj", "q_proj_hw", "k_proj_hw"):
         total += _linear(getattr(part, name), tokens, flow)
     return total + _linear(part.o_proj, tokens, q or k or v)
+
+
+def _scores(part: NativeAttention, pairs: int) -> int:
+    """Forward FLOPs of both products over the pairs; of three parts scores take two."""
+    return 3 * 2 * pairs * part.q_proj.out_features
 
 
 def _experts(part: SparseFeedForward, tokens: int, flow: bool) -> Flops:

@@ -113,6 +113,7 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     stage, doubts = _resolved(recipe, model, setting, memory_limit, plan)
     for stack in (model.pre_buffer, model.post_llm):
         stack.checkpointed_blocks = blocks_of(float(stage.activation_checkpointing), len(stack.layers))
+        stack.checkpoint_keeps = stage.checkpoint_keeps
     memory = step_memory(
         model, batch, setting, plan, kept_activations(model, batch, setting),
         hidden_matrices(model) if stage.optimizer == "muon" else (), bool(stage.ema),

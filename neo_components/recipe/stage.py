@@ -119,6 +119,8 @@ class StageConfig:
         activation_checkpointing: fraction of the blocks, from the first on, that keep only their input and are computed
             again in the backward pass: less memory, more time, the same result. ``auto``: the smallest fraction that
             fits the device's memory, or ``activation_gb``.
+        checkpoint_keeps: what a checkpointed block keeps: its ``input`` alone, or also the results of its matrix
+            ``products``, so that only norms, rotations, gates and some kinds of attention are recomputed.
         activation_gb: GB (10^9 bytes) that the activations of a micro-batch may take under ``activation_checkpointing:
             auto``; 0: what the device's memory leaves.
         context_parallel: number of processes that compute each batch together, each of them a slice of every packed
@@ -154,6 +156,7 @@ class StageConfig:
     predictions: int = 4
     metric: Annotated[Choice, METRIC] = METRIC.default
     activation_checkpointing: float | Literal["auto"] = 0.0
+    checkpoint_keeps: Literal["input", "products"] = "input"
     activation_gb: float = 0.0
     context_parallel: int = 1
     compile: bool = False
@@ -193,6 +196,12 @@ class StageConfig:
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
         if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
             found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
+        if values.get("checkpoint_keeps") == "products" and values.get("compile"):
+            found["checkpoint_keeps"] = (
+                "products is for blocks that are not compiled; remove stage.compile, or keep input"
+            )
+        if values.get("checkpoint_keeps") == "products" and not values.get("activation_checkpointing"):
+            found["checkpoint_keeps"] = "has no effect without stage.activation_checkpointing"
         steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
         if steps is not None and warmup > steps:
             found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"

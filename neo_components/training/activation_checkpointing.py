@@ -55,9 +55,11 @@ def resolve_auto(
         return stage
     set_trainable(model, stage)
     budget = _budget(stage, device_memory)
-    kept = [(batch, kept_activations(model, batch, setting)) for batch in worst_batches(model, data, setting.device)]
     stacks: list[PrimitiveStack] = [model.pre_buffer, model.post_llm]
-    before = [stack.checkpointed_blocks for stack in stacks]
+    before = [(stack.checkpointed_blocks, stack.checkpoint_keeps) for stack in stacks]
+    for stack in stacks:
+        stack.checkpoint_keeps = stage.checkpoint_keeps
+    kept = [(batch, kept_activations(model, batch, setting)) for batch in worst_batches(model, data, setting.device)]
     need = 0
     try:
         for fraction in fractions(*(len(stack.layers) for stack in stacks)):
@@ -67,10 +69,11 @@ def resolve_auto(
                 _need(stage, model, batch, setting, plan, activations, accumulates) for batch, activations in kept
             )
             if need <= budget:
-                return replace(stage, activation_checkpointing=fraction, activation_gb=0.0)
+                keeps = stage.checkpoint_keeps if fraction else "input"
+                return replace(stage, activation_checkpointing=fraction, activation_gb=0.0, checkpoint_keeps=keeps)
     finally:
-        for stack, count in zip(stacks, before, strict=True):
-            stack.checkpointed_blocks = count
+        for stack, (count, keeps) in zip(stacks, before, strict=True):
+            stack.checkpointed_blocks, stack.checkpoint_keeps = count, keeps
     limit = "stage.activation_gb" if stage.activation_gb else f"{ROOM:.0%} of the device's memory"
     raise ValueError(
         f"stage.activation_checkpointing auto: with every block checkpointed {need / 1e9:.3g} GB are needed, and "

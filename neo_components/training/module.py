@@ -74,6 +74,7 @@ class NEOTraining(lightning.LightningModule):
         self.set_trainable()
         for stack in (model.pre_buffer, model.post_llm):
             stack.checkpointed_blocks = blocks_of(stage.activation_checkpointing, len(stack.layers))
+            stack.checkpoint_keeps = stage.checkpoint_keeps
             if stage.compile:
                 stack.compile_blocks()
         self.context: ContextParallel | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class RMSNorm(nn.Module):
     Raises:
         ValueError: if ``norm`` is neither.
 
+    Attributes:
+        function: what it computes, in the form of :func:`rms_norm`; ``liger.py`` has another.
+
     Source: Zhang and Sennrich 2019; as in Qwen3, and as in Gemma 3.
     """
 
@@ -51,6 +55,7 @@ class RMSNorm(nn.Module):
         one_of("norm", norm, NORMS)
         self.eps = eps
         self.offset = float(norm == "one_plus_weight")
+        self.function: Callable[..., Tensor] = rms_norm
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
@@ -61,7 +66,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and type."""
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return self.function(x, self.weight, self.eps, self.offset)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -103,6 +108,11 @@ class _NormOnCPU(torch.autograd.Function):
         return for_x, for_gain, None
 
 
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """``activation(gate) * up``."""
+    return activation(gate) * up
+
+
 class GatedFeedForward(nn.Module):
     """``down(activation(gate(x)) * up(x))`` (Shazeer 2020): SwiGLU with ``silu``, GeGLU with ``gelu_tanh``.
 
@@ -114,15 +124,19 @@ class GatedFeedForward(nn.Module):
 
     Raises:
         ValueError: if the activation is neither.
+
+    Attributes:
+        gated: ``gated(gate, up)``; ``liger.py`` has another.
     """
 
     def __init__(self, hidden_size: int, feed_forward_size: int, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
         self.activation = activation_of(activation)
+        self.gated: Callable[[Tensor, Tensor], Tensor] = partial(gated, self.activation)
         self.gate_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, feed_forward_size, bias=bias)
         self.down_proj = nn.Linear(feed_forward_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
         """x [..., D] -> [..., D]. ``inputs`` is ignored here; a feed-forward that routes by modality reads it."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))

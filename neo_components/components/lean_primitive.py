@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neo_components.components.attention import NativeAttention
 from neo_components.components.block_inputs import Attend, BlockInputs
 from neo_components.components.document_attention import HALF, SpanAttention
-from neo_components.components.layers import GatedFeedForward, RMSNorm, rms_norm
+from neo_components.components.layers import GatedFeedForward, RMSNorm
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.recompute import Compute, keeps_inputs, linears_of, plain
 
@@ -43,7 +43,7 @@ def lean_attention(attention: nn.Module, norm: nn.Module, x: Tensor, inputs: Blo
 
     def rotated(q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor]:
         with_gains = [
-            partial(rms_norm, weight=gain, eps=norm.eps, offset=norm.offset)
+            partial(norm.function, weight=gain, eps=norm.eps, offset=norm.offset)
             for norm, gain in zip(norms, gains, strict=True)
         ]
         return a.rotated(q, q_hw, with_gains[:count], inputs), a.rotated(k, k_hw, with_gains[count:], inputs)
@@ -70,13 +70,12 @@ def lean_feed_forward(feed_forward: nn.Module, norm: nn.Module, x: Tensor, input
     if type(feed_forward) is not GatedFeedForward or not plain(feed_forward):
         return feed_forward(norm(x), inputs)
     gate, up = linears_after(norm, x, (feed_forward.gate_proj, feed_forward.up_proj))
-    activation = feed_forward.activation
-    return linears_of(lambda gate, up: activation(gate) * up, (gate, up), (feed_forward.down_proj,))[0]
+    return linears_of(feed_forward.gated, (gate, up), (feed_forward.down_proj,))[0]
 
 
 def linears_after(norm: nn.Module, x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """``[linear(norm(x)) for linear in linears]``; the norm's output is not kept."""
     if isinstance(norm, RMSNorm) and plain(norm):
-        return linears_of(partial(rms_norm, eps=norm.eps, offset=norm.offset), (x, norm.weight), linears)
+        return linears_of(partial(norm.function, eps=norm.eps, offset=norm.offset), (x, norm.weight), linears)
     x = norm(x)
     return tuple(linear(x) for linear in linears)

@@ -7,6 +7,7 @@ their product costs; FlexAttention does not need that.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -127,12 +128,10 @@ def flash_kernel(device: torch.device) -> Kernel:
 
         parameters = inspect.signature(varlen_attn).parameters
         if {"scale", "window_size"} <= parameters.keys():  # not yet in torch 2.10
-            grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+            grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
             return partial(_by_torch, partial(varlen_attn, **grouped))
     if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        return partial(_by_flash_attn, flash_attn_varlen_func)
+        return partial(_by_flash_attn, importlib.import_module("flash_attn").flash_attn_varlen_func)
     raise ValueError(
         f"attention backend 'varlen': torch {torch.__version__} has no varlen_attn with a scale, and the package "
         "flash-attn is not installed; use torch 2.11 or later, or 'flex'"

@@ -128,6 +128,8 @@ class StageConfig:
             batches of its own. It must divide ``data.seq_len``, the number of query heads, and that of processes.
         compile: compile every block in place (``torch.compile``). Meant for GPUs. The first steps take minutes; packed
             sequences of one length (``data.seq_len``) avoid recompilation.
+        kernels: norms and gates: ``plain``; ``liger``, by the Triton kernels of the package liger-kernel; or ``auto``,
+            by these where they are installed, on a GPU, for blocks that are not compiled.
         ema: decay of an exponential moving average of the weights (for example 0.999), which validation, checkpoints
             and the trained model use; 0: none.
         max_skipped_steps: a step with a gradient that is not finite is skipped; this many consecutive ones stop the
@@ -160,6 +162,7 @@ class StageConfig:
     activation_gb: float = 0.0
     context_parallel: int = 1
     compile: bool = False
+    kernels: Literal["auto", "plain", "liger"] = "plain"
     ema: float = 0.0
     max_skipped_steps: int = 10
 
@@ -196,6 +199,10 @@ class StageConfig:
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
         if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
             found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
+        if values.get("kernels") == "liger" and values.get("compile"):
+            found["kernels"] = (
+                "got liger, but compiled blocks fuse norms and gates themselves; remove it or stage.compile"
+            )
         if values.get("checkpoint_keeps") == "products" and values.get("compile"):
             found["checkpoint_keeps"] = (
                 "products is for blocks that are not compiled; remove stage.compile, or keep input"

@@ -69,11 +69,11 @@ def resolve_auto(
                 _need(stage, model, batch, setting, plan, activations, accumulates) for batch, activations in kept
             )
             if need <= budget:
-                keeps = stage.checkpoint_keeps if fraction else "input"
+                keeps = stage.checkpoint_keeps if fraction else "input"  # it would have no effect
                 return replace(stage, activation_checkpointing=fraction, activation_gb=0.0, checkpoint_keeps=keeps)
     finally:
-        for stack, (count, keeps) in zip(stacks, before, strict=True):
-            stack.checkpointed_blocks, stack.checkpoint_keeps = count, keeps
+        for stack, (count, kept_before) in zip(stacks, before, strict=True):
+            stack.checkpointed_blocks, stack.checkpoint_keeps = count, kept_before
     limit = "stage.activation_gb" if stage.activation_gb else f"{ROOM:.0%} of the device's memory"
     raise ValueError(
         f"stage.activation_checkpointing auto: with every block checkpointed {need / 1e9:.3g} GB are needed, and "

@@ -21,6 +21,7 @@ from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
 from neo_components.training.context_parallel.model import ContextParallel, check_model
 from neo_components.training.fsdp2.norms import gradient_norms
+from neo_components.training.kernels import use_kernels
 from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import build_optimizer
 from neo_components.training.skipped_steps import SkippedSteps
@@ -72,6 +73,7 @@ class NEOTraining(lightning.LightningModule):
             )
         check_model(model, stage.context_parallel)
         self.set_trainable()
+        use_kernels(model, stage)
         for stack in (model.pre_buffer, model.post_llm):
             stack.checkpointed_blocks = blocks_of(stage.activation_checkpointing, len(stack.layers))
             stack.checkpoint_keeps = stage.checkpoint_keeps

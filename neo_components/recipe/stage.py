@@ -130,6 +130,8 @@ class StageConfig:
             sequences of one length (``data.seq_len``) avoid recompilation.
         kernels: norms and gates: ``plain``; ``liger``, by the Triton kernels of the package liger-kernel; or ``auto``,
             by these where they are installed, on a GPU, for blocks that are not compiled.
+        fp8: products of the blocks' trained linear layers in float8 by torchao: ``none``; ``linears``, on a GPU that
+            has it; or ``emulated``, rounded alike on any device, to see the effect on the loss.
         ema: decay of an exponential moving average of the weights (for example 0.999), which validation, checkpoints
             and the trained model use; 0: none.
         max_skipped_steps: a step with a gradient that is not finite is skipped; this many consecutive ones stop the
@@ -162,6 +164,7 @@ class StageConfig:
     activation_gb: float = 0.0
     context_parallel: int = 1
     compile: bool = False
+    fp8: Literal["none", "linears", "emulated"] = "none"
     kernels: Literal["auto", "plain", "liger"] = "plain"
     ema: float = 0.0
     max_skipped_steps: int = 10
@@ -199,6 +202,8 @@ class StageConfig:
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
         if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
             found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
+        if values.get("fp8", "none") != "none" and lora is not None:
+            found["fp8"] = f"got {values['fp8']}, which has no form beside stage.lora; use none, or remove stage.lora"
         if values.get("kernels") == "liger" and values.get("compile"):
             found["kernels"] = (
                 "got liger, but compiled blocks fuse norms and gates themselves; remove it or stage.compile"

@@ -20,6 +20,7 @@ from neo_components.training.activation_checkpointing import blocks_of
 from neo_components.training.callbacks.loggers import log_once
 from neo_components.training.callbacks.loss_parts import LossParts
 from neo_components.training.context_parallel.model import ContextParallel, check_model
+from neo_components.training.fp8 import use_fp8
 from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.kernels import use_kernels
 from neo_components.training.lora import lora_parameters, set_trainable
@@ -74,6 +75,7 @@ class NEOTraining(lightning.LightningModule):
         check_model(model, stage.context_parallel)
         self.set_trainable()
         use_kernels(model, stage)
+        use_fp8(model, stage)
         for stack in (model.pre_buffer, model.post_llm):
             stack.checkpointed_blocks = blocks_of(stage.activation_checkpointing, len(stack.layers))
             stack.checkpoint_keeps = stage.checkpoint_keeps

@@ -27,6 +27,7 @@ from neo_components.training.callbacks.performance import Performance
 from neo_components.training.callbacks.perplexity import InitialTextPerplexity
 from neo_components.training.callbacks.progress import History
 from neo_components.training.callbacks.summary import Summary
+from neo_components.training.fp8 import without_fp8
 from neo_components.training.fsdp2.strategy import NAME, save_sharded
 from neo_components.training.lora import merge_lora
 from neo_components.training.start import checkpoint_of, refuse_changes, start, whiten
@@ -102,6 +103,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
         raise SystemExit(128 + signal.SIGTERM) from stop  # Lightning would exit with code 0, success to a scheduler
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | drift.values
     merge_lora(chat.model)
+    without_fp8(chat.model)
     result = RunResult(output / "neo", chat.model, metrics, time.monotonic() - began, history.losses)
     result.summary = Summary(
         trainer.global_step, performance.tokens, performance.images, result.seconds, history.losses,

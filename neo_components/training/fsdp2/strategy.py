@@ -198,6 +198,11 @@ def refuse_unshardable(stage: StageConfig) -> None:
             f"stage.optimizer: muon orthogonalizes full matrices, which no process has with trainer.strategy={NAME}; "
             "use adamw, or trainer.strategy=ddp"
         )
+    if stage.fp8 != "none":
+        raise ValueError(
+            f"stage.fp8: {stage.fp8} is not tested on sharded weights (trainer.strategy={NAME}); use none, or "
+            "trainer.strategy=ddp"
+        )
     if stage.lora is not None:
         raise ValueError(
             f"stage.lora: adapters cannot be merged into sharded weights (trainer.strategy={NAME}); use "

@@ -61,8 +61,8 @@ def test_which_layers_are_converted() -> None:
 
 @needs_torchao
 def test_a_step_stays_close() -> None:
-    """Float8 has 3 or 2 bits of fraction: the loss moves by less than a fiftieth, and gradients mostly keep their direction,
-    in random weights of five times the usual size. A model that is plain again computes what it computed before."""
+    """Float8 has 3 or 2 bits of fraction: the loss moves by less than a fiftieth, and gradients mostly keep their
+    direction, in random weights of ten times the usual size. A plain model again computes what it computed before."""
     model, other = wide_model(["all"]), wide_model(["all"])
     batch, _ = random_batch(model.input_spec, seed=1)
     use_fp8(other, staged())

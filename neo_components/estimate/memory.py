@@ -82,6 +82,7 @@ def step_memory(
     single_moment: Collection[Tensor] = (),
     average: bool = False,
     accumulates: bool = False,
+    offloads: bool = False,
 ) -> Memory:
     """Bytes on one device in a training step.
 
@@ -97,6 +98,7 @@ def step_memory(
         single_moment: weights whose optimizer keeps one number each (Muon); the others are AdamW's, which keeps two.
         average: whether an average of the weights is kept.
         accumulates: whether gradients stay from batch to batch.
+        offloads: whether the optimizer's state is on the device for one weight at a time.
     """
     activations = activations.on_each_of(plan.context_parallel)
     single = {id(weight) for weight in single_moment}
@@ -105,7 +107,8 @@ def step_memory(
     # What FSDP keeps sharded has the model's own type, and what it gathers the setting's.
     kept = replace(setting, weights=None) if plan.strategy == "fsdp2" else setting
     gradients = _bytes(trained, kept)
-    states = sum(_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained)
+    each = [_bytes([p], kept) * (1 if id(p) in single else 2) for p in trained]
+    states = max(each, default=0) if offloads else sum(each)
     again = model.pre_buffer.checkpointed_blocks, model.post_llm.checkpointed_blocks
     always = {
         "weights": _bytes(parameters, kept) // plan.shards,

@@ -117,7 +117,7 @@ def inspect_recipe(recipe: Recipe, assumed: Assumed | None = None, overrides: Se
     memory = step_memory(
         model, batch, setting, plan, kept_activations(model, batch, setting),
         hidden_matrices(model) if stage.optimizer == "muon" else (), bool(stage.ema),
-        accumulates(recipe),
+        accumulates(recipe), stage.offload == "optimizer",
     )  # fmt: skip
     batches = plan.groups * int(recipe.trainer.get("accumulate_grad_batches") or 1)
     flops = {part: _times(one, batches) for part, one in step_flops(model, batch).items()}

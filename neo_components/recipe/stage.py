@@ -132,6 +132,8 @@ class StageConfig:
             by these where they are installed, on a GPU, for blocks that are not compiled.
         fp8: products of the blocks' trained linear layers in float8 by torchao: ``none``; ``linears``, on a GPU that
             has it; or ``emulated``, rounded alike on any device, to see the effect on the loss.
+        offload: ``none``, or ``optimizer``: the optimizer's state lies in the CPU's memory and visits the device one
+            weight at a time. It saves two numbers a weight (AdamW) for two copies of them a step.
         ema: decay of an exponential moving average of the weights (for example 0.999), which validation, checkpoints
             and the trained model use; 0: none.
         max_skipped_steps: a step with a gradient that is not finite is skipped; this many consecutive ones stop the
@@ -166,6 +168,7 @@ class StageConfig:
     compile: bool = False
     fp8: Literal["none", "linears", "emulated"] = "none"
     kernels: Literal["auto", "plain", "liger"] = "plain"
+    offload: Literal["none", "optimizer"] = "none"
     ema: float = 0.0
     max_skipped_steps: int = 10
 

@@ -103,7 +103,8 @@ def _need(
         activations = activations.on_each_of(plan.context_parallel)
         return activations.total(*checkpointed) + activations.largest(*checkpointed)
     single = hidden_matrices(model) if stage.optimizer == "muon" else ()
-    return step_memory(model, batch, setting, plan, activations, single, bool(stage.ema), accumulates).peak
+    offloads = stage.offload == "optimizer"
+    return step_memory(model, batch, setting, plan, activations, single, bool(stage.ema), accumulates, offloads).peak
 
 
 def blocks_of(fraction: float, depth: int) -> int:

@@ -32,12 +32,15 @@ def build_optimizer(model: NEO, stage: StageConfig) -> torch.optim.Optimizer:
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": stage.weight_decay, "name": "adamw"},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0, "name": "adamw"},
     ]
-    adamw = AdamW(groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps)
+    offloads = stage.offload == "optimizer"
+    adamw = (OffloadedAdamW if offloads else AdamW)(
+        groups, lr=stage.lr, betas=(stage.betas[0], stage.betas[1]), eps=stage.eps
+    )
     matrices = [parameter for parameter in trainable if id(parameter) in by_muon]
     if not matrices:
         return adamw
     group = {"params": matrices, "name": "muon"}
-    return Joined(Muon([group], lr=stage.muon_lr, weight_decay=stage.weight_decay), adamw)
+    return Joined(Muon([group], lr=stage.muon_lr, weight_decay=stage.weight_decay, offloads=offloads), adamw)
 
 
 def hidden_matrices(model: NEO) -> list[Tensor]:
@@ -63,10 +66,15 @@ class AdamW(torch.optim.AdamW):
             group |= {"fused": True, "foreach": None}
 
 
-class Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` that heeds ``found_inf``, one matrix after the other: no second copy of all weights."""
+class OneByOne(torch.optim.Optimizer):
+    """Mixin: steps one weight after the other, so that what a step needs beside them is there for one at a time.
 
-    found_inf: Tensor | None = None
+    Attributes:
+        offloads: whether the state of a weight lies in the CPU's memory (page-locked beside a GPU) but during its own
+            step. Copies wait in the order of the device's work, so the CPU does not wait for them.
+    """
+
+    offloads = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -81,20 +89,71 @@ class Muon(torch.optim.Muon):
                 for weight in group["params"]:
                     if weight.grad is not None:
                         self.param_groups = [group | {"params": [weight]}]
+                        self._to_device(weight)
                         self._step_one(weight)
+                        self._to_cpu(weight)
         finally:
             self.param_groups = groups
         return loss
 
     def _step_one(self, weight: Tensor) -> None:
+        super().step()
+
+    def _large(self, weight: Tensor) -> dict[str, Tensor]:
+        """The state of a weight that is as large as the weight."""
+        return {name: x for name, x in self.state[weight].items() if isinstance(x, Tensor) and x.shape == weight.shape}
+
+    def _to_device(self, weight: Tensor) -> None:
+        for name, x in self._large(weight).items():
+            self.state[weight][name] = x.to(weight.device, non_blocking=True)
+
+    def _to_cpu(self, weight: Tensor) -> None:
+        if self.offloads:
+            for name, x in self._large(weight).items():
+                there = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+                self.state[weight][name] = there.copy_(x, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, of which all has arrived."""
+        arrived(self)
+        return super().state_dict()
+
+
+def arrived(optimizer: torch.optim.Optimizer) -> None:
+    """Waits until states that a device has sent to the CPU are there."""
+    if getattr(optimizer, "offloads", False) and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class OffloadedAdamW(OneByOne, AdamW):
+    """AdamW whose two moments lie in the CPU's memory."""
+
+    offloads = True
+
+
+class Muon(OneByOne, torch.optim.Muon):
+    """``torch.optim.Muon`` that heeds ``found_inf``: no second copy of all weights.
+
+    Args:
+        offloads: see :class:`OneByOne`.
+        others: those of ``torch.optim.Muon``.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, *others: Any, offloads: bool = False, **options: Any) -> None:
+        super().__init__(*others, **options)
+        self.offloads = offloads
+
+    def _step_one(self, weight: Tensor) -> None:
         if self.found_inf is None:
-            super().step()
+            super()._step_one(weight)
             return
         skips = self.found_inf > 0
         momentum = self.state[weight].get("momentum_buffer", torch.zeros_like(weight))
         before, grad = weight.clone(), weight.grad
         weight.grad = torch.where(skips, momentum, grad)  # type: ignore[arg-type] # mixed with itself it stays as it is
-        super().step()
+        super()._step_one(weight)
         weight.copy_(torch.where(skips, before, weight))
         weight.grad = grad
 
@@ -127,6 +186,12 @@ class Joined(torch.optim.Optimizer):
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parts."""
+        for part in self.parts:
+            arrived(part)
+        return super().state_dict()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each part."""

@@ -203,6 +203,11 @@ def refuse_unshardable(stage: StageConfig) -> None:
             f"stage.fp8: {stage.fp8} is not tested on sharded weights (trainer.strategy={NAME}); use none, or "
             "trainer.strategy=ddp"
         )
+    if stage.offload != "none":
+        raise ValueError(
+            f"stage.offload: {stage.offload} is for full weights; trainer.strategy={NAME} shards the optimizer's state "
+            "instead: use none, or trainer.strategy=ddp"
+        )
     if stage.lora is not None:
         raise ValueError(
             f"stage.lora: adapters cannot be merged into sharded weights (trainer.strategy={NAME}); use "

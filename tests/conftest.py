@@ -19,6 +19,22 @@ from filelock import FileLock
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device", default="cuda", choices=["cuda", "cpu"],
+        help="where tests marked gpu run; cpu rehearses them without a GPU",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def gpu_device(request: pytest.FixtureRequest) -> torch.device:
+    """The device of the tests marked ``gpu``; without a GPU they fail, as a skipped test would hide that none ran."""
+    device = torch.device(request.config.getoption("--gpu-device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.fail("torch finds no GPU here; --gpu-device cpu rehearses these tests")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)

@@ -43,8 +43,8 @@ def test_loss_and_gradients_are_those_of_the_textbook() -> None:
 
 
 def benchmark() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
-    spec = importlib.util.spec_from_file_location("train_step", path)
+    path = Path(__file__).parent.parent / "benchmarks" / "step_flops.py"
+    spec = importlib.util.spec_from_file_location("step_flops", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -31,7 +31,10 @@ from neo_components.data import NEODataModule, load_tokenizer, write_shards
 from neo_components.data.text.conversation import image_token_ids
 from neo_components.training.groups import train_only
 
-SHAPE = "--hidden 2048 --heads 16 --pre 12 --post 28 --vocabulary 151936 --tied --precision bf16 --compile".split()
+SHAPE = [
+    "--hidden=2048", "--heads=16", "--pre=12", "--post=28", "--vocabulary=151936", "--tied", "--precision=bf16",
+    "--compile",
+]  # fmt: skip
 """NEO-2.2B, as options of train_step.py."""
 FULL = {"side": 768, "seq_len": 8192, "photos": 48, "samples": 384, "warm_up": 3, "steps": 20}
 TINY = {"side": 128, "seq_len": 512, "photos": 4, "samples": 24, "warm_up": 1, "steps": 3}

@@ -2,8 +2,9 @@
 
     pytest -p gpu_tests --results tests.jsonl -m gpu
 
-Each line of the file is one test: name, outcome (``passed``, ``failed`` or ``skipped``), seconds, commit, and the error.
-Tests whose last outcome is ``failed`` come first, those that never ran next; the others are left out.
+Each line of the file is one test: name, outcome (``started``, ``passed``, ``failed`` or ``skipped``), seconds, commit,
+and the error. Tests whose last outcome is ``failed`` come first, then those that never ran, then those in which a run
+was cut off; the others are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 DONE = ("passed", "skipped")
+ORDER = {"failed": 0, None: 1, "started": 2}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     before = {name: one["outcome"] for name, one in last_results(config.getoption("--results")).items()}
     done = [item for item in items if before.get(item.nodeid) in DONE]
     left = [item for item in items if before.get(item.nodeid) not in DONE]
-    items[:] = sorted(left, key=lambda item: before.get(item.nodeid) != "failed")
+    items[:] = sorted(left, key=lambda item: ORDER[before.get(item.nodeid)])
     config.hook.pytest_deselected(items=done)
 
 
@@ -55,6 +57,7 @@ class Results:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Begins a test."""
         self.now = {"test": nodeid, "outcome": "passed", "seconds": 0.0, "commit": self.commit}
+        self.write(self.now | {"outcome": "started"})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Adds set-up, call or tear-down."""
@@ -63,9 +66,13 @@ class Results:
             self.now |= {"outcome": report.outcome, "error": report.longreprtext[-2000:]}
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """Writes the line."""
+        """Writes the result."""
+        self.write(self.now)
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Adds a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.now) + "\n")
+            file.write(json.dumps(result) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:

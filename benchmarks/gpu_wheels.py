@@ -4,8 +4,8 @@
     python benchmarks/gpu_wheels.py wheels --python 3.12 --names omegaconf webdataset easy-vqa
 
 The machine is taken to have torch, torchvision, transformers, lightning and torchmetrics with all that they need.
-Versions are those of constraints.txt, for Linux on x86-64. ``benchmarks/gpu.sh --wheels wheels`` installs, into a folder
-apart, those that the machine lacks; ``--names`` makes a smaller folder for a machine that is known to have the others.
+Versions are those of constraints.txt, for Linux on x86-64. ``benchmarks/gpu.sh --wheels wheels`` installs, into a
+folder apart, those that the machine lacks; ``--names`` makes a smaller folder for a machine that has the others.
 """
 
 from __future__ import annotations

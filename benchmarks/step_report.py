@@ -1,4 +1,4 @@
-"""What a measured step reports beside its time: largest kernels, graph breaks, and the library's estimate of its memory."""
+"""What a measured step reports beside its time: largest kernels, graph breaks, the estimate of its memory."""
 
 from __future__ import annotations
 

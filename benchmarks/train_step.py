@@ -16,8 +16,8 @@ On CUDA the model FLOP utilization is given too: what the step must compute (mat
 trained weights and of what is between them, the head at target tokens, attention as the mask has it; nothing that is
 recomputed) over its time and the device's peak, or ``--peak-tflops``.
 
-``--output`` writes ``train_step.json`` and ``train_step.txt``, and has one more step profiled: the ten kernels (on a CPU,
-operators) with the most time, compiled graphs and graph breaks, and the peak memory, weights included, beside the
+``--output`` writes ``train_step.json`` and ``train_step.txt``, and has one more step profiled: the ten kernels (on a
+CPU, operators) with the most time, compiled graphs and graph breaks, and the peak memory, weights included, beside the
 estimate of ``neo inspect``.
 """
 

@@ -1,5 +1,6 @@
 # `make help` lists the targets. Each target makes .venv first where it needs it and fails when what it runs fails.
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -7,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check docs clean
+.PHONY: help install quickstart test test-slow gpu gpu-wheels check docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -22,6 +23,13 @@ test: $(INSTALLED) ## run the tests, a process for each core (at most 4)
 
 test-slow: $(INSTALLED) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+# Without .venv, as on a bare machine, by $(PYTHON): see docs/results/gpu.md.
+gpu: ## tests, speed and training on this machine's GPU: make gpu GPU_OPTIONS="--wheels FOLDER --parts 1"
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.sh --output outputs/gpu $(GPU_OPTIONS)
+
+gpu-wheels: $(INSTALLED) ## fetch what a GPU machine without network lacks: make gpu-wheels GPU_PYTHON=3.12
+	$(BIN)/python benchmarks/gpu_wheels.py outputs/wheels --python $(GPU_PYTHON)
 
 check: $(INSTALLED) ## formatting, lint, types, import layers, documentation
 	$(BIN)/ruff format --check .

@@ -63,7 +63,7 @@ def loader(model: NEO, shards: Path, size: dict[str, int], workers: int) -> tupl
 def training_step(model: NEO, options: argparse.Namespace) -> Callable[[Batch], None]:
     """One step, until the device has done it."""
     weights = train_only(model, STAGES[1])
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True if options.device == "cuda" else None)
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
     if options.compile:
         for stack in (model.pre_buffer, model.post_llm):
             stack.compile_blocks("aot_eager" if options.tiny else "inductor")

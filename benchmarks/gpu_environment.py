@@ -1,7 +1,7 @@
 """What a GPU machine lacks and what it is: carried wheels, missing packages, versions and device.
 
-Wheels go into a folder of their own by ``pip --target``, never beside the machine's packages, and only those of packages
-that it does not have: its torch and all that belongs to it stay as they are.
+Wheels go into a folder of their own by ``pip --target``, never beside the machine's packages, and only those of
+packages that it does not have: its torch and all that belongs to it stay as they are.
 """
 
 from __future__ import annotations

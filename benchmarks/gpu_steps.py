@@ -78,7 +78,7 @@ def all_steps(output: Path, device: str, tiny: bool, commit: str) -> list[Step]:
 
 def _training(python: list[str], output: Path, device: str, tiny: bool) -> list[Step]:
     """The quickstart, and the pretraining of the asset that ships with the library."""
-    neo = [*python, "-m", "neo_components.cli.main"]
+    neo = [*python, "-c", "from neo_components.cli.main import main; main()"]  # nothing installs the command there
     folder = output / "quickstart"
     quickstart = [*neo, "quickstart", "--device", device, "-o", str(folder), *(["--scale", "0.02"] if tiny else [])]
     run = output / "pretrained"

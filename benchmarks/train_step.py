@@ -7,7 +7,7 @@
 
 The other side is ``tests/reference_neo.py``: full logits, a dense mask over the packed sequence, rotary tables in every
 block, convolutions over padded images. Each side runs in its own process on the same number of threads, and the two
-alternate, so that other load on the machine affects both. A step is forward, backward and AdamW. Time is the
+alternate, so that other load on the machine affects both. A step is forward, backward and fused AdamW. Time is the
 least of the repetitions; memory is the peak of the process during a step beyond what it held before its first
 (gradients and moments are part of it, weights are not); on CUDA, what torch allocated. Losses that differ end the
 program with an error.
@@ -133,7 +133,7 @@ def run_side(side: str, stage: int, length: int, options: argparse.Namespace, pi
     facts = facts_of(side, model, samples, options)
     compute = step_of(side, model, samples, options)
     del model
-    optimizer = torch.optim.AdamW(options.trainable, lr=1e-5, fused=True if options.device == "cuda" else None)
+    optimizer = torch.optim.AdamW(options.trainable, lr=1e-5, fused=True)
 
     def step() -> Tensor:
         with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):

@@ -1,6 +1,6 @@
 """On a GPU: a run of each stage, steps that never wait for the device, and a resumed run.
 
-``--gpu-device cpu`` runs the same tests on a CPU, where nothing can wait for a device.
+``--gpu-device cpu`` runs the same tests on a CPU, where the operations that would wait for a device are counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from builders import set_backend
+from host_reads import HostReads
 from lightning.pytorch.callbacks import Callback
 from run_builders import pretraining, recipe_file, small_world, started
 
@@ -97,6 +99,31 @@ EVERY = 4
 """Steps between two entries of the log."""
 
 
+class Waits:
+    """Stretches in which nothing may wait for a device: on a GPU what does is an error where it happens, on a CPU it is
+    collected in ``found``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.found: list[tuple[str, str]] = []
+
+    def begin(self) -> None:
+        """Starts a stretch."""
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        else:
+            self.reads = HostReads()
+            self.reads.__enter__()
+
+    def end(self) -> None:
+        """Ends it."""
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        else:
+            self.reads.__exit__(None, None, None)
+            self.found += self.reads.found
+
+
 class Guard(Callback):
     """Calls one of two functions at the start or at the end of the batches of all steps that log nothing, the first one
     left out, in which kernels are compiled and states allocated."""
@@ -121,10 +148,6 @@ class Guard(Callback):
             self.leave()
 
 
-def sync_mode(mode: str, device: torch.device) -> Callable[[], None]:
-    return lambda: torch.cuda.set_sync_debug_mode(mode) if device.type == "cuda" else None
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("train_groups", [STAGE_1, ("all",)], ids=["stage-1", "stage-3"])
 def test_no_step_waits_for_the_device(root: Path, precision: Any, train_groups: Any, gpu_device: torch.device) -> None:
@@ -135,31 +158,41 @@ def test_no_step_waits_for_the_device(root: Path, precision: Any, train_groups: 
     data = NEODataModule(**recipe.data)
     data.input_spec = model.input_spec
     module = NEOTraining(model, StageConfig(train=train_groups, steps=10, lr=1e-4, log_every=EVERY))
-    begin, end = Guard(enter=sync_mode("error", gpu_device)), Guard(leave=sync_mode("default", gpu_device))
+    waits = Waits(gpu_device)
+    begin, end = Guard(enter=waits.begin), Guard(leave=waits.end)
+    observed = [begin, History(), Performance(), end]
+    if not waits.cuda:  # the backend of a CPU reads lengths, and Performance the ids that a batch keeps on the CPU
+        set_backend(model, "eager")
+        observed = [begin, History(), end, Performance()]
     trainer = lightning.Trainer(
         accelerator="gpu" if gpu_device.type == "cuda" else "cpu", devices=1, precision=precision, max_steps=10,
         gradient_clip_val=1.0, log_every_n_steps=EVERY, limit_val_batches=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        callbacks=[begin, History(), Performance(), end],
+        callbacks=observed,
     )  # fmt: skip
     try:
         trainer.fit(module, datamodule=data)
     finally:
-        sync_mode("default", gpu_device)()
+        if gpu_device.type == "cuda":
+            waits.end()
+    assert not waits.found, sorted(set(waits.found))
     assert begin.steps == [1, 2, 4, 5, 6, 8, 9]
     assert trainer.global_step == 10
 
 
 def test_what_waits_is_noticed(gpu_device: torch.device) -> None:
-    """The test above can fail: each of these is an error under its guard."""
-    if gpu_device.type == "cpu":
-        pytest.skip("nothing waits for a device on a CPU")
+    """The test above can fail: each of these is noticed."""
     x = torch.arange(4, device=gpu_device)
-    waits: list[Callable[[], Any]] = [x.sum().item, x.nonzero, x.cpu, lambda: x[x > 1], lambda: bool((x > 1).all())]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for read in waits:
-            with pytest.raises(RuntimeError, match="synchroniz"):
+    reads: list[Callable[[], Any]] = [x.sum().item, x.nonzero, lambda: x[x > 1], lambda: bool((x > 1).all()), x.unique]
+    for number, read in enumerate(reads):
+        waits = Waits(gpu_device)
+        waits.begin()
+        try:
+            if waits.cuda:
+                with pytest.raises(RuntimeError, match="synchroniz"):
+                    read()
+            else:
                 read()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            waits.end()
+        assert waits.cuda or waits.found, number

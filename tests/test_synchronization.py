@@ -1,7 +1,7 @@
 """A training step asks its device for nothing: counted on the CPU, on the code that a GPU runs.
 
 Attention is ``eager`` here, as FlexAttention has no backward on CPU; the making of its masks is counted apart. The same
-step runs on a GPU in ``test_gpu.py`` under ``torch.cuda.set_sync_debug_mode("error")``.
+step runs on a GPU in ``test_gpu_training.py`` under ``torch.cuda.set_sync_debug_mode("error")``.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     if other:
         say(f"WARNING: not the required versions: {', '.join(other)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.tiny:  # threads that wait for each other take most of the time of a tiny model
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.output / "compiled"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(options.output / "compiled" / "triton"))
     setting = {"device": options.device, "tiny": options.tiny}
@@ -136,7 +138,7 @@ def main() -> int:
         return 1
     if options.again and 1 in options.parts:
         (options.output / "tests.jsonl").unlink(missing_ok=True)
-    steps = all_steps(options.output, options.device, options.tiny, machine["commit"])
+    steps = all_steps(options.output, options.device, options.tiny, machine)
     for part in options.parts:
         run_part(part, [step for step in steps if step.part == part], options, machine)
         write_json(options.output / "summary.json", summary(options.output, steps)[0])

@@ -22,6 +22,8 @@ SHAPE = [
     "--documents=16",
 ]  # fmt: skip
 """NEO-2.2B at 8192 packed tokens, as options of train_step.py."""
+BANDWIDTHS = {"B200": 8000, "H200": 4800, "H100 NVL": 3938, "H100 PCIe": 2039, "H100": 3350, "A100": 2039}
+"""Part of a GPU's name -> GB/s of its memory, the first that fits. Source: NVIDIA's data sheets."""
 GRACE = 15.0
 """Seconds from the request to end until a step is killed; a training run saves a checkpoint in them."""
 
@@ -52,12 +54,20 @@ class Step:
             shutil.rmtree(self.folder)
 
 
-def all_steps(output: Path, device: str, tiny: bool, commit: str) -> list[Step]:
-    """The steps of all parts, in order."""
+def all_steps(output: Path, device: str, tiny: bool, machine: dict[str, Any]) -> list[Step]:
+    """The steps of all parts, in order; ``machine`` is the description that every result carries."""
     python = [sys.executable, "-u"]
     short = ["--tiny"] if tiny else []
     tests = ["-m", "pytest", "-p", "gpu_tests", "-p", "no:cacheprovider", "-m", "gpu", "--gpu-device", device, "-v"]
-    tests += ["--tb=short", "-o", "timeout=120", "--results", str(output / "tests.jsonl"), "--commit", commit]
+    tests += [
+        "--tb=short",
+        "-o",
+        "timeout=120",
+        "--results",
+        str(output / "tests.jsonl"),
+        "--commit",
+        machine["commit"],
+    ]
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))
     # Beside the processes that compile there is one that computes.
     plugin = {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
@@ -68,12 +78,17 @@ def all_steps(output: Path, device: str, tiny: bool, commit: str) -> list[Step]:
         command = [str(BENCHMARKS / "train_step.py"), "--device", device, *measured, "--memory", "0", *short]
         steps.append(Step(2, folder.name, [*python, *command, "--output", str(folder)], folder=folder))
     for name, script, options in (
-        ("decode", "decode.py", ["--dtype", "float32" if tiny else "bfloat16"]),
+        ("decode", "decode.py", ["--dtype", "float32" if tiny else "bfloat16", *_bandwidth(machine["device"])]),
         ("data_wait", "gpu_data.py", []),
     ):
         command = [str(BENCHMARKS / script), "--device", device, *options, *short, "--output", str(output / name)]
         steps.append(Step(2, name, [*python, *command], needs=BENCHMARKS / script, folder=output / name))
     return [*steps, *_training(python, output, device, tiny)]
+
+
+def _bandwidth(name: str) -> list[str]:
+    """decode.py's option of the memory's bandwidth, if it is known; it measures that of a CPU itself."""
+    return next((["--bandwidth", str(known)] for part, known in BANDWIDTHS.items() if part in name), [])
 
 
 def _training(python: list[str], output: Path, device: str, tiny: bool) -> list[Step]:

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+MACHINE = {"commit": "abc", "device": "NVIDIA H200"}
 
 
 @pytest.fixture
@@ -73,12 +74,13 @@ def test_every_command_is_understood(script: ModuleType, tmp_path: Path) -> None
     import train_step
 
     for tiny in (False, True):
-        steps = script.all_steps(tmp_path, "cuda", tiny, "abc")
+        steps = script.all_steps(tmp_path, "cuda", tiny, MACHINE)
         assert [(step.part, step.name) for step in steps] == [
             (1, "tests"), (2, "train_step_stage_1"), (2, "train_step_stage_3"), (2, "decode"), (2, "data_wait"),
             (3, "quickstart"), (3, "pretrained"),
         ]  # fmt: skip
         assert len([word for word in steps[0].command if word.startswith("tests/test_gpu_")]) >= 4
+        assert steps[3].command[-2:] == ["--output", str(tmp_path / "decode")] and "4800" in steps[3].command
         for stage, step in zip((1, 3), steps[1:3], strict=True):
             words = ["cpu" if word == "cuda" else word for word in step.command[3:]]
             options = train_step.options_of(words)
@@ -257,7 +259,7 @@ def test_figures_stand_beside_their_targets(script: ModuleType, tmp_path: Path) 
         (folder / "train_step.json").write_text(json.dumps({"rows": [row | {"mfu": mfu}]}))
     (tmp_path / "machine.json").write_text('{"device": "X", "torch": "2", "commit": "abc", "date": "today"}')
     (tmp_path / "setting.json").write_text('{"device": "cuda", "tiny": false}')
-    found, text = script.summary(tmp_path, script.all_steps(tmp_path, "cuda", False, "abc"))
+    found, text = script.summary(tmp_path, script.all_steps(tmp_path, "cuda", False, MACHINE))
     verdicts = {aim["name"]: (aim["value"], aim["met"]) for aim in found["targets"]}
     assert verdicts["stage 1, 8192 tokens: MFU"] == (0.47, True)
     assert verdicts["stage 3, 8192 tokens: MFU"] == (0.47, False)

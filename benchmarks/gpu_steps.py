@@ -68,7 +68,8 @@ def all_steps(output: Path, device: str, tiny: bool, machine: dict[str, Any]) ->
         "--commit",
         machine["commit"],
     ]
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
+    files.remove("tests/test_gpu_script.py")
     # Beside the processes that compile there is one that computes.
     plugin = {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
     steps = [Step(1, "tests", [*python, *tests, *files], extra=plugin)]

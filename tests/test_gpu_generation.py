@@ -19,7 +19,8 @@ from neo_components.model.attach import image_features
 
 pytestmark = pytest.mark.gpu
 
-NEW = 12
+NEW = 40
+"""Enough that a GPU captures the steps as a graph."""
 
 
 def speaker(**options: Any) -> NEO:
@@ -27,39 +28,41 @@ def speaker(**options: Any) -> NEO:
     return tiny_model(post={"image_token_id": VOCAB} | options).eval()
 
 
-def logits_of(model: NEO, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Collects what the head gives at each step."""
-    head, steps = model.post_llm.logits, []
-    monkeypatch.setattr(
-        model.post_llm, "logits", lambda hidden: steps.append(head(hidden).detach().cpu()) or head(hidden)
-    )
-    return steps
+WAYS: list[dict[str, Any]] = [{}, {"compile": False}, {"compile": True}]
+"""How steps are taken; by default a GPU captures them as a graph, over a cache of fixed size."""
+
+
+@pytest.mark.parametrize("options", WAYS, ids=["default", "plain", "compiled"])
+@pytest.mark.parametrize("post", [{}, {"window": 5}], ids=["full", "window"])
+def test_generation_gives_the_tokens_of_a_cpu(
+    post: dict[str, Any], options: dict[str, Any], gpu_device: torch.device
+) -> None:
+    """Greedy tokens in float32 of prompts of different lengths, with and without images, in one call."""
+    exact, other = speaker(**post), speaker(**post).to(gpu_device)
+    prompts = [random_sample(exact.input_spec, seed, images=seed % 3, learn=False) for seed in range(6)]
+    wanted = [tokens.tolist() for tokens in exact.generate(prompts, max_new_tokens=NEW)]
+    found = other.generate(prompts, max_new_tokens=NEW, **options)
+    assert [tokens.tolist() for tokens in found] == wanted
+    assert len({tuple(tokens) for tokens in wanted}) == len(prompts)
+    stop = [wanted[1][2], wanted[4][0]]
+    ended = other.generate(prompts, max_new_tokens=NEW, stop_token_ids=stop, **options)
+    for tokens, free in zip(ended, wanted, strict=True):
+        ends = [number for number, token in enumerate(free) if token in stop]
+        assert tokens.tolist() == (free[: ends[0] + 1] if ends else free)
 
 
 @pytest.mark.parametrize(
-    ("post", "dtype"),
-    [
-        pytest.param({}, torch.float32, id="float32"),
-        pytest.param({"window": 5}, torch.float32, id="float32-window"),
-        pytest.param({}, torch.bfloat16, id="bfloat16"),
-    ],
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
 )
-def test_generation_gives_the_tokens_of_a_cpu(
-    post: dict[str, Any], dtype: torch.dtype, gpu_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Greedy tokens of prompts of different lengths, with and without images, in one call. In float32 all are equal,
-    and the logits within 1e-4; in bfloat16 the first logits are within 3 % of those in float32, in norm."""
-    exact, other = speaker(**post), speaker(**post).to(gpu_device, dtype)
-    prompts = [random_sample(exact.input_spec, seed, images=seed % 3, learn=False) for seed in range(6)]
-    expected, found = logits_of(exact, monkeypatch), logits_of(other, monkeypatch)
-    wanted = exact.generate(prompts, max_new_tokens=NEW)
-    given = other.generate(prompts, max_new_tokens=NEW)
-    assert [len(tokens) for tokens in given] == [NEW] * len(prompts)
-    assert all(tokens.dtype == torch.int64 and int(tokens.max()) < VOCAB for tokens in given)
-    if dtype == torch.float32:
-        assert [tokens.tolist() for tokens in given] == [tokens.tolist() for tokens in wanted]
-        assert torch.allclose(torch.stack(found), torch.stack(expected), atol=1e-4)
-    assert float((found[0] - expected[0]).norm() / expected[0].norm()) < (1e-5 if dtype == torch.float32 else 3e-2)
+def test_logits_are_those_of_a_cpu(dtype: torch.dtype, tolerance: float, gpu_device: torch.device) -> None:
+    """Relative, in norm, beside float32; weights and all else in the type."""
+    exact, other = speaker(), speaker().to(gpu_device, dtype)
+    batch, _ = random_batch(exact.input_spec, seed=3, padding=0)
+    with torch.no_grad():
+        wanted, found = exact(batch).logits, other(batch.to(gpu_device)).logits
+    real = batch.document_ids >= 0
+    off = (found.cpu().float()[real] - wanted[real]).norm() / wanted[real].norm()
+    assert 0 < float(off) < tolerance or (dtype == torch.float32 and gpu_device.type == "cpu")
 
 
 def test_exported_programs(tmp_path: Path, gpu_device: torch.device) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gpu_steps import Step
-from gpu_tests import last_results
 
 PART_SECONDS = 240.0
 
@@ -71,6 +70,18 @@ def decoded(output: Path) -> float | None:
     """Share of the bandwidth bound at batch 1, the best of all ways in the result of ``benchmarks/decode.py``."""
     found = _read(output / "decode" / "decode.json")
     return max((row["bound_share"] for row in found["rows"] if row["batch"] == 1), default=None) if found else None
+
+
+def last_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each test by name; a line that was cut off is passed over."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[one["test"]] = one
+    return found
 
 
 def counted_tests(output: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_summary import last_results
 
 DONE = ("passed", "skipped")
 ORDER = {"failed": 0, None: 1, "started": 2}
@@ -23,18 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The plugin's options."""
     parser.addoption("--results", type=Path, required=True, help="file of results, one test a line")
     parser.addoption("--commit", default="unknown", help="written beside each result")
-
-
-def last_results(path: Path) -> dict[str, dict[str, Any]]:
-    """The last result of each test by name; a line that was cut off is passed over."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            one = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[one["test"]] = one
-    return found
 
 
 @pytest.hookimpl(trylast=True)

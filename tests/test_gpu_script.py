@@ -88,6 +88,16 @@ def test_every_command_is_understood(script: ModuleType, tmp_path: Path) -> None
             assert options.lengths == ([256] if tiny else [8192]) and options.hidden == (64 if tiny else 2048)
 
 
+def test_wheels_are_installed_before_anything_is_imported() -> None:
+    """The script starts with a bare Python that has pip and ``packaging`` alone."""
+    absent = ("pytest", "torch", "numpy", "omegaconf", "neo_components", "lightning", "transformers")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import gpu_run; print(gpu_run.LEAST)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "20.0\n", done.stderr
+
+
 # --- running, cutting off, going on
 
 

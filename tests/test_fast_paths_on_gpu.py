@@ -17,7 +17,7 @@ from neo_components.training.fp8 import LEAST_CAPABILITY, use_fp8
 from neo_components.training.groups import train_only
 from neo_components.types import PADDING, Batch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
 def missing(package: str) -> pytest.MarkDecorator:

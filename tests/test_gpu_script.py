@@ -79,7 +79,7 @@ def test_every_command_is_understood(script: ModuleType, tmp_path: Path) -> None
             (1, "tests"), (2, "train_step_stage_1"), (2, "train_step_stage_3"), (2, "decode"), (2, "data_wait"),
             (3, "quickstart"), (3, "pretrained"),
         ]  # fmt: skip
-        assert len([word for word in steps[0].command if word.startswith("tests/test_gpu_")]) == 3
+        assert len([word for word in steps[0].command if word.startswith("tests/")]) == 4
         assert steps[3].command[-2:] == ["--output", str(tmp_path / "decode")] and "4800" in steps[3].command
         for stage, step in zip((1, 3), steps[1:3], strict=True):
             words = ["cpu" if word == "cuda" else word for word in step.command[3:]]
@@ -292,7 +292,8 @@ def test_rehearsal_of_every_line(tmp_path: Path) -> None:
     shipped = (ROOT / "recipes" / "pretrained" / "pretrain.yaml").is_file()
     assert states.pop("pretrained") == ("passed" if shipped else "left out")
     assert set(states.values()) == {"passed"}
-    assert set(summary["tests"]["counts"]) == {"passed"} and summary["tests"]["counts"]["passed"] >= 30
+    assert summary["tests"]["counts"].keys() <= {"passed", "skipped"} and summary["tests"]["counts"]["passed"] >= 30
+    assert all("skipped tests/test_fast_paths_on_gpu.py" in one for one in summary["tests"]["not_passed"])
     assert summary["quickstart"]["scale"] == 0.02
     measured = {aim["name"] for aim in summary["targets"] if aim["value"] is not None}
     assert {"share of a step that waits for data", "stage 3, 8192 tokens: peak memory over its estimate"} <= measured

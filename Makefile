@@ -19,7 +19,7 @@ quickstart: $(INSTALLED) ## the main job on CPU: data, three training stages, ev
 	$(BIN)/neo quickstart
 
 test: $(INSTALLED) ## run the tests, a process for each core (at most 4)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -25,7 +25,7 @@ from neo_components.components.masks import block_mask
 from neo_components.components.primitive import NativePrimitive
 from neo_components.recipe.stage import LoRA, StageConfig
 from neo_components.registry import EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES
-from neo_components.training.callbacks.progress import History
+from neo_components.training.callbacks.progress import History, LineProgress
 from neo_components.training.module import NEOTraining
 from neo_components.types import IGNORED
 
@@ -138,18 +138,22 @@ def test_a_batch_of_a_device_takes_along_what_the_cpu_knows() -> None:
 
 
 class Watch(Callback):
-    """Counts from the start of a step to its end, optimizer and callbacks included."""
+    """Counts from the start of a step to that of the next, optimizer, callbacks and Lightning's own loop included."""
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[str, str]]] = []
+        self.reads: HostReads | None = None
 
     def on_train_batch_start(self, *rest: Any) -> None:
+        self.on_train_epoch_end()
         self.reads = HostReads()
         self.reads.__enter__()
 
-    def on_train_batch_end(self, *rest: Any) -> None:
-        self.reads.__exit__(None, None, None)
-        self.steps.append(self.reads.found)
+    def on_train_epoch_end(self, *rest: Any) -> None:
+        if self.reads is not None:
+            self.reads.__exit__(None, None, None)
+            self.steps.append(self.reads.found)
+            self.reads = None
 
 
 @pytest.mark.parametrize(
@@ -173,13 +177,15 @@ def test_steps_of_the_trainer(stage: dict[str, Any], options: dict[str, Any]) ->
     every = 4 // options.get("accumulate_grad_batches", 1)
     trainer = lightning.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu", log_every_n_steps=every, callbacks=[history, watch], **options,
+        accelerator="cpu", log_every_n_steps=every, 
+        callbacks=[history, LineProgress("steps"), watch], **options,
     )  # fmt: skip
     config = StageConfig(**{"train": ("all",), "steps": 8, "lr": 1e-2} | stage)
     trainer.fit(NEOTraining(model, config), DataLoader(batches, batch_size=None))
     assert len(watch.steps) == 8 and len(history.losses) >= 4
     assert [found for number, found in enumerate(watch.steps) if number % 4 != 3] == [[]] * 6
     assert watch.steps[3] and watch.steps[7]
+    assert trainer.progress_bar_metrics["train/loss"] == pytest.approx(history.losses[-1][2])
 
 
 def test_reads_are_found() -> None:

@@ -169,7 +169,7 @@ class NEOTraining(lightning.LightningModule):
         # All processes have the same norm.
         optimizer.found_inf = self._skipped.add(self.global_step, loss, norm, self._keys)  # type: ignore[attr-defined]
         self._keys = []
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)  # not prog_bar=True, which makes Lightning read the value at every step
         self.log("train/grad_norm", norm)
         if self._logs_step:
             self._log_entry(optimizer, norms)
@@ -182,6 +182,8 @@ class NEOTraining(lightning.LightningModule):
                 self.log(f"lr/{group['name']}", group["lr"])
         self.losses_by_part = self.loss_parts.take(self.device, self._add_up)
         log_once(self.trainer, self.losses_by_part, self.global_step)
+        if self.step_loss is not None:
+            self.trainer.progress_bar_metrics["train/loss"] = float(self.step_loss)
         self.log("train/skipped_steps", float(self.skipped_steps))
 
     def on_train_end(self) -> None:

@@ -43,10 +43,11 @@ class LineProgress(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advances and shows the loss."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.note = f"loss {float(module.step_loss):.3f}"  # type: ignore[arg-type]
-        self.bar.advance(trainer.global_step - self.bar.done, self.note)
+        """Advances and shows the loss, behind the last micro-batch of a step."""
+        if new := trainer.global_step - self.bar.done:
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self.note = f"loss {float(module.step_loss):.3f}"  # type: ignore[arg-type]
+            self.bar.advance(new, self.note)
 
     @rank_zero_only
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

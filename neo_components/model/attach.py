@@ -246,10 +246,11 @@ def image_features(pre_buffer: PreBuffer, images: Sequence[Tensor], pooled: bool
         tokens = spec.image_tokens(*image.shape[-2:])
         token_ids = torch.tensor([1, *[0] * tokens, 2], device="cpu")
         batch = pack([Sample(token_ids, None, [image.cpu()])], spec)
+        visual = (batch.token_kinds[0] == TokenKind.VISUAL).nonzero()[:, 0]
         batch = batch.to(pre_buffer.boundary.device)
-        embedded = embedding(batch.patches, batch.patch_positions, batch.image_grids)
+        embedded = embedding(batch.patches, batch.patch_positions, batch.indices.ids["image_grids"])
         x = torch.cat([pre_buffer.boundary[:1], embedded, pre_buffer.boundary[1:]])[None]
-        x = pre_buffer(x, batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)[0]
-        x = x[batch.token_kinds[0] == TokenKind.VISUAL]
+        where = (batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)
+        x = pre_buffer(x, *where, known=batch.known)[0].index_select(0, visual.to(x.device))
         found.append(x.mean(0) if pooled else x.unflatten(0, (rows, columns)))
     return found

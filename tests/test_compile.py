@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from builders import random_sample, set_backend, tiny_model
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 
 from neo_components import NEO, Batch, pack
 from neo_components.components.masks import block_mask
+from neo_components.components.token_loss import token_loss
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.groups import train_only
 from neo_components.training.module import NEOTraining
@@ -139,3 +141,57 @@ def test_a_stage_compiles_the_blocks() -> None:
     assert all(layer._compiled_call_impl is not None for layer in layers)
     module = NEOTraining(tiny_model(), StageConfig(train=("all",)))
     assert all(layer._compiled_call_impl is None for layer in module.model.post_llm.layers)
+
+
+def check_compiled(call: Callable[..., Tensor], arguments: Sequence[list[Any]], trained: list[nn.Parameter]) -> None:
+    """One graph without a break for ten different batches, forward and backward; values and gradients are equal."""
+    graphs = torch.compile(call, fullgraph=True, dynamic=False, backend="aot_eager")
+    for number, given in enumerate(arguments):
+        found = []
+        for one in (call, graphs):
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                out = one(*given)
+            found.append([out, *torch.autograd.grad(out.square().sum(), trained)])
+        for a, b in zip(*found, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+    assert len(arguments) == 10 and counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def hidden_of(batch: Batch, width: int) -> Tensor:
+    return torch.randn(*batch.token_ids.shape, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_block_alone() -> None:
+    plain = tiny_model()
+    block = plain.pre_buffer.blocks[0]
+    inputs = []
+    for batch in batches(plain, 10):
+        where = (batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds)
+        inputs.append([hidden_of(batch, 32), block.prepare(*where, backend="eager")])
+    check_compiled(block, inputs, list(block.parameters()))
+
+
+def test_a_pre_buffer_alone() -> None:
+    """Whole: rotary tables and masks are made in the graph."""
+    plain = tiny_model()
+    set_backend(plain, "eager")
+    inputs = [
+        [hidden_of(batch, 32), batch.positions, batch.document_ids, batch.image_ids, batch.token_kinds]
+        for batch in batches(plain, 10)
+    ]
+    check_compiled(plain.pre_buffer, inputs, list(plain.pre_buffer.layers.parameters()))
+
+
+def test_the_loss_alone() -> None:
+    """Its custom gradient is captured as a part of the graph."""
+    head = nn.Parameter(torch.randn(60, 32, generator=torch.Generator().manual_seed(2)))
+    given = []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        state, target = torch.randn(512, 32, generator=generator), torch.randint(60, (512,), generator=generator)
+        given.append([state, target, torch.rand(512, generator=generator)])
+
+    def loss(state: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return token_loss(state, head, target, weight)[0]
+
+    check_compiled(loss, given, [head])

@@ -6,11 +6,12 @@ code is generated in ``test_sm90.py``.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from builders import random_batch, random_image, random_sample, set_backend, tin
 from fake_device import fake_device
 from fake_device_child import CASES, NAME
 from llm_builders import native_model, text_llm
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from neo_components import NEO, Batch, attach, pack
-from neo_components.components import backends, masks, token_loss
+from neo_components.components import flex_attention, masks, token_loss
+from neo_components.data import load_tokenizer
+from neo_components.evaluation import Question, evaluate
 from neo_components.model.attach import export_pre_buffer, image_features
 from neo_components.registry import MASKS
 
@@ -31,7 +35,7 @@ from neo_components.registry import MASKS
 @pytest.fixture(autouse=True)
 def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are captured, checked on fake tensors and called; inductor would ask the device how large it is."""
-    made = (backends.compiled_flex_attention, masks._create_block_mask, token_loss._compiled_chunk_loss)
+    made = (flex_attention.compiled_flex_attention, masks._create_block_mask, token_loss._compiled_chunk_loss)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     for cached in made:
@@ -134,12 +138,33 @@ def test_attached_models(tmp_path: Path) -> None:
         assert {x.device.type for x in features} == {"cuda"}
 
 
+def check_all_but_the_read(model: NEO, ask: Callable[[], object], steps: int) -> None:
+    """Prompts, prefill and every step run; it stops where the tokens are read, which have no values here."""
+    calls: list[None] = []
+    handle = model.post_llm.register_forward_hook(lambda *_: calls.append(None))
+    with pytest.raises(DataDependentOutputException) as raised:
+        ask()
+    handle.remove()
+    frames = [f for f in traceback.extract_tb(raised.value.__traceback__) if "neo_components" in f.filename]
+    assert "tokens" in str(frames[-1].line) and ".tolist()" in str(frames[-1].line)
+    assert len(calls) == steps
+
+
 @pytest.mark.parametrize("text", ["shared", "bypass"])
 def test_generation(text: str) -> None:
-    """Prompts, prefill and every step; it stops where the tokens are read, which have no values here."""
     model = routed(text, "auto")
     prompts = [random_sample(model.input_spec, seed, images=1, learn=False) for seed in range(3)]
-    with fake_device("cuda"), pytest.raises(DataDependentOutputException) as raised:
-        model.to("cuda").generate(prompts, max_new_tokens=4)
-    frames = [f for f in traceback.extract_tb(raised.value.__traceback__) if "neo_components" in f.filename]
-    assert ".tolist()" in str(frames[-1].line) and "tokens" in str(frames[-1].line)
+    with fake_device("cuda"):
+        model.to("cuda")
+        check_all_but_the_read(model, lambda: model.generate(prompts, 4, stop_token_ids=[1], do_sample=True), 4)
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    folder = text_llm(tmp_path / "llm")
+    model, tokenizer = native_model(folder), load_tokenizer(folder)
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 8), "red").save(buffer, "PNG")
+    questions = [Question("one", "what color is it?", ["red"], image=buffer.getvalue())]
+    limits = {"min_pixels": 64, "max_pixels": 4096, "max_new_tokens": 3}
+    with fake_device("cuda"):
+        check_all_but_the_read(model, lambda: evaluate(model, tokenizer, questions, device="cuda", **limits), 3)

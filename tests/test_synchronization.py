@@ -177,7 +177,7 @@ def test_steps_of_the_trainer(stage: dict[str, Any], options: dict[str, Any]) ->
     every = 4 // options.get("accumulate_grad_batches", 1)
     trainer = lightning.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu", log_every_n_steps=every, 
+        accelerator="cpu", log_every_n_steps=every,
         callbacks=[history, LineProgress("steps"), watch], **options,
     )  # fmt: skip
     config = StageConfig(**{"train": ("all",), "steps": 8, "lr": 1e-2} | stage)

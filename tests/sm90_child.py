@@ -115,7 +115,7 @@ def pretend_h100() -> None:
             get_current_stream=lambda _: 0,
             is_active=lambda: True,
             get_active_torch_device=lambda: torch.device("cuda", 0),
-        )  # fmt: skip
+        )
     )
 
 
@@ -134,10 +134,14 @@ def lowered(graph: torch.fx.GraphModule, backward: bool) -> str:
         ]
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*there)
     lowering = GraphLowering(graph, example_inputs=there, is_backward=backward)
-    with V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering), V.set_fake_mode(mode):
-        with torch._inductor.config.patch({"triton.autotune_at_compile_time": False}):
-            lowering.run(*there)
-            return lowering.codegen()[0].value
+    with (
+        V.set_debug_handler(DebugContext()),
+        V.set_graph_handler(lowering),
+        V.set_fake_mode(mode),
+        torch._inductor.config.patch({"triton.autotune_at_compile_time": False}),
+    ):
+        lowering.run(*there)
+        return lowering.codegen()[0].value
 
 
 def kernels_in(code: str) -> list[tuple[str, str]]:

@@ -95,7 +95,7 @@ def test_anchors_of_a_bridged_model_lie_on_the_pre_buffers_side(folders: dict[st
 def test_anchors_are_word_embeddings_as_the_first_block_gets_them(folders: dict[str, Path], tmp_path: Path) -> None:
     """Of a language model with a factor on them: scaled, and compared with the scaled ones of another."""
     model = native_model(folders["llm"])
-    model.post_llm.hparams["embedding_multiplier"] = 3.0
+    model.post_llm.hparams["embedding_multiplier"] = model.post_llm.embedding_multiplier = 3.0
     asset = PreBuffer.from_pretrained(export_pre_buffer(model, tmp_path / "asset", folders["llm"]))
     rows = list(token_strings(folders["llm"]).values())
     assert asset.anchors is not None

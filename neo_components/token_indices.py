@@ -39,12 +39,25 @@ def document_spans(document_ids: Tensor) -> list[Span]:
     return spans
 
 
+MULTIPLE = 2048
+"""Multiple to which indices are padded: the tokens that a device computes the loss of together."""
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, for which the CPU does not wait: it goes there from page-locked memory."""
+    real = torch.cuda.is_available() and torch._guards.detect_fake_mode(x) is None
+    if device.type == "cuda" and real and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Index:
     """Some tokens of a batch.
 
     Args:
-        padded: [B * L] int64 on the batch's device: their indices in the flattened batch, in order, then 0.
+        padded: [B * L, rounded up to a :data:`MULTIPLE`] int64 on the batch's device: their indices in the flattened
+            batch, in order, then 0.
         count: how many they are.
     """
 
@@ -56,7 +69,7 @@ class Index:
         """From [B, L] bool on the CPU."""
         mask = chosen.numpy()
         found = np.flatnonzero(mask)
-        padded = np.zeros(mask.size, dtype=np.int64)
+        padded = np.zeros(-(-mask.size // MULTIPLE) * MULTIPLE, dtype=np.int64)
         padded[: len(found)] = found
         return cls(torch.from_numpy(padded), len(found))
 
@@ -65,9 +78,10 @@ class Index:
         """[count] int64."""
         return self.padded[: self.count]
 
-    def filled(self, multiple: int) -> Tensor:
-        """[n] int64, n the next multiple of ``multiple``, at most B * L: few different lengths, for compiled code."""
-        return self.padded[: -(-self.count // multiple) * multiple]
+    @property
+    def filled(self) -> Tensor:
+        """[n] int64, n the next :data:`MULTIPLE`: few different lengths, for compiled code."""
+        return self.padded[: -(-self.count // MULTIPLE) * MULTIPLE]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Index:
         """The same with the tensor changed, for example moved."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neo_components.token_indices import Index, TokenIndices
+from neo_components.token_indices import Index, TokenIndices, sent
 
 IGNORED = -100
 """Label of a token that is no target (PyTorch's ``ignore_index``)."""
@@ -269,7 +269,7 @@ class Batch(_Carried):
         targets[:, :1] = False  # no token precedes the first one
         chosen = {"targets": targets, "visual": ids["image_ids"] != NO_IMAGE}
         device = self.token_ids.device
-        indices = {name: Index.of(mask).map(lambda x: x.to(device, non_blocking=True)) for name, mask in chosen.items()}
+        indices = {name: Index.of(mask).map(lambda x: sent(x, device)) for name, mask in chosen.items()}
         return TokenIndices(ids, indices)
 
     def with_indices(self, indices: TokenIndices) -> Batch:

@@ -293,7 +293,7 @@ def test_rehearsal_of_every_line(tmp_path: Path) -> None:
     assert states.pop("pretrained") == ("passed" if shipped else "left out")
     assert set(states.values()) == {"passed"}
     assert summary["tests"]["counts"].keys() <= {"passed", "skipped"} and summary["tests"]["counts"]["passed"] >= 30
-    assert all("skipped tests/test_fast_paths_on_gpu.py" in one for one in summary["tests"]["not_passed"])
+    assert all("skipped tests/test_gpu_fast_paths.py" in one for one in summary["tests"]["not_passed"])
     assert summary["quickstart"]["scale"] == 0.02
     measured = {aim["name"] for aim in summary["targets"] if aim["value"] is not None}
     assert {"share of a step that waits for data", "stage 3, 8192 tokens: peak memory over its estimate"} <= measured

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neo_components.components.document_attention import HALF, Bucket, make_buckets, sdpa
 from neo_components.components.masks import LayerRule, Tokens, rule_of
-from neo_components.token_indices import TokenIndices
+from neo_components.token_indices import TokenIndices, sent
 from neo_components.types import NO_IMAGE, TokenKind
 
 CHUNK = 256
@@ -74,7 +74,7 @@ class KVCache:
             self.room = fixed_room(self.room)
         self.used = self.room if fixed else max(self._host_lengths)
         self._tokens = _with_room(prompt, self.room)
-        self._packed = prompt.index, _packed_order(self._host_lengths).to(device, non_blocking=True)
+        self._packed = prompt.index, sent(_packed_order(self._host_lengths), device)
         self._masks = {rule: LayerMask(rule) for rule in dict.fromkeys(rules)}
         self.layers = [CachedLayer(self, buckets[rule], self._masks[rule]) for rule in rules]
 

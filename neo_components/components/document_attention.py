@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from neo_components.components.masks import RuleName, Tokens, rule_of, span_tokens
 from neo_components.components.recompute import Compute, again, spread
-from neo_components.token_indices import Span, TokenIndices, document_spans
+from neo_components.token_indices import Span, TokenIndices, document_spans, sent
 from neo_components.types import NO_IMAGE, TokenKind, kinds_of
 
 UNIT = 1 << 17
@@ -76,10 +76,12 @@ class Bucket:
         """The same on a device, which is never asked for what is known here."""
         if self.index.device == device:
             return self
-        columns = {name: getattr(self, name) for name in ("index", "lengths", "images", "kinds")}
-        moved = replace(self, **{name: x.to(device, non_blocking=True) for name, x in columns.items()})
+        columns: dict[str, Any] = {
+            name: sent(getattr(self, name), device) for name in ("index", "lengths", "images", "kinds")
+        }
+        moved = replace(self, **columns)
         moved.__dict__["causal"] = self.causal
-        moved.__dict__["real"] = tuple(x.to(device, non_blocking=True) for x in self.real)
+        moved.__dict__["real"] = tuple(sent(x, device) for x in self.real)
         return moved
 
     @cached_property
@@ -310,6 +312,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     if q.shape[-2] >= FUSED and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))
     grouped = q.shape[1] != k.shape[1]
+    if q.is_cuda:
+        # On CUDA the causal kernel takes groups of heads, and values as wide as keys; the one that takes a mask takes
+        # neither, but narrower values. What no kernel takes would form every score.
+        if mask is None and q.dtype in HALF:
+            v = F.pad(v, (0, q.shape[-1] - width))
+        elif grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     return out[..., :width].transpose(1, 2)
 

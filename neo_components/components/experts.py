@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neo_components.registry import EXPERTS
+from neo_components.token_indices import sent
 
 if TYPE_CHECKING:
     from neo_components.components.primitive import NativePrimitive
@@ -46,7 +47,7 @@ def route(
         [B, L, that width].
     """
     mask, tokens = chosen.flatten().numpy(force=True), x.flatten(0, 1)
-    ones, others = (torch.from_numpy(np.flatnonzero(m)).to(x.device, non_blocking=True) for m in (mask, ~mask))
+    ones, others = (sent(torch.from_numpy(np.flatnonzero(m)), x.device) for m in (mask, ~mask))
     first, second = of_chosen(tokens.index_select(0, ones)), of_rest(tokens.index_select(0, others))
     out = first.new_empty(len(tokens), first.shape[-1]).index_copy(0, ones, first).index_copy(0, others, second)
     return out.unflatten(0, x.shape[:-1])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neo_components.components.compiling import compiled
 from neo_components.components.document_attention import HALF
 from neo_components.components.masks import RuleName, block_mask
 from neo_components.token_indices import TokenIndices
@@ -43,10 +44,10 @@ def flex_attention() -> Any:
 def compiled_flex_attention() -> Any:
     """FlexAttention compiled, for blocks that are not compiled.
 
-    A second length of sequences compiles it for all lengths. ``fullgraph``: past the compiler's limit it is an error,
-    where torch would go on with the whole matrix of scores.
+    A second length of sequences compiles it for all lengths. As one graph: torch would go on with the whole matrix of
+    scores otherwise.
     """
-    return torch.compile(flex_attention(), fullgraph=True)
+    return compiled(flex_attention())
 
 
 class FlexAttention:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neo_components.components.component import Component
 from neo_components.errors import UnknownFlopsError
 from neo_components.registry import KIND, PATCH_EMBEDDINGS, split
+from neo_components.token_indices import sent
 from neo_components.types import ImageLayout, TokenKind, plain_layout
 
 
@@ -93,8 +94,10 @@ class ImageEmbedding(Component):
             [tokens, D].
         """
         grids = [(rows // self.fold, columns // self.fold) for rows, columns in image_grids.tolist()]
-        kinds = torch.cat([self.image_layout(*grid) for grid in grids]).to(visual.device)[:, None]
-        tokens = visual.new_zeros(len(kinds), visual.shape[-1]).masked_scatter(kinds == TokenKind.VISUAL, visual)
+        kinds = sent(torch.cat([self.image_layout(*grid) for grid in grids]), visual.device)[:, None]
+        is_visual = kinds == TokenKind.VISUAL
+        row = (is_visual.cumsum(0) - 1).clamp(min=0)[:, 0]  # of each visual token; a mask as an index would be read
+        tokens = torch.where(is_visual, visual.index_select(0, row), torch.zeros_like(visual[:1]))
         for kind, vector in added.items():
             tokens = torch.where(kinds == kind, vector.to(tokens.dtype), tokens)
         return tokens

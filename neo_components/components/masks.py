@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neo_components.components import compiling
 from neo_components.registry import MASKS, Choice, split
 from neo_components.types import NO_IMAGE, PADDING, TokenKind, kinds_of, tokens_around
 
@@ -169,9 +170,8 @@ def block_mask(
 def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # A second length compiles it for all lengths. Past the compiler's limit fullgraph is an error, where torch would go
-    # on with the whole matrix.
-    return torch.compile(create_block_mask, fullgraph=True) if compiled else create_block_mask
+    # A second length compiles it for all lengths. As one graph: torch would go on with the whole matrix otherwise.
+    return compiling.compiled(create_block_mask) if compiled else create_block_mask
 
 
 def span_tokens(image_ids: Tensor, lengths: Tensor, token_kinds: Tensor | None = None) -> Tokens:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from neo_components.components.rope_scaling import check_scaling, frequencies, length_bucket_of, magnitude
 from neo_components.errors import ArgumentError
 from neo_components.registry import ROPES, Choice
-from neo_components.token_indices import TokenIndices
+from neo_components.token_indices import TokenIndices, sent
 from neo_components.types import DocumentTokens
 
 T, H, W = 0, 1, 2
@@ -208,11 +208,11 @@ class Rotary(nn.Module):
         length_buckets = [self.length_bucket(math.ceil(end)) for end in ends.tolist()]
         kinds = sorted(set(length_buckets))
         device = self.frequency.device
-        table = torch.stack([self._frequency(kind) for kind in kinds]).to(device, non_blocking=True)
+        table = sent(torch.stack([self._frequency(kind) for kind in kinds]), device)
         if len(kinds) == 1:
             return table[0]
         index = np.array([kinds.index(bucket) for bucket in length_buckets])[begins.cumsum() - 1]
-        return table[torch.from_numpy(index.reshape(at.shape)).to(device, non_blocking=True)]
+        return table[sent(torch.from_numpy(index.reshape(at.shape)), device)]
 
 
 ROPE = ("rope", "head_width", "base_t", "base_h", "base_w", "rope_scaling", "rotary_width")

@@ -12,6 +12,7 @@ from neo_components.components.backends import prepare_attention
 from neo_components.components.block_arguments import block_arguments, complete_choices
 from neo_components.components.block_inputs import Attend, BlockInputs
 from neo_components.components.checkpointing import checkpointed
+from neo_components.components.compiling import allow_forms
 from neo_components.components.component import Component
 from neo_components.components.lean_primitive import LeanPrimitive
 from neo_components.components.masks import LayerRule
@@ -163,6 +164,7 @@ class PrimitiveStack(Component):
         Args:
             backend: of ``torch.compile``.
         """
+        allow_forms()
         for block in self.layers:
             block.compile(backend=backend, dynamic=False)
 

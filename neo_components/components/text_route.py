@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neo_components.errors import one_of
-from neo_components.token_indices import Index, TokenIndices
+from neo_components.token_indices import Index, TokenIndices, sent
 from neo_components.types import FILLING, NO_IMAGE, Batch, TokenKind, tokens_around
 
 SHARED, BYPASS = "shared", "bypass"
@@ -122,7 +122,7 @@ def _select(ids: Mapping[str, Tensor], documents: Tensor, chosen: Tensor, device
     visual = Index.of(columns["image_ids"] != NO_IMAGE)
 
     def there(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
+        return sent(x, device)
 
     known = TokenIndices(columns, {"visual": visual.map(there)})
     return Passing(there(chosen), known=known, **{name: there(column) for name, column in columns.items()})

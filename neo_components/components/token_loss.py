@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neo_components.components.compiling import compiled
 from neo_components.components.recompute import autocast_type
+from neo_components.token_indices import MULTIPLE
 
 CHUNK = 256
 """Target tokens whose logits exist at the same time, at least."""
 LOGITS = 1 << 23
 """Logits that may exist at the same time where ``CHUNK`` tokens have fewer."""
-DEVICE_CHUNK = 1024
-"""Target tokens of a chunk on a device other than the CPU, whose matrix products need more rows to be busy."""
 
 
 def chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Target tokens whose logits are computed together."""
-    return max(CHUNK, LOGITS // vocab_size) if device.type == "cpu" else DEVICE_CHUNK
+    """Target tokens whose logits are computed together; more on a device, whose products need more rows to be busy."""
+    return max(CHUNK, LOGITS // vocab_size) if device.type == "cpu" else MULTIPLE
 
 
 def token_loss(
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
     Attributes:
         each: [c] float32, cross entropies.
         of_state: [c, D], gradient of their weighted sum with respect to the states, or ``None``.
-        of_head: [V, D] float32, that with respect to the head, or ``None``.
+        of_head: [V, D], that with respect to the head, or ``None``.
     """
 
     each: Tensor
@@ -90,21 +90,37 @@ def chunk_loss(
     """
     logits = F.linear(x, factor)
     logits = (logits if divisor == 1.0 else logits / divisor).float()
-    of_logits = logits.sub_(logits.logsumexp(-1, keepdim=True))  # log-probabilities, in place
-    each = -of_logits.gather(1, target[:, None])[:, 0]
+    if torch.compiler.is_compiling():  # a compiler fuses what it need not change in place
+        each, of_logits = _fusible(logits, target)
+    else:
+        each, of_logits = _in_place(logits, target, of_state or of_head)
     if not (of_state or of_head):
         return Chunk(each, None, None)
-    of_logits = of_logits.exp_()
-    of_logits[torch.arange(len(x), device=x.device), target] -= 1
     # float16 would round many small probabilities to zero.
     back = torch.float32 if factor.dtype == torch.float16 else factor.dtype
     of_logits = of_logits.mul_(weight[:, None] / divisor).to(back)
     return Chunk(each, of_logits @ factor.to(back) if of_state else None, of_logits.T @ x.to(back) if of_head else None)
 
 
+def _fusible(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropies [c], and their gradients with respect to the logits [c, V]."""
+    log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == target[:, None]
+    return -log_probabilities.gather(1, target[:, None])[:, 0], log_probabilities.exp() - hit.float()
+
+
+def _in_place(logits: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
+    """The same in the memory of the logits."""
+    log_probabilities = logits.sub_(logits.logsumexp(-1, keepdim=True))
+    each = -log_probabilities.gather(1, target[:, None])[:, 0]
+    if gradients:
+        log_probabilities.exp_()[torch.arange(len(logits), device=logits.device), target] -= 1
+    return each, log_probabilities
+
+
 @lru_cache(maxsize=1)
 def _compiled_chunk_loss() -> Callable[..., Chunk]:
-    return torch.compile(chunk_loss, dynamic=False, fullgraph=True)
+    return compiled(chunk_loss, dynamic=False)
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -22,7 +22,7 @@ from neo_components.components.document_attention import HALF
 from neo_components.components.flex_attention import at_least
 from neo_components.components.masks import RuleName
 from neo_components.registry import MASKS
-from neo_components.token_indices import Span, TokenIndices, document_spans
+from neo_components.token_indices import Span, TokenIndices, document_spans, sent
 from neo_components.types import NO_IMAGE
 
 WIDEST = 256
@@ -67,7 +67,7 @@ class VarlenAttention:
         spans = document_spans(document_ids) if known is None else known.spans
         starts = starts_of(spans, *document_ids.shape)
         self.longest = max((end - start for start, end in pairwise(starts)), default=0)
-        self.starts = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
+        self.starts = sent(torch.tensor(starts, dtype=torch.int32, device="cpu"), device)
         self.window = -1 if window is None else window - 1
 
     @torch.compiler.disable

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from neo_components.components.block_inputs import BlockInputs
+from neo_components.components.compiling import compiled
 from neo_components.components.primitive import NativePrimitive
 from neo_components.components.rotary import Rotary
 from neo_components.model.decoding import Decoder
@@ -27,9 +28,6 @@ log = logging.getLogger(__name__)
 
 GRAPH_FROM = 32
 """New tokens from which a CUDA graph is captured without being asked for."""
-FORMS = 64
-"""How many kinds of block, numbers of prompts and rooms of the cache one process compiles."""
-
 Step = Callable[[], None]
 
 
@@ -72,9 +70,7 @@ def prepared_step(decoder: Decoder, fixed: bool, compile: bool) -> Iterator[Step
         fixed: whether all steps have the same shapes.
         compile: whether they are compiled.
     """
-    with ExitStack() as stack:
-        if compile:
-            stack.enter_context(_compiled(decoder))
+    with _compiled(decoder) if compile else nullcontext():
         yield GraphedStep(decoder, must=compile) if fixed and decoder.tokens.is_cuda else decoder.step
 
 
@@ -83,19 +79,29 @@ def _compiled(decoder: Decoder) -> Iterator[None]:
     """Compiles the parts of a step. The model's blocks are called in their compiled form inside, and are as before
     afterwards."""
     on_cuda = decoder.tokens.is_cuda
-    blocks = [part for part in decoder.model.modules() if isinstance(part, NativePrimitive)]  # type: ignore[attr-defined]
-    before = [block._compiled_call_impl for block in blocks]
-    with torch._dynamo.config.patch(recompile_limit=FORMS, accumulated_recompile_limit=8 * FORMS):
+    with blocks_as(decoder.model, lambda block: partial(_compiler(on_cuda)(_call), block)):
         try:
-            for block in blocks:
-                block._compiled_call_impl = partial(_compiler(on_cuda)(_call), block)
             decoder.begin = _compiler(on_cuda)(decoder.begin)  # type: ignore[method-assign]
             if not decoder.choose.do_sample:
                 decoder.take = _compiler(on_cuda)(decoder.take)  # type: ignore[method-assign]
             yield
-        finally:
-            for block, call in zip(blocks, before, strict=True):
-                block._compiled_call_impl = call
+        finally:  # an object that refers to itself would keep the cache
+            decoder.__dict__.pop("begin", None)
+            decoder.__dict__.pop("take", None)
+
+
+@contextmanager
+def blocks_as(model: Any, form: Callable[[NativePrimitive], Callable[..., Tensor] | None]) -> Iterator[None]:
+    """Calls the model's blocks in another form inside: ``form(block)``, or uncompiled where that is ``None``."""
+    blocks = [part for part in model.modules() if isinstance(part, NativePrimitive)]
+    before = [block._compiled_call_impl for block in blocks]
+    try:
+        for block in blocks:
+            block._compiled_call_impl = form(block)
+        yield
+    finally:
+        for block, call in zip(blocks, before, strict=True):
+            block._compiled_call_impl = call
 
 
 def _call(block: NativePrimitive, x: Tensor, inputs: BlockInputs) -> Tensor:
@@ -106,7 +112,7 @@ def _call(block: NativePrimitive, x: Tensor, inputs: BlockInputs) -> Tensor:
 def _compiler(on_cuda: bool) -> Any:
     # On CUDA this also makes matrix-vector products, which are bound by bandwidth, reductions of tuned sizes.
     options = {"coordinate_descent_tuning": True} if on_cuda else None
-    return partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    return partial(compiled, dynamic=False, options=options)
 
 
 class GraphedStep:
@@ -152,11 +158,13 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         if self._decoder.choose.generator is not None:
             graph.register_generator_state(self._decoder.choose.generator)
+        stream = torch.cuda.current_stream()
         try:
             # Other threads, such as those of a data loader, may go on allocating.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._decoder.step()
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own
             return self._one_by_one(error, "captur")
         self._next = graph.replay
         self._next()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from neo_components.components.cache import KVCache
 from neo_components.model.decoding import Choice, Decoder, Generating, Watch
-from neo_components.model.fixed_steps import has_fixed_steps, looks_at_length, prepared_step
+from neo_components.model.fixed_steps import blocks_as, has_fixed_steps, looks_at_length, prepared_step
 from neo_components.types import IGNORED, NO_IMAGE, Batch, DocumentTokens, ImageGrid, TokenKind
 
 
@@ -70,8 +71,11 @@ def generate(
     fixed = has_fixed_steps(model, device, max_new_tokens, compile)
     later = later_positions(model, prompts, max_new_tokens)
     choose = Choice(do_sample, temperature, top_p, generator)
-    decoder = start(model, prompts, later, choose, stop_token_ids, fixed)
-    with prepared_step(decoder, fixed, compile is True) as step:
+    # Blocks that were compiled for training would be compiled again for each length of the cache.
+    with ExitStack() as stack:
+        stack.enter_context(blocks_as(model, lambda block: None))
+        decoder = start(model, prompts, later, choose, stop_token_ids, fixed)
+        step = stack.enter_context(prepared_step(decoder, fixed, compile is True))
         rows = _continue(model, prompts, decoder, step, later, Watch(len(stop_token_ids), device, fixed))
     return [_up_to_stop(row, stop_token_ids) for row in rows]
 
@@ -82,7 +86,7 @@ def start(
     """Reads the prompts and chooses the first token of each; ``later``: from :func:`later_positions`."""
     cache = _cache(model, prompts, later.shape[1], fixed)
     hidden = _prefill(model, prompts, cache)
-    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64).to(hidden.device)
+    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device="cpu").to(hidden.device)
     decoder = Decoder(model, cache, later, choose, stop)
     decoder.take(hidden)
     return decoder

@@ -16,7 +16,7 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.stack import Prepared
 from neo_components.components.text_route import Passing, TextRoute
-from neo_components.components.token_loss import DEVICE_CHUNK, token_loss
+from neo_components.components.token_loss import token_loss
 from neo_components.data.packing import pack
 from neo_components.model.generation import generate
 from neo_components.model.neo_files import NEOFiles
@@ -286,7 +286,7 @@ class NEO(NEOFiles):
     def _loss(self, hidden: Tensor, batch: Batch, nll: list[Tensor] | None = None) -> Tensor:
         targets, llm = batch.indices.targets, self.post_llm
         # Full chunks on a device: all have one shape, whatever the batch. What fills the last one weighs nothing.
-        index = targets.exact if hidden.device.type == "cpu" else targets.filled(DEVICE_CHUNK)
+        index = targets.exact if hidden.device.type == "cpu" else targets.filled
         state = hidden.flatten(0, 1).index_select(0, (index - 1).clamp(min=0))
         target, weight = (column.flatten().index_select(0, index) for column in (batch.labels, batch.loss_weights))
         weight[targets.count :] = 0.0

@@ -24,7 +24,7 @@ from neo_components.training.fp8 import use_fp8
 from neo_components.training.fsdp2.norms import gradient_norms
 from neo_components.training.kernels import use_kernels
 from neo_components.training.lora import lora_parameters, set_trainable
-from neo_components.training.optimizers import build_optimizer
+from neo_components.training.optimizers import Joined, OneByOne, build_optimizer
 from neo_components.training.skipped_steps import SkippedSteps
 from neo_components.types import IGNORED, Batch
 
@@ -185,6 +185,12 @@ class NEOTraining(lightning.LightningModule):
         if self.step_loss is not None:
             self.trainer.progress_bar_metrics["train/loss"] = float(self.step_loss)
         self.log("train/skipped_steps", float(self.skipped_steps))
+
+    def on_train_start(self) -> None:
+        """Moves offloaded states back to the CPU: Lightning restores a checkpoint's to the device."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, OneByOne | Joined):
+                optimizer.bring_home()
 
     def on_train_end(self) -> None:
         """Counts the steps after the last entry."""

@@ -6,7 +6,8 @@ nothing (the convention of torch's ``GradScaler``). The CPU need not know whethe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:
             group |= {"fused": True, "foreach": None}
+            for weight in group["params"]:
+                if "step" in self.state.get(weight, ()):  # the kernel counts on the device
+                    self.state[weight]["step"] = self.state[weight]["step"].to(weight.device, torch.float32)
 
 
 class OneByOne(torch.optim.Optimizer):
@@ -71,7 +75,7 @@ class OneByOne(torch.optim.Optimizer):
 
     Attributes:
         offloads: whether the state of a weight lies in the CPU's memory (page-locked beside a GPU) but during its own
-            step. Copies wait in the order of the device's work, so the CPU does not wait for them.
+            step. Copies keep the order of the device's work, so the CPU waits for none of them.
     """
 
     offloads = False
@@ -89,9 +93,8 @@ class OneByOne(torch.optim.Optimizer):
                 for weight in group["params"]:
                     if weight.grad is not None:
                         self.param_groups = [group | {"params": [weight]}]
-                        self._to_device(weight)
-                        self._step_one(weight)
-                        self._to_cpu(weight)
+                        with self._state_at(weight):
+                            self._step_one(weight)
         finally:
             self.param_groups = groups
         return loss
@@ -99,30 +102,41 @@ class OneByOne(torch.optim.Optimizer):
     def _step_one(self, weight: Tensor) -> None:
         super().step()
 
+    @contextmanager
+    def _state_at(self, weight: Tensor) -> Iterator[None]:
+        """The weight's state is on its device inside."""
+        homes = {name: x for name, x in self._large(weight).items() if x.device != weight.device}
+        for name, home in homes.items():
+            self.state[weight][name] = home.to(weight.device, non_blocking=True)
+        yield
+        if self.offloads:
+            for name, x in self._large(weight).items():
+                self.state[weight][name] = homes[name].copy_(x, non_blocking=True) if name in homes else _home(x)
+
     def _large(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a weight that is as large as the weight."""
         return {name: x for name, x in self.state[weight].items() if isinstance(x, Tensor) and x.shape == weight.shape}
 
-    def _to_device(self, weight: Tensor) -> None:
-        for name, x in self._large(weight).items():
-            self.state[weight][name] = x.to(weight.device, non_blocking=True)
-
-    def _to_cpu(self, weight: Tensor) -> None:
-        if self.offloads:
+    def bring_home(self) -> None:
+        """Moves offloaded states to the CPU that a restored checkpoint has put on the device."""
+        for weight in self.state if self.offloads else ():
             for name, x in self._large(weight).items():
-                there = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-                self.state[weight][name] = there.copy_(x, non_blocking=True)
+                self.state[weight][name] = _home(x)
+
+    def arrived(self) -> None:
+        """Waits until offloaded states are in the CPU's memory."""
+        if self.offloads and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
         """The state, of which all has arrived."""
-        arrived(self)
+        self.arrived()
         return super().state_dict()
 
 
-def arrived(optimizer: torch.optim.Optimizer) -> None:
-    """Waits until states that a device has sent to the CPU are there."""
-    if getattr(optimizer, "offloads", False) and torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _home(x: Tensor) -> Tensor:
+    """x in memory of the CPU that a GPU can read and write by itself."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
 
 class OffloadedAdamW(OneByOne, AdamW):
@@ -150,7 +164,9 @@ class Muon(OneByOne, torch.optim.Muon):
             super()._step_one(weight)
             return
         skips = self.found_inf > 0
-        momentum = self.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+        momentum = self.state[weight].get("momentum_buffer")
+        if momentum is None:
+            momentum = torch.zeros_like(weight)
         before, grad = weight.clone(), weight.grad
         weight.grad = torch.where(skips, momentum, grad)  # type: ignore[arg-type] # mixed with itself it stays as it is
         super()._step_one(weight)
@@ -187,10 +203,17 @@ class Joined(torch.optim.Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
+    def bring_home(self) -> None:
+        """See :meth:`OneByOne.bring_home`."""
+        for part in self.parts:
+            if isinstance(part, OneByOne):
+                part.bring_home()
+
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts."""
         for part in self.parts:
-            arrived(part)
+            if isinstance(part, OneByOne):
+                part.arrived()
         return super().state_dict()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

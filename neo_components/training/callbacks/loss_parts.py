@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from neo_components.token_indices import sent
 from neo_components.types import Batch
 
 MODALITIES = ("text", "image", "images")
@@ -38,7 +39,7 @@ class LossParts:
         """
         index = batch.indices.targets.exact
         weight = batch.loss_weights.flatten().index_select(0, index).double()
-        tables = self._tables(batch).to(nll.device, non_blocking=True)
+        tables = sent(self._tables(batch), nll.device)
         rows = index // batch.token_ids.shape[1]
         documents = batch.document_ids.flatten().index_select(0, index).clamp(min=0)
         if self._sums is None:

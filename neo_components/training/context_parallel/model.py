@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from neo_components.components.block_inputs import Attend
 from neo_components.components.stack import Prepared
-from neo_components.components.token_loss import DEVICE_CHUNK, token_loss
+from neo_components.components.token_loss import token_loss
 from neo_components.model.neo import NEO
 from neo_components.training.context_parallel.attention import HeadParallelAttention
 from neo_components.training.context_parallel.slices import Slice
@@ -80,7 +80,7 @@ class ContextParallel:
         mine, llm = Slice.of(batch, self.rank, self.size), model.post_llm
         hidden = model.hidden(mine.batch(batch, model.patch_embedding.fold), self.attends(model, batch))
         predicting = mine.predicting(batch)
-        index = predicting.exact if hidden.device.type == "cpu" else predicting.filled(DEVICE_CHUNK)  # as in NEO.loss
+        index = predicting.exact if hidden.device.type == "cpu" else predicting.filled  # as in NEO.loss
         labels, weights = mine.following(batch.labels, IGNORED), mine.following(batch.loss_weights, 0.0)
         state, target, weight = (x.flatten(0, 1).index_select(0, index) for x in (hidden, labels, weights))
         weight[predicting.count :] = 0.0

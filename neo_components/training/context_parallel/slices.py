@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neo_components.components.rotary import T
-from neo_components.token_indices import Index, TokenIndices
+from neo_components.token_indices import Index, TokenIndices, sent
 from neo_components.types import IGNORED, NO_IMAGE, Batch
 
 PER_TOKEN = ("token_ids", "positions", "document_ids", "image_ids", "token_kinds", "labels", "loss_weights")
@@ -90,7 +90,7 @@ class Slice:
 
 
 def _on_device(chosen: Tensor, batch: Batch) -> Index:
-    return Index.of(chosen).map(lambda x: x.to(batch.token_ids.device, non_blocking=True))
+    return Index.of(chosen).map(lambda x: sent(x, batch.token_ids.device))
 
 
 def check_length(length: int, size: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -28,9 +28,6 @@ from neo_components.storage.shards import full_tensor
 from neo_components.storage.weight_writer import WeightWriter
 from neo_components.training.fsdp2.checkpoints import read_sharded, write_sharded
 from neo_components.training.module import NEOTraining
-
-if TYPE_CHECKING:
-    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 NAME = "fsdp2"
 """Its name in recipes: ``trainer.strategy: fsdp2``."""
@@ -105,13 +102,6 @@ class ShardedTraining(NEOTraining):
         self._deferred.materialize(self.model, self.trainer.strategy.root_device, known)
         self._deferred = None
         self.set_trainable()
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """As in :class:`NEOTraining`, with ``foreach``, which torch enables by default only for plain tensors."""
-        configured = super().configure_optimizers()
-        for group in configured["optimizer"].param_groups:
-            group["foreach"] = True
-        return configured
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in :class:`NEOTraining`."""

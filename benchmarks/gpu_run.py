@@ -87,9 +87,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     setting = {"device": options.device, "tiny": options.tiny}
     kept = options.output / "setting.json"
     if kept.is_file() and (before := json.loads(kept.read_text())) != setting:
-        raise ValueError(f"{options.output} holds results of {before}, not of {setting}; choose another --output")
-    write_json(kept, setting)
+        made = f"--device {before['device']} with{'' if before['tiny'] else 'out'} --tiny"
+        raise ValueError(f"{options.output} holds results made with {made}; choose another --output")
     machine = describe(options.device, options.commit)
+    write_json(kept, setting)
     write_json(options.output / "machine.json", machine)
     for name, value in machine.items():
         say(f"{name:14s} {value}")

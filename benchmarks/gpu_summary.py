@@ -131,7 +131,7 @@ def summary(output: Path, steps: Sequence[Step]) -> tuple[dict[str, Any], str]:
     lines += ["", f"{'target':60s} {'figure':>10s}  {'wanted':14s}"]
     for aim in aims:
         figure = "-" if aim.value is None else f"{aim.value:.4g}"
-        unknown = "not measured" if aim.value is None else "rehearsed"
+        unknown = "not measured" if aim.value is None else "tiny: says nothing"
         verdict = {None: unknown, True: "met", False: "MISSED"}[aim.met]
         lines.append(f"{aim.name:60s} {figure:>10s}  {aim.wanted:14s} {verdict}")
     return values, "\n".join(lines)

@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from neo_components.storage.weights import as_dtype
+from neo_components.storage.weights import DTYPES, as_dtype
 
 AUTO = "auto"
 NAMES = "auto, cpu, cuda, cuda:N (the N-th GPU, from 0) or mps (Apple)"
@@ -72,6 +72,8 @@ def find_dtype(name: str | torch.dtype, device: torch.device, saved: str | torch
     Raises:
         ValueError: if the name is unknown, or the device does not compute in that type.
     """
+    if isinstance(name, str) and name not in (AUTO, *DTYPES):
+        raise ValueError(f"dtype must be one of {AUTO}, {', '.join(DTYPES)}, got {name!r}")
     if name == AUTO:
         dtype = as_dtype(saved)
         return torch.float32 if _why_not(dtype, device) else dtype
@@ -129,7 +131,7 @@ def _absent(name: str) -> str:
     built = torch.backends.mps.is_built() if name == "mps" else torch.backends.cuda.is_built()
     reason = "torch does not find it" if built else "this build of torch is made without it"
     return (
-        f"device {name!r} is not there: {reason} (torch {torch.__version__}); here are "
+        f"device {name!r} is not there: {reason} (torch {torch.__version__}); available: "
         f"{', '.join(map(describe, there))}"
     )
 

@@ -35,7 +35,7 @@ FAULTS = [
     ("attach {t}/asset {w}/neo -o {t}/a", r"model_type 'neo' is unknown; registered: gemma3, .*"),
     ("attach {t}/asset {w}/other -o {t}/a --device gpu", r"device must be auto, cpu, cuda, cuda:N .*, got 'gpu'"),
     # devices and types
-    ("chat {w}/neo hi --device cuda:99", r"device 'cuda:99' is not there: .*; here are cpu .*"),
+    ("chat {w}/neo hi --device cuda:99", r"device 'cuda:99' is not there: .*; available: cpu .*"),
     ("chat {w}/neo hi --device cpu --dtype float16", r"dtype 'float16' on device 'cpu': a CPU .* give float32, .*"),
     ("evaluate {w}/neo {w}/shards --dtype int8", r"dtype must be one of float32, bfloat16, float16, got 'int8'"),
     ("export {w}/neo -o {t}/a --to program --dtype float16", r"dtype 'float16' on device 'cpu': .*"),

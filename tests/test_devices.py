@@ -50,7 +50,7 @@ def test_auto_is_the_fastest_device_there_is() -> None:
     [
         ("gpu", r"device must be auto, cpu, cuda, cuda:N \(the N-th GPU, from 0\) or mps \(Apple\), got 'gpu'"),
         ("cuda:-1", r"device must be auto, .*, got 'cuda:-1'"),
-        ("cuda:99", r"device 'cuda:99' is not there: .* \(torch [\d.]+\S*\); here are cpu \(.* threads\)"),
+        ("cuda:99", r"device 'cuda:99' is not there: .* \(torch [\d.]+\S*\); available: cpu \(.* threads\)"),
     ],
 )
 def test_a_device_that_is_not_there(name: str, message: str) -> None:

@@ -71,12 +71,12 @@ def test_tiles_are_for_wide_heads_of_a_hopper_gpu(monkeypatch: pytest.MonkeyPatc
     assert all(128 % size == 0 for size in tiles) and tiles[1] % tiles[0] == tiles[2] % tiles[3] == 0
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_other_lengths_compile_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve lengths are past the eight variants that the compiler allows by default: two graphs do for all of them."""
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(flex.flex_attention(), fullgraph=True, backend="eager")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(flex, "flex_attention", lambda: compiled)
     graphs = []
     for number in range(12):

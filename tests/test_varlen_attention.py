@@ -95,5 +95,5 @@ def test_what_it_refuses() -> None:
         attend(*(x.float() for x in heads(words)), 1.0)
     with pytest.raises(ValueError, match="takes queries up to 256 wide, got 384"):
         attend(*heads(words, 192), 1.0)
-    with pytest.raises(ValueError, match="needs a GPU, got cpu; use 'sdpa'"):
+    with pytest.raises(ValueError, match="needs a GPU, got cpu; use 'auto'"):
         prepare_attention(words.document_ids, words.image_ids, backend="varlen")

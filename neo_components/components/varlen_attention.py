@@ -122,7 +122,10 @@ def flash_kernel(device: torch.device) -> Kernel:
         ValueError: if neither runs here.
     """
     if device.type != "cuda":
-        raise ValueError(f"attention backend 'varlen' (FlashAttention) needs a GPU, got {device.type}; use 'sdpa'")
+        raise ValueError(
+            "attention backend 'varlen' (FlashAttention; model.backend in a recipe) needs a GPU, got "
+            f"{device.type}; use 'auto'"
+        )
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -46,8 +46,10 @@ def has_fixed_steps(model: Any, device: torch.device, new: int, compile: bool | 
         compile: see :func:`~neo_components.model.generation.generate`.
 
     Raises:
-        ValueError: if they cannot, but ``compile`` is ``True``.
+        ValueError: if they cannot, but ``compile`` is ``True``, or ``compile`` is something else.
     """
+    if compile is not None and not isinstance(compile, bool):
+        raise ValueError(f"compile must be True, False or None, got {compile!r}")
     by_length = looks_at_length(model)
     if compile and by_length:
         raise ValueError(

@@ -216,7 +216,9 @@ class StageConfig:
                 "products is for blocks that are not compiled; remove stage.compile, or keep input"
             )
         if values.get("checkpoint_keeps") == "products" and not values.get("activation_checkpointing"):
-            found["checkpoint_keeps"] = "has no effect without stage.activation_checkpointing"
+            found["checkpoint_keeps"] = (
+                "products has no effect at stage.activation_checkpointing 0; set that to 1.0 or auto, or keep input"
+            )
         steps, warmup = values.get("steps"), values.get("warmup_steps", 0)
         if steps is not None and warmup > steps:
             found["warmup_steps"] = f"got {warmup}, must not be more than stage.steps ({steps})"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neo_components.components import compiling
+from neo_components.components.compiling import compiled as compiled_whole
 from neo_components.registry import MASKS, Choice, split
 from neo_components.types import NO_IMAGE, PADDING, TokenKind, kinds_of, tokens_around
 
@@ -171,7 +171,7 @@ def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     # A second length compiles it for all lengths. As one graph: torch would go on with the whole matrix otherwise.
-    return compiling.compiled(create_block_mask) if compiled else create_block_mask
+    return compiled_whole(create_block_mask) if compiled else create_block_mask
 
 
 def span_tokens(image_ids: Tensor, lengths: Tensor, token_kinds: Tensor | None = None) -> Tokens:

@@ -108,5 +108,5 @@ def test_the_key_of_a_stage() -> None:
     assert {stack.checkpoint_keeps for stack in (model.pre_buffer, model.post_llm)} == {"products"}
     with pytest.raises(ValueError, match=r"stage\.checkpoint_keeps: products is for blocks that are not compiled"):
         StageConfig(train=("all",), activation_checkpointing=0.5, checkpoint_keeps="products", compile=True)
-    with pytest.raises(ValueError, match=r"stage\.checkpoint_keeps: has no effect without stage\.activation_check"):
+    with pytest.raises(ValueError, match=r"stage\.checkpoint_keeps: products has no effect at stage\.activation_check"):
         StageConfig(train=("all",), checkpoint_keeps="products")

@@ -37,13 +37,13 @@ FAULTS = [
     # devices and types
     ("chat {w}/neo hi --device cuda:99", r"device 'cuda:99' is not there: .*; available: cpu .*"),
     ("chat {w}/neo hi --device cpu --dtype float16", r"dtype 'float16' on device 'cpu': a CPU .* give float32, .*"),
-    ("evaluate {w}/neo {w}/shards --dtype int8", r"dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    ("evaluate {w}/neo {w}/shards --dtype int8", r"dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
     ("export {w}/neo -o {t}/a --to program --dtype float16", r"dtype 'float16' on device 'cpu': .*"),
     ("train {w}/run.yaml output={t}/a --device cuda:99", r"device 'cuda:99' is not there: .*"),
     ("train {w}/run.yaml trainer.devices=2 --device cpu",
      r"--device cpu and trainer\.devices=2 both choose devices; leave one out"),
     ("quickstart -o {t}/quick --device cuda:99", r"device 'cuda:99' is not there: .*"),
-    ("quickstart -o {t}/quick --dtype int8", r"dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    ("quickstart -o {t}/quick --dtype int8", r"dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
     ("convert {w}/neo -o {t}/a --layout x", r"layout must be 'neo_components' or 'released', got 'x'"),
     # recipes
     ("recipes copy quickstart/pretrai {t}/a.yaml", r"'quickstart/pretrai' is no file, .*: quickstart/pretrain .*"),

@@ -84,7 +84,7 @@ def test_types(name: str, device: torch.device, saved: str, found: torch.dtype) 
 def test_types_that_a_device_does_not_compute_in() -> None:
     with pytest.raises(ValueError, match=r"dtype 'float16' on device 'cpu': .* give float32, or bfloat16"):
         find_dtype("float16", CPU)
-    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16, got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, bfloat16, float16, got 'int8'"):
         find_dtype("int8", CPU)
 
 

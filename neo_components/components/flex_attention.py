@@ -28,8 +28,8 @@ WIDE = 128
 WIDE_TILES = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 8}
 """Tiles of the backward pass for wider ones on Hopper, in half precision.
 
-Torch's are 64 x 64 with 4 warps. Compiled for sm_90 (2E = 256, E = 128, 16 and 8 heads, bfloat16), these keep 1,492
-bytes per thread in memory instead of registers with Triton 3.8 (1,604 with 3.6), and ours 16. Not timed on a GPU.
+Torch's are 64 x 64 with 4 warps, too large for the registers of a thread. ``tests/test_sm90.py`` compiles these for a
+Hopper GPU (2E = 256, E = 128, 16 and 8 heads, bfloat16) and bounds what does not fit. Not timed on a GPU.
 """
 
 

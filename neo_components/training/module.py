@@ -128,6 +128,7 @@ class NEOTraining(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
         nll: list[Tensor] = []
+        batch = batch.with_indices(batch.indices)  # found once for all that follows
         loss = self.model.loss(batch, nll)
         self.loss_parts.add(batch, nll[0])
         self._keys += [key for row in batch.keys for key in row]

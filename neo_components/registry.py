@@ -208,5 +208,8 @@ LLM_FAMILIES = Registry("model_type", "neo_components.llms")
 CONVERTERS = Registry("converter", "neo_components.data.convert")
 """Converters: readers of other data formats; their options are options of ``neo data NAME``."""
 
+PICTURES = Registry("picture source", "neo_components.data.pictures", given=("packages",))
+"""Sources of pictures that ``neo data pretrain-mix`` draws from."""
+
 METRICS = Registry("metric", "neo_components.evaluation.metrics", given=("kinds",))
 """Metrics: subclasses of :class:`~neo_components.evaluation.AnswerMetric`; ``neo evaluate --metric NAME``."""

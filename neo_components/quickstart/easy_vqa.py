@@ -24,6 +24,7 @@ from neo_components.data.pictures.easy_vqa import EasyVQAImage, question_kind, r
 KINDS = ("shape", "color", "yes_no")
 """The kinds of question."""
 
+
 @dataclass
 class EasyVQAPart:
     """One folder of shards that :func:`write_easy_vqa` wrote.

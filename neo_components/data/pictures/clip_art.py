@@ -29,7 +29,10 @@ HELD_OUT_ONE_IN = 20
 SIDES = (96, 224)
 """Smallest and largest longer side of a drawing in pixels."""
 
-_GENERIC = re.compile(r"clip ?art|collection|\bicons\b|lemon|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arrows$", re.I)
+_GENERIC = re.compile(
+    r"clip ?art|collection|\bicons\b|lemon|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arrows$",
+    re.I,
+)
 _NOISE = {
     "clipart", "clip", "art", "icon", "icons", "svg", "symbol", "the", "outline", "silhouette", "silhouet", "contour",
     "etiquette", "gnome", "mime", "vector", "cartoon", "illustration", "simple", "image", "drawing", "aiga", "stock",

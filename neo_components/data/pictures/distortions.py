@@ -72,7 +72,10 @@ def _on_background(image: Image.Image, keeps: frozenset[str], rng: random.Random
     if canvas_height < height:
         canvas_width, canvas_height = height / filled * ratio, height / filled
     size = (max(round(canvas_width), width), max(round(canvas_height), height))
-    at = tuple((whole - part) // 2 if plain else rng.randint(0, whole - part) for whole, part in zip(size, image.size, strict=True))
+    at = tuple(
+        (whole - part) // 2 if plain else rng.randint(0, whole - part)
+        for whole, part in zip(size, image.size, strict=True)
+    )
     below = background(size, image, rng, plain)
     below.paste(image, at, image)
     return below
@@ -101,7 +104,9 @@ def _sized(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> Ima
     if DETAIL in keeps:
         side = min(max(longest, SHORTEST), LONGEST)
     else:
-        side = rng.choice((96, 112, 128, 128, 144, 160, 192, rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST)))
+        side = rng.choice(
+            (96, 112, 128, 128, 144, 160, 192, rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST))
+        )
     return image if side == longest else _scaled(image, side / longest)
 
 
@@ -119,7 +124,11 @@ def _colored(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> I
         elif chance < 0.21:
             image = ImageOps.invert(ImageOps.grayscale(image)).convert("RGB")
         elif chance < 0.24:
-            image = ImageOps.grayscale(image).point(lambda value: 255 * (value > 128)).convert("RGB") if DETAIL not in keeps else image
+            image = (
+                ImageOps.grayscale(image).point(lambda value: 255 * (value > 128)).convert("RGB")
+                if DETAIL not in keeps
+                else image
+            )
         elif chance < 0.32:
             hue, *rest = image.convert("HSV").split()
             shift = rng.randint(0, 255)
@@ -149,7 +158,9 @@ def _degraded(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> 
         image.save(file, "JPEG", quality=rng.randint(50, 85) if mild else rng.randint(12, 70))
         return Image.open(file).convert("RGB")
     if chance < 0.55 and not mild and min(image.size) > 60:
-        return image.filter(rng.choice((ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3))))  # thicker or thinner lines
+        return image.filter(
+            rng.choice((ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)))
+        )  # thicker or thinner lines
     return image
 
 

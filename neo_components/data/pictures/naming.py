@@ -31,7 +31,21 @@ _CAPTIONS = (
     "the picture shows {thing}.", "{a_style}: {name}.",
 )  # fmt: skip
 
-_NO_ARTICLE = ("the ", "a ", "an ", "some ", "two ", "three ", "four ", "five ", "six ", "seven ", "eight ", "nine ", "ten ")
+_NO_ARTICLE = (
+    "the ",
+    "a ",
+    "an ",
+    "some ",
+    "two ",
+    "three ",
+    "four ",
+    "five ",
+    "six ",
+    "seven ",
+    "eight ",
+    "nine ",
+    "ten ",
+)
 _MASS = {
     "food", "clothing", "furniture", "weather", "music", "money", "bread", "meat", "electronics", "science", "milk",
     "water", "people", "religion", "clothes", "cheese", "rice", "wine", "beer", "astronomy",

@@ -50,7 +50,9 @@ def render(svg: str, side: int, name: str = "drawing") -> Image.Image:
         raise SampleError(f"{name}: {len(svg)} characters of SVG, or its filters, take too long to render", "too_large")
     width, height = size(svg, name)
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise SampleError(f"{name}: a drawing of {width:g} to {height:g} is over the ratio {MAX_RATIO:g}", "aspect_ratio")
+        raise SampleError(
+            f"{name}: a drawing of {width:g} to {height:g} is over the ratio {MAX_RATIO:g}", "aspect_ratio"
+        )
     target = {"width": side} if width >= height else {"height": side}
     try:
         # Without dpi, lengths in points, millimeters and inches are zero.
@@ -125,7 +127,9 @@ def read_rdf(svg: str) -> Rdf:
     creator = re.search(r"<dc:creator>.*?<dc:title>(.*?)</dc:title>", work, re.DOTALL)
     keywords = (_plain(word) for word in re.findall(r"<rdf:li>(.*?)</rdf:li>", work, re.DOTALL))
     return Rdf(
-        _plain(title[1]) if title else "", tuple(word for word in keywords if word), _plain(creator[1]) if creator else ""
+        _plain(title[1]) if title else "",
+        tuple(word for word in keywords if word),
+        _plain(creator[1]) if creator else "",
     )
 
 

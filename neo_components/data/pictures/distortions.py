@@ -20,7 +20,8 @@ SHORTEST, LONGEST = 64, 224
 PLAIN = 0.25
 """Probability that a picture is left as it is, on a plain background."""
 
-_RATIOS = (1.0, 1.0, 1.0, 1.0, 4 / 3, 3 / 4, 1.2, 1 / 1.2, 1.6, 1 / 1.6, 2.2, 1 / 2.2, 3.0, 1 / 3.0)
+_RATIOS = (4 / 3, 3 / 4, 1.2, 1 / 1.2, 1.5, 1 / 1.5, 1.9, 1 / 1.9, 2.6, 1 / 2.6)
+_LEAST_SHORT_SIDE = 48
 
 
 def distort(picture: Picture, rng: random.Random) -> Image.Image:
@@ -64,8 +65,8 @@ def _turned(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> Im
 def _on_background(image: Image.Image, keeps: frozenset[str], rng: random.Random, plain: bool) -> Image.Image:
     if image.mode == "RGB":
         return image if plain else _framed(image, keeps, rng)
-    ratio = rng.choice(_RATIOS) if not plain and rng.random() < 0.5 else 1.0
-    filled = rng.uniform(0.8, 1.0) if plain else rng.uniform(0.45, 1.0)
+    ratio = rng.choice(_RATIOS) if not plain and rng.random() < 0.4 else 1.0
+    filled = rng.uniform(0.8, 1.0) if plain else rng.triangular(0.5, 1.0, 0.95)
     width, height = image.size
     canvas_width = max(width, height * ratio) / filled
     canvas_height = canvas_width / ratio

@@ -74,8 +74,17 @@ def cased(rng: random.Random, face: Face, word: str) -> str:
     return word if chance < 0.4 else word.upper() if chance < 0.8 else word.capitalize()
 
 
-def sign_turns(rng: random.Random, sign: str, small_letters: bool = True) -> tuple[list[Turn], list[Turn]]:
-    """Questions about a single letter or digit: which one it is, and others."""
+def sign_turns(
+    rng: random.Random, sign: str, small_letters: bool = True, digits_per_letter: float = 1
+) -> tuple[list[Turn], list[Turn]]:
+    """Questions about a single letter or digit: which one it is, and others.
+
+    Args:
+        rng: source of randomness.
+        sign: the letter or digit.
+        small_letters: whether the font has them.
+        digits_per_letter: how many digits are drawn for each letter, so that either answer comes equally often.
+    """
     if sign.isdigit():
         forms = (
             "what digit is this?|which digit is shown?|what number is this?|name the digit.|which number do you see?"
@@ -95,12 +104,9 @@ def sign_turns(rng: random.Random, sign: str, small_letters: bool = True) -> tup
     if sign in CASE_SHOWS and small_letters:
         forms = "is it a capital letter?|is this an upper case letter?|is the letter upper case?"
         others.append((one_form(rng, forms), yes_no(sign.isupper())))
-    others.append(
-        (
-            one_form(rng, "is it a letter or a digit?|is this a digit or a letter?"),
-            "digit" if sign.isdigit() else "letter",
-        )
-    )
+    if not sign.isdigit() or rng.random() < 1 / digits_per_letter:
+        forms = "is it a letter or a digit?|is this a digit or a letter?"
+        others.append((one_form(rng, forms), "digit" if sign.isdigit() else "letter"))
     return first, others
 
 

@@ -103,11 +103,13 @@ def _sized(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> Ima
     """Of a random size; fine print keeps its own."""
     longest = max(image.size)
     if DETAIL in keeps:
-        side = min(max(longest, SHORTEST), LONGEST)
+        side = max(longest, SHORTEST)
     else:
         side = rng.choice(
             (96, 112, 128, 128, 144, 160, 192, rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST))
         )
+        side = max(side, round(_LEAST_SHORT_SIDE * longest / min(image.size)))
+    side = min(side, LONGEST)
     return image if side == longest else _scaled(image, side / longest)
 
 
@@ -146,8 +148,7 @@ def _degraded(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> 
     mild = DETAIL in keeps
     chance = rng.random()
     if chance < 0.18 and not mild:
-        longest = max(image.size)
-        low = min(1.0, rng.randint(24, 64) / longest)
+        low = min(1.0, rng.randint(24, 64) / max(image.size))
         how = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
         return _scaled(image, low, Image.Resampling.BOX).resize(image.size, how)
     if chance < 0.26:

@@ -29,7 +29,9 @@ from neo_components.registry import PICTURES
 VALIDATION = "validation"
 PARTS = (TRAIN, VALIDATION, HELD_OUT)
 
-WEIGHTS: dict[str, float] = {"clip_art": 3.0, "icons": 3.0}
+WEIGHTS: dict[str, float] = {
+    "clip_art": 3.0, "icon_scenes": 3.0, "icons": 2.0, "lettering": 2.0, "scenes": 1.5, "charts": 1.5, "easy_vqa": 0.5,
+}  # fmt: skip
 """Sampling weights of the sources that are not 1."""
 
 SHORT = 24
@@ -48,7 +50,7 @@ class PretrainMix(Converter):
     Args:
         packages: Folder that ``prepare`` of ``data/pictures/packages.py`` has made.
         pairs: Number of pictures, each with its conversation.
-        part: train, validation (other distortions and questions, and of sources without end other pictures) or held_out.
+        part: train, validation (other distortions and questions; of sources without end, other pictures) or held_out.
         seed: The same seed gives the same samples.
         weights: Sampling weight by source; sources that are not named have the weight of ``WEIGHTS``, else 1.
 

@@ -1,4 +1,4 @@
-"""Writes a whole pretraining mix: fetches the packages, then one folder of shards after the other, then the data card."""
+"""Writes a whole pretraining mix: packages first, then one folder of shards after the other, then the data card."""
 
 from __future__ import annotations
 

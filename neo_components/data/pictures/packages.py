@@ -21,7 +21,7 @@ from neo_components.data.pictures.archives import unpack
 from neo_components.errors import one_of
 
 DOWNLOADS = "downloads"
-COMPLETE = "package.json.complete"
+COMPLETE = "complete.json"
 TIMEOUT = 60.0
 _CHUNK = 1 << 18
 

@@ -42,12 +42,13 @@ NAMES += (
     "ring",
     "key",
 )
+XMLNS = 'xmlns="http://www.w3.org/2000/svg" xmlns:cc="cc" xmlns:dc="dc" xmlns:rdf="rdf"'
 COLORS = ("red", "blue", "green", "yellow")
 
 
 def svg(color: str = "red", attributes: str = 'width="40" height="30"', rdf: str = "") -> str:
     """A rectangle that fills three quarters of its drawing, from the left."""
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>{rdf}<rect width="75%" height="100%" fill="{color}"/></svg>'
+    return f'<svg {XMLNS} {attributes}>{rdf}<rect width="75%" height="100%" fill="{color}"/></svg>'
 
 
 def rdf(title: str, *keywords: str, creator: str = "Ann") -> str:
@@ -70,10 +71,15 @@ def make_packages(folder: Path) -> Path:
         color = COLORS[number % 4]
         for kind in ("food", "tools"):
             path = folder / "openclipart-svg" / kind / f"{name}_{kind}_ann_0{number % 9}.svg"
-            write(path, svg(color, f'width="40" height="{20 + number}"', rdf(f"{name} {kind}", kind)))
+            write(
+                path,
+                svg(color, f'width="40" height="{20 + number + (kind == "food") / 2}"', rdf(f"{name} {kind}", kind)),
+            )
         write(folder / "fluent-emoji" / "icons" / "flat" / f"{name}.svg", svg(color, 'viewBox="0 0 32 32"'))
-        line = f'<svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2"><path d="M2 {number}h20"/></svg>'
-        write(folder / "tabler-icons" / "icons" / "outline" / f"{name}.svg", line.replace("<svg", f"<svg {XMLNS}"))
+        line = (
+            f'<svg {XMLNS} viewBox="0 0 24 24" stroke="currentColor" stroke-width="2"><path d="M2 {number}h20"/></svg>'
+        )
+        write(folder / "tabler-icons" / "icons" / "outline" / f"{name}.svg", line)
     bodies = {
         name: {"body": f'<rect width="128" height="128" fill="{COLORS[n % 4]}"/>'} for n, name in enumerate(NAMES)
     }
@@ -88,6 +94,3 @@ def make_packages(folder: Path) -> Path:
     for name in ("openclipart-svg", "noto-emoji", "tabler-icons", "fluent-emoji", "wonderwords"):
         write(folder / name / COMPLETE, json.dumps({"sha256": PACKAGES[name].sha256}))
     return folder
-
-
-XMLNS = 'xmlns="http://www.w3.org/2000/svg"'

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from picture_builders import make_packages, rdf, svg
+from PIL import Image
 
 from neo_components.data.pictures.backgrounds import background, brightness
 from neo_components.data.pictures.clip_art import ClipArt, is_held_out, name_of
@@ -34,7 +35,6 @@ KNOWN = {"lion", "giraffe", "old", "lamp", "book", "open", "stick"}
         ('viewBox="0 0 20 10"', (20, 10)),
         ('width="100%" height="100%" viewBox="0,0,30,60"', (30, 60)),
         ('width="40" viewBox="0 0 20 10"', (40, 20)),
-        ("", (100, 100)),
     ],
 )
 def test_sizes_of_drawings(attributes: str, expected: tuple[float, float]) -> None:
@@ -51,7 +51,8 @@ def test_drawings_that_cannot_be_used() -> None:
         ("<p>no drawing</p>", "unreadable"),
         (svg().replace("</svg>", ""), "unreadable"),
         (svg(attributes='width="500" height="30"'), "aspect_ratio"),
-        (svg(attributes='width="0" height="0" viewBox="0 0 0 0"'), "empty"),
+        (svg(attributes='width="0" height="0" viewBox="0 0 0 0"'), "unreadable"),
+        (svg(attributes=""), "unreadable"),
         (svg("none"), "empty"),
         (svg() + " " * 400_000, "too_large"),
         (svg(rdf="<feBlend/>" * 200), "too_large"),
@@ -120,7 +121,7 @@ def test_held_out_drawings(tmp_path: Path) -> None:
     source = ClipArt(make_packages(tmp_path))
     paths = {split: {d.path for d in source.drawings[split]} for split in ("train", "held_out")}
     assert not paths["train"] & paths["held_out"] and len(paths["train"]) == source.items("train") > 40
-    assert {d.thing.name for d in source.drawings["train"]} >= {"dog food", "cow tools"}
+    assert {d.thing.name for some in source.drawings.values() for d in some} >= {"dog food", "cow tools"}
     with pytest.raises(ValueError, match="split must be one of"):
         source.items("test")
 
@@ -166,7 +167,7 @@ def test_distortions_keep_what_answers_rest_on() -> None:
 
     def sides(keeps: set[str], mode: str) -> tuple[int, int]:
         right = swapped = 0
-        for seed in range(150):
+        for seed in range(60):
             image = distort(Picture(halves(mode), (("?", "!"),), "name", frozenset(keeps)), random.Random(seed))
             assert image.mode == "RGB" and SHORTEST <= max(image.size) <= LONGEST and min(image.size) >= 40
             pixels = np.asarray(image).astype(int)
@@ -179,13 +180,13 @@ def test_distortions_keep_what_answers_rest_on() -> None:
         return right, swapped
 
     everything = {COLOR, TURN, MIRROR, FRAME, DETAIL}
-    assert sides(everything, "RGB") == (150, 0)
-    assert sides(everything - {DETAIL}, "RGB") == (150, 0)
-    assert sides({COLOR, TURN}, "RGB")[1] > 20
+    assert sides(everything, "RGB") == (60, 0)
+    assert sides(everything - {DETAIL}, "RGB") == (60, 0)
+    assert sides({COLOR, TURN}, "RGB")[1] > 8
     right, swapped = sides({COLOR, TURN, MIRROR}, "RGBA")
-    assert right > 140 and swapped <= 2  # a background of red and blue shifts a center now and then
+    assert right > 55 and swapped <= 1  # a background of red and blue shifts a center now and then
     right, swapped = sides(set(), "RGBA")
-    assert right + swapped < 140 and swapped > 15  # gray, inverted, mirrored
+    assert right + swapped < 56 and swapped > 5  # gray, inverted, mirrored
 
 
 def test_distortions_are_determined_and_leave_some_alone() -> None:
@@ -217,9 +218,7 @@ def test_questions_on_a_thing() -> None:
         for question, answer in turns:
             assert "dog house" not in question  # it shares a word
             if answer in ("yes", "no"):
-                true = "old dog" in question or question.rstrip("?").split()[-1] in ("dog", "mammal")
-                shown = "dog" in question or "mammal" in question
-                assert (answer == "yes") == (true and shown)
+                assert (answer == "yes") == ("dog" in question or "mammal" in question)
             elif kind == "choice" and (question, answer) == turns[-1]:
                 assert answer == "old dog" and "an old dog" in question
             else:
@@ -279,6 +278,6 @@ def test_questions_on_a_grid_have_the_right_answers() -> None:
             asked = question.replace("what do you see at", "what is at")
             assert answer == (caption if kind == "caption" else right[asked]), question
             seen.add(asked)
-        for earlier, later in zip(turns, turns[1:], strict=False):
+        for earlier, later in pairwise(turns):
             assert earlier[1] != later[1]
     assert len(seen) == len(right) + 3

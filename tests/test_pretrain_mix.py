@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from commands import good, neo
-from PIL import Image
 from picture_builders import FEW, NAMES, make_packages
+from PIL import Image
 
 from neo_components.data import read_shards
 from neo_components.data.convert.pretrain_mix import PretrainMix, complete_weights, encode
@@ -113,7 +113,7 @@ def test_things_take_turns(packages: Path) -> None:
     made = PretrainMix(packages, 200, weights={**WEIGHTS, "icons": 0, "icon_scenes": 0})
     assert [number for _, number in made.records()] == list(range(200))
     weights = complete_weights({"icons": 0, "clip_art": 7})
-    assert "icons" not in weights and weights["clip_art"] == 7 and weights["scenes"] == 1.5
+    assert (weights["icons"], weights["clip_art"], weights["scenes"]) == (0, 7, 1.5) and set(weights) == set(PICTURES)
 
 
 def test_texts(packages: Path) -> None:

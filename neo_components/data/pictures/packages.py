@@ -162,6 +162,11 @@ def download(package: Package, archive: Path, report: Callable[[str], None] = pr
                 f"{package.url} cannot be downloaded ({error}); start the same command again, it goes on where it "
                 f"stopped, or copy the file to {archive}"
             ) from error
+    if arriving.stat().st_size < package.bytes:
+        raise OSError(
+            f"{package.url}: the connection broke after {arriving.stat().st_size} of {package.bytes} bytes; start the "
+            "same command again, it goes on where it stopped"
+        )
     try:
         _check(package, arriving)
     except ValueError:

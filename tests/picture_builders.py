@@ -77,7 +77,7 @@ def make_packages(folder: Path) -> Path:
             )
         write(folder / "fluent-emoji" / "icons" / "flat" / f"{name}.svg", svg(color, 'viewBox="0 0 32 32"'))
         line = (
-            f'<svg {XMLNS} viewBox="0 0 24 24" stroke="currentColor" stroke-width="2"><path d="M2 {number}h20"/></svg>'
+            f'<svg {XMLNS} viewBox="0 0 24 24" stroke="currentColor" stroke-width="2"><path d="M2 {number}h9"/></svg>'
         )
         write(folder / "tabler-icons" / "icons" / "outline" / f"{name}.svg", line)
     bodies = {
@@ -89,7 +89,7 @@ def make_packages(folder: Path) -> Path:
     lines = {name: {"category": "Map", "styles": {"outline": {}}} for name in NAMES}
     write(folder / "tabler-icons" / "icons.json", json.dumps(lines))
     for words in ("nounlist", "verblist", "adjectivelist", "profanitylist"):
-        write(folder / "wonderwords" / "wonderwords" / "assets" / f"{words}.txt", "\n".join((*NAMES, "tools")))
+        write(folder / "wonderwords" / "wonderwords" / "assets" / f"{words}.txt", "\n".join((*NAMES, "tools", "food")))
     write(folder / "wonderwords" / "wonderwords" / "assets" / "profanitylist.txt", "rude")
     for name in ("openclipart-svg", "noto-emoji", "tabler-icons", "fluent-emoji", "wonderwords"):
         write(folder / name / COMPLETE, json.dumps({"sha256": PACKAGES[name].sha256}))

@@ -18,8 +18,8 @@ from neo_components.data.convert.pretrain_parts import write_mix
 from neo_components.data.convert.pretrain_texts import KINDS, PretrainTexts
 from neo_components.registry import PICTURES
 
-WEIGHTS = {name: float(name in FEW) for name in PICTURES}
-ONLY = [word for name, weight in WEIGHTS.items() if not weight for word in ("--weight", f"{name}=0")]
+WEIGHTS = {name: 0.0 for name in PICTURES if name not in FEW}
+ONLY = [word for name in WEIGHTS for word in ("--weight", f"{name}=0")]
 
 
 @pytest.fixture(scope="module")

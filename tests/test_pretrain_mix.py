@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import shutil
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -142,6 +146,36 @@ def test_files_of_images() -> None:
     )
     photo = Image.merge("RGB", [Image.linear_gradient("L").rotate(angle) for angle in (0, 90, 45)])
     assert encode(photo).startswith(b"\xff\xd8")
+
+
+def test_the_commands_of_the_page(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller, and without the sources that the made-up packages have no fonts for."""
+    page = (Path(__file__).parents[1] / "docs" / "pretrain_mix.md").read_text(encoding="utf-8")
+    (tmp_path / "packages").symlink_to(packages)
+    [example] = re.findall(r"```python\n# dots.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "dots.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = [
+        shlex.split(line)[1:]
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(lines) == 3
+    short = {"--pairs": "20", "--held-out": "4"}
+    try:
+        for words in lines:
+            words = [short.get(before, word) for before, word in pairwise(["", *words])]
+            good(*words, *ONLY, "--workers", "0")
+    finally:
+        PICTURES.remove("dots")
+        sys.modules.pop("dots")
+    assert not (tmp_path / "shards" / "drawings" / "held_out").exists()
+    assert {sample["source"] for sample in read_shards("shards/mix/train")} == set(FEW)
+    answers = [sample["conversations"][1]["value"] for sample in read_shards("shards/dots/held_out/dots")]
+    assert answers == ["5"] * 4
+    counted = json.loads(Path("shards/dots/card.json").read_text())["folders"]["train"]
+    assert counted["dots"]["samples"] > 8 and sum(n["samples"] for n in counted.values()) == 20
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_packages import stand_ins
 from PIL import Image
 
 from neo_components.data.pictures import palette
@@ -40,7 +41,6 @@ from neo_components.data.pictures.sheets import write
 from neo_components.data.pictures.tables import Table, random_table, table_turns
 from neo_components.data.pictures.words import Words
 from neo_components.registry import PICTURES
-from tests.picture_packages import stand_ins
 
 SOURCES = ("lettering", "handwriting", "scenes", "easy_vqa", "charts", "tables", "formulas", "documents")
 DRAWN = 60
@@ -271,7 +271,8 @@ def test_slices_are_as_large_as_their_values(face: Face) -> None:
 
 
 def test_answers_about_charts() -> None:
-    data, answers = chart_data([80, 40, 20], printed=True), {}
+    data = chart_data([80, 40, 20], printed=True)
+    answers: dict[str, str] = {}
     for seed in range(200):
         for part in chart_turns(random.Random(seed), "bar", data):
             answers |= dict(part)

@@ -193,8 +193,7 @@ def _form(rng: random.Random, page: Page, vocabulary: Words) -> None:
         page.first.append((one_form(rng, forms, key=plain), values[key]))
     page.others = [(one_form(rng, "how many entries are there?|how many lines are below the title?"), str(len(keys)))]
     truth = rng.random() < 0.5
-    plain = [key for key in values if key != "No."]
-    pool = [key for key in plain if (key in keys) == truth]
+    pool = [key for key in values if key != "No." and (key in keys) == truth]
     if pool:
         page.others.append((f"is a {rng.choice(pool).lower()} given?".replace("a age", "an age"), yes_no(truth)))
 

@@ -65,7 +65,8 @@ def lay_out(part: Part, face: Face, size: int) -> Box:
     if part.kind == "row":
         return _beside([lay_out(one, face, size) for one in part.parts], round(size * 0.12))
     if part.kind == "fraction":
-        return _fraction(*(lay_out(one, face, round(size * 0.85)) for one in part.parts), size)
+        above, below = (lay_out(one, face, round(size * 0.85)) for one in part.parts)
+        return _fraction(above, below, size)
     if part.kind in ("power", "index"):
         base, other = lay_out(part.parts[0], face, size), lay_out(part.parts[1], face, small)
         raised = base.base - round(size * 0.36) - other.mask.height

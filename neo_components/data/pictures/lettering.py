@@ -23,6 +23,8 @@ LETTERS = tuple(letter for letter in string.ascii_letters if letter != "l")
 """A small l on its own is a capital I in many fonts."""
 CASE_SHOWS = frozenset("abdeghnqrtABDEGHNQRT")
 """Letters that show on their own whether they are capitals."""
+ALIKE = frozenset("0Oo1Ii")
+"""Digits and letters that are told from each other by what stands beside them."""
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 READ = (
     "what does it say?|what is written here?|read the text.|what text is shown?|transcribe the text.|what can you read?"
@@ -113,7 +115,7 @@ def sign_turns(
     if sign in CASE_SHOWS and small_letters:
         forms = "is it a capital letter?|is this an upper case letter?|is the letter upper case?"
         others.append((one_form(rng, forms), yes_no(sign.isupper())))
-    if not sign.isdigit() or rng.random() < 1 / digits_per_letter:
+    if sign not in ALIKE and (not sign.isdigit() or rng.random() < 1 / digits_per_letter):
         forms = "is it a letter or a digit?|is this a digit or a letter?"
         others.append((one_form(rng, forms), "digit" if sign.isdigit() else "letter"))
     return first, others

@@ -25,7 +25,10 @@ MOST = 8
 """Most things in a scene."""
 PATTERNED = 0.3
 """Chance that the things of a scene have several fills."""
+NEW = 0.6
+"""Part of the things of a held-out scene whose pair of color and shape is held out, rounded up."""
 LEAST_CONTRAST = 1.45
+"""Of a color against the background."""
 OVERLAP = 0.08
 """Chance that things of a scene may overlap a little."""
 GROUNDS: tuple[Callable[[random.Random], palette.RGB], ...] = (
@@ -77,11 +80,12 @@ def visible(split: str, background: palette.RGB) -> list[tuple[str, str]]:
 
 
 def distinct(rng: random.Random, split: str, background: palette.RGB, count: int) -> list[Thing]:
-    """Things of which no two have both color and shape in common; at least one is a held-out pair if the split is."""
+    """Things of which no two have both color and shape in common; most are held-out pairs if the split is."""
     usable = visible(split, background)
-    chosen = rng.sample(usable, count)
-    if split != TRAIN and not HELD_OUT_PAIRS.intersection(chosen):
-        chosen[0] = rng.choice([pair for pair in usable if pair in HELD_OUT_PAIRS])
+    new = [pair for pair in usable if pair in HELD_OUT_PAIRS]
+    most = math.ceil(count * NEW) if new else 0
+    chosen = rng.sample(new, most) + rng.sample([pair for pair in usable if pair not in new], count - most)
+    rng.shuffle(chosen)
     return placed(rng, chosen, background)
 
 

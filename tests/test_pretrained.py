@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,32 @@ def test_an_asset_is_listed_with_what_decides(assets: Path, exported: Path) -> N
         r"steps on shards\.\n",
         good("pretrained", "list"),
     )
+
+
+def test_nothing_ships(assets: Path) -> None:
+    write_index({}, assets)
+    assert neo("pretrained", "list") == (0, "", "no asset ships with this version\n")
+
+
+def test_the_commands_of_the_asset_page(
+    assets: Path, world: Path, tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "outputs" / "quickstart" / "neo").symlink_to(exported.parent / "run" / "neo")
+    page = (ROOT / "docs" / "asset.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    outputs = [good(*shlex.split(line)[1:]) for line in lines]
+    assert outputs[0] == outputs[2] == "outputs/asset\n" and outputs[1].startswith("pretrained:small ")
+    assert re.fullmatch(r"pretrained:mine: 0\.\d MB, trained for 2 steps on shards\n", outputs[3])
+    assert list(list_pretrained(assets)) == ["mine", "small"]
+    keys = {
+        key
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert set(json.loads((assets / "index.json").read_text())["mine"]) <= keys
 
 
 def test_adding_again_gives_the_same_bytes(exported: Path, assets: Path) -> None:

@@ -20,7 +20,10 @@ def list_command() -> None:
     from neo_components.storage.pretrained import list_pretrained
 
     width = max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else sys.maxsize
-    for name, asset in list_pretrained().items():
+    listed = list_pretrained()
+    if not listed:
+        typer.echo("no asset ships with this version", err=True)
+    for name, asset in listed.items():
         where = f" (on the Hub: {asset.hub})" if asset.hub else ""
         text = (
             f"{asset.bytes / 1e6:.1f} MB{where}, {asset.parameters / 1e6:.1f} M parameters, license {asset.license}. "

@@ -13,8 +13,9 @@ import torch
 
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.model.attach import image_features
+from neo_components.storage import pretrained
 from neo_components.storage.hub import PREFIX
-from neo_components.storage.pretrained import Pretrained, StoredFile, assets_folder, list_pretrained, write_index
+from neo_components.storage.pretrained import Pretrained, StoredFile, list_pretrained, write_index
 
 LARGEST = 40 * 10**6
 """Bytes of an asset that ships; a larger one lies on the hub."""
@@ -39,7 +40,7 @@ def ship(folder: str | Path, name: str, description: str, assets: Path | None = 
         FileNotFoundError: if there is no asset, or no index.
         ValueError: if it is too large, lacks what users must know, or float16 changes what it computes.
     """
-    assets = assets or assets_folder()
+    assets = assets or pretrained.assets_folder()
     if not NAME.fullmatch(name):
         raise ValueError(f"name must be lower case letters, digits, '-' and '_', got {name!r}")
     if not description.strip():

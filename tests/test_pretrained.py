@@ -123,8 +123,10 @@ def test_adding_again_gives_the_same_bytes(exported: Path, assets: Path) -> None
     ship(exported, "small", "Colors.", assets)
     assert {path.name: path.read_bytes() for path in (assets / "small").iterdir()} == before
     assert (assets / "index.json").read_bytes() == index
-    ship(exported, "other", "Colors again.", assets)
-    assert list(list_pretrained(assets)) == ["other", "small"]
+    ship(exported, "other", "Colors again.", assets, trained_for="2 steps on eight colors")
+    assert {name: asset.trained_on for name, asset in list_pretrained(assets).items()} == {
+        "other": "2 steps on eight colors", "small": "2 steps on shards"
+    }  # fmt: skip
 
 
 def test_what_was_trained_on() -> None:
@@ -371,4 +373,4 @@ def test_the_index_of_this_library_is_true() -> None:
             assert sum(p.numel() for p in part.parameters()) == entry.parameters
             assert set(entry.files) == FILES == {path.name for path in (assets_folder() / name).iterdir()}
             assert entry.bytes <= LARGEST and part.info.license == entry.license != ""
-            assert trained_on(part.info.provenance) == entry.trained_on
+            assert entry.description and entry.trained_on

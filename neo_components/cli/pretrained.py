@@ -43,9 +43,12 @@ def add(
     hub: Annotated[
         str, typer.Option(help="Hub id of the published folder, if it is too large to ship: keep its checksums only.")
     ] = "",
+    trained_for: Annotated[
+        str, typer.Option(help="Steps and data in words, as '1,800 steps on ...'. Default: from its provenance.")
+    ] = "",
 ) -> None:
     """Add an exported pre-Buffer to the assets that ship: in float16, with checksums in the index."""
     from neo_components.pretrained.ship import ship
 
-    entry = ship(asset, name, description, assets, hub)
+    entry = ship(asset, name, description, assets, hub, trained_for)
     typer.echo(f"pretrained:{name}: {entry.bytes / 1e6:.1f} MB, trained for {entry.trained_on}")

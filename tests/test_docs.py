@@ -105,8 +105,8 @@ def test_options_exist() -> None:
         own = {option for parameter in command.params for option in parameter.opts}
         return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
 
-    # The last four are options of ruff, hf and tensorboard.
-    known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir", "--logdir"}
+    others = {"--fix", "--local-dir", "--logdir", "--force-reinstall", "--no-deps"}  # of ruff, hf, tensorboard and pip
+    known = options(NEO_COMMAND) | {"--help"} | others
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}  # torchrun's
     for page in PAGES:
         named = {

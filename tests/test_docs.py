@@ -90,7 +90,7 @@ def test_commands_parse(page: str, line: str) -> None:
         assert words[0] in command.commands, f"no command {words[0]!r}"
         command = command.commands[words.pop(0)]
     if not words or words == ["--help"]:
-        assert words or line in inline(page) or command.name in ("recipes", "quickstart")
+        assert words or line in inline(page) or command.name in ("recipes", "quickstart", "list")
         return
     context = command.make_context(command.name, list(words))
     name = context.params.get("name") or context.params.get("recipe")

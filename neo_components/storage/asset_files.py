@@ -129,8 +129,8 @@ def model_card(config: Mapping[str, Any], side: int) -> str:
         f"`{h['attention']}`) behind a patch embedding; a visual token is {side} x {side} pixels. NEO, arXiv "
         "2510.14979.\n\n"
         "```python\nfrom neo_components import PreBuffer, attach\n\n"
-        '# text="shared": words pass it too, as in the paper; text="bypass": they go around it.\n'
-        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM", text="shared")\n```\n'
+        '# Words pass it too where bridges between the widths fit them, else they go around it; text="..." decides.\n'
+        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n'
         + _origin(config)
     )
 

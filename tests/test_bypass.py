@@ -162,7 +162,7 @@ def test_recipes_say_where_text_goes(folders: dict[str, Path], tmp_path: Path) -
     model = build(load_recipe(path).model)
     assert model.text == "bypass" and model.bridge_out is not None and model.bridge_out.unexplained is not None
     with pytest.raises(
-        ValueError, match=r"model\.text: unknown text 'around'; nearest: auto \(registered: auto, bypass, shared\)"
+        ValueError, match=r"model\.text: unknown text 'around'; nearest: shared \(registered: auto, bypass, shared\)"
     ):
         load_recipe(path, ["model.text=around"])
 

@@ -35,9 +35,9 @@ AUTO = "auto"
 WHERE = re.compile(r"(?<![\w.:/-])(/[\w.@+ -]+)*/([\w.@+-]+)")
 """A local path from the root on, in the text of a recipe; its name is the second group."""
 MOST_LOST = 0.1
-"""Fraction of the variance of left-out tokens that a bridge may lose for ``text="auto"`` to lead words through it. With
-noise of this variance on its word embeddings SmolLM2-135M's perplexity rises from 14 to 18, with twice as much to
-30."""
+"""Fraction of the variance of left-out tokens that a bridge may lose for ``text="auto"`` to lead words through it. Word
+embeddings that lose as much raise SmolLM2-135M's perplexity from 16 to 18, those that lose twice as much to 32
+(docs/results/attach.md)."""
 MIN_SHARED = 16
 """Fewest shared tokens that a bridge is fitted from."""
 

@@ -130,8 +130,7 @@ def model_card(config: Mapping[str, Any], side: int) -> str:
         "2510.14979.\n\n"
         "```python\nfrom neo_components import PreBuffer, attach\n\n"
         '# Words pass it too where bridges between the widths fit them, else they go around it; text="..." decides.\n'
-        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n'
-        + _origin(config)
+        'model = attach(PreBuffer.from_pretrained("THIS_FOLDER"), llm="YOUR_LLM")\n```\n' + _origin(config)
     )
 
 

@@ -56,7 +56,7 @@ def read_gguf(gguf: str | Path, folder: str | Path) -> Path:
     if not gguf.is_file():
         raise FileNotFoundError(f"{gguf} is not there; give the path of a GGUF file")
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"reading {gguf.name} needs the package gguf: run `pip install gguf`")
+        raise ModuleNotFoundError(f"reading {gguf.name} needs the package gguf: run `pip install 'neo-components[pretrain]'`")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}

@@ -18,15 +18,8 @@ from llm_builders import COLORS, text_llm
 from neo_components import NEO, PostLLM, PreBuffer
 from neo_components.data.pictures import packages
 from neo_components.pretrained.make import PARTS, texts_of
-from neo_components.pretrained.small_llm import (
-    LENGTH,
-    cut_blocks,
-    make_small_llm,
-    narrow_llm,
-    principal,
-    sequences,
-    state_loss,
-)
+from neo_components.pretrained.narrow_llm import narrow_llm, principal
+from neo_components.pretrained.small_llm import LENGTH, cut_blocks, make_small_llm, sequences, state_loss
 from neo_components.pretrained.smollm2 import MODULE, PACKAGE, find_gguf, read_gguf
 from neo_components.pretrained.word_net import KINDS, Entry, as_text, read_word_net
 from neo_components.recipe import list_recipes
@@ -204,7 +197,7 @@ def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, 
 # --- WordNet
 
 LINES = {
-    "noun": '02084071 05 n 03 dog 0 domestic_dog 0 Canis_familiaris 0 002 @ 02083346 n 0000 | a member of the genus '
+    "noun": "02084071 05 n 03 dog 0 domestic_dog 0 Canis_familiaris 0 002 @ 02083346 n 0000 | a member of the genus "
     'Canis; occurs in many breeds; "the dog barked all night"  \n',
     "verb": "00001740 29 v 01 breathe 0 000 00 | draw air into, and expel out of, the lungs  \n",
     "adj": '00001740 00 a 01 alive(p) 0 000 | having life; "the happiest person alive"  \n',
@@ -297,7 +290,6 @@ def test_each_recipe_builds_trains_and_hands_on(prepared: Path) -> None:
     assert [stage["stage"] for stage in stages] == ["pre-training, SmolLM2"]
 
 
-
 def make(out: Path, *more: str) -> str:
     """The command on this folder, with recipes of small sizes; the packages are not there."""
     recipes = Path(shutil.copytree(ROOT / "recipes" / "pretrained", out / "recipes", dirs_exist_ok=True))
@@ -305,7 +297,18 @@ def make(out: Path, *more: str) -> str:
     text = re.sub(r"(?m)^  patch_embedding: .*$", "  patch_embedding: {width: 16, patch_size: 4}", text)
     text = re.sub(r"(?m)^  pre_buffer: .*$", "  pre_buffer: {depth: 1, feed_forward_size: 48}", text)
     (recipes / "small_1.yaml").write_text(text)
-    command = ["pretrained", "make", out, *TINY, "--packages", out / "packages", "--device", "cpu", "--recipes", recipes]
+    command = [
+        "pretrained",
+        "make",
+        out,
+        *TINY,
+        "--packages",
+        out / "packages",
+        "--device",
+        "cpu",
+        "--recipes",
+        recipes,
+    ]
     return good(*command, *more)
 
 

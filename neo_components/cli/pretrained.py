@@ -77,6 +77,7 @@ def make(
     quiet()
     made = run(
         output, packages, fetch=fetch, pairs=pairs, minutes=minutes, llm_minutes=llm_minutes,
-        llm_width=llm_width, recipes=recipes, device=device, prepare_only=prepare, overrides=overrides or [], report=typer.echo,
+        llm_width=llm_width, recipes=recipes, device=device, prepare_only=prepare, overrides=overrides or [],
+        report=typer.echo,
     )  # fmt: skip
     typer.echo(f"{'prepared' if prepare else 'asset'}: {made}")

@@ -13,7 +13,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from neo_components.evaluation import OVERALL, evaluate, questions_from_shards
 from neo_components.model.attach import export_pre_buffer, provenance_of
 from neo_components.model.chat import Chat
 from neo_components.pretrained import smollm2, word_net
-from neo_components.pretrained.small_llm import make_small_llm, narrow_llm
+from neo_components.pretrained.narrow_llm import narrow_llm
+from neo_components.pretrained.small_llm import make_small_llm
 from neo_components.recipe import Recipe, load_recipe
 from neo_components.storage.weights import read_json, write_text
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
@@ -118,7 +119,7 @@ def make(
         pairs: images of the mix.
         minutes: of the training of both parts; ``None``: as many steps as the recipes have.
         llm_minutes: of the small language model's distillation.
-        llm_width: of the small language model: ``None``: four of SmolLM2's blocks, distilled; a smaller width than SmolLM2's:
+        llm_width: ``None``: the small language model is four of SmolLM2's blocks, distilled; a width below SmolLM2's:
             new blocks over the principal axes of its word embeddings, which the first recipe must train too.
         recipes: folder with ``small_1.yaml`` and ``small_2.yaml``, or the name of the folder of those that ship.
         device: of all steps: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -265,7 +266,7 @@ def _seconds_per_step(job: Making, name: str) -> float:
     changes = [f"output={folder}", f"stage.steps={PILOT}", *(f"stage.{change}" for change in short)]
     seconds = [at for _, at, _ in train(job.recipe(name, *changes)).losses]
     shutil.rmtree(folder)
-    return statistics.median(after - before for before, after in zip(seconds[2:], seconds[3:], strict=False))
+    return statistics.median(after - before for before, after in pairwise(seconds[2:]))
 
 
 def _export(job: Making, name: str) -> None:

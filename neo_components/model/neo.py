@@ -123,7 +123,8 @@ class NEO(NEOFiles):
         """Named groups of parameters, by module; a stage names those that it trains.
 
         ``pre_buffer`` includes the boundary vectors but not the patch embedding; ``post_llm`` is the full language
-        model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
+        model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.blocks`` (blocks with these, and the final norm),
+        ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
         ``visual_experts`` is what expert routing added to the blocks of both.
         """
         pre, post = self.pre_buffer, self.post_llm
@@ -134,6 +135,7 @@ class NEO(NEOFiles):
             "pre_buffer": [pre.boundary, *pre.layers.parameters()],
             "post_llm": list(post.parameters()),
             "post_llm.hw": [p for part in post.hw_modules() for p in part.parameters()],
+            "post_llm.blocks": [*post.layers.parameters(), *post.norm.parameters()],
             "post_llm.word_embedding": list(post.word_embedding.parameters()),
             "post_llm.head": list((post.lm_head or post.word_embedding).parameters()),
             "visual_experts": [p for part in experts for p in part.parameters()],

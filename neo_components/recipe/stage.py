@@ -14,6 +14,7 @@ Group = Literal[
     "pre_buffer",
     "post_llm",
     "post_llm.hw",
+    "post_llm.blocks",
     "post_llm.word_embedding",
     "post_llm.head",
     "visual_experts",

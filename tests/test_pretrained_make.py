@@ -183,8 +183,8 @@ def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, 
     kept = narrow_llm(large, tmp_path / "narrow", width=16, depth=1, head_width=8)
     table, narrow = loaded(large).get_input_embeddings().weight, loaded(tmp_path / "narrow")
     vectors = narrow.get_input_embeddings().weight
-    centered = table - table.mean(0)
-    assert kept == pytest.approx(float(vectors.square().sum() / centered.square().sum()), rel=1e-4)
+    centered = (table - table.mean(0)).detach()
+    assert kept == pytest.approx(float(vectors.detach().square().sum() / centered.square().sum()), rel=1e-4)
     assert 0.5 < kept < 1.0 and vectors.shape[1] == 16 and narrow.config.num_key_value_heads == 1
     whole, all_of_it = principal(table.detach(), 32)
     torch.testing.assert_close(whole @ whole.T, centered @ centered.T, atol=1e-4, rtol=1e-4)
@@ -321,16 +321,17 @@ def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared:
     assert asset.anchors is not None and asset.info.license == "apache-2.0"
     made = asset.info.provenance
     assert [(stage["stage"].split(", ")[-1], stage["steps"]) for stage in made["stages"]] == [
-        ("small language model", 20), ("SmolLM2", 20)
+        ("small language model", 10), ("SmolLM2", 10)
     ]  # fmt: skip
     assert 0 <= made["scores"]["squares"] <= 1 and made["data"]["sources"] == {"squares": "drawn, CC0-1.0"}
     plan = read_json(prepared / "plan.json")
-    assert [plan[name]["steps"] for name in PARTS] == [20, 20] and plan["small_1"]["minutes"] == 0.0006
+    assert [plan[name]["steps"] for name in PARTS] == [10, 10] and plan["small_1"]["minutes"] == 0.0006
     before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
     assert make(prepared, "--minutes", "0.001").count("finished before") == 5
     assert before == {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from neo_components.pretrained import make as making
 
@@ -342,7 +343,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: p
         make(prepared, "--minutes", "0.001")
     monkeypatch.undo()
     printed = make(prepared, "--minutes", "0.001")
-    assert "small_1: 21 steps" in printed and "small_2: 20 steps" in printed
+    assert "small_1: 11 steps" in printed and "small_2: 10 steps" in printed
     assert (prepared / "pre_buffer" / "config.json").is_file()
 
 

@@ -179,6 +179,23 @@ def test_groups(kind: str) -> None:
         assert len(groups["bridge"]) == 4
 
 
+def test_text_is_led_another_way() -> None:
+    model = bridged()
+    with pytest.raises(ValueError, match="must be one of shared, bypass"):
+        model.lead_text("no path")
+    model.lead_text("bypass")
+    assert (model.text, model.bridge_in) == ("bypass", None)
+    with pytest.raises(ValueError, match="no bridge into its pre-Buffer"):
+        model.lead_text("shared")
+    plain = tiny_model()
+    batch, _ = random_batch(plain.input_spec, seed=1, images=1)
+    losses = [float(plain.loss(batch).detach())]
+    for text in ("bypass", "shared"):
+        plain.lead_text(text)
+        losses.append(float(plain.loss(batch).detach()))
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_bridged_model_learns_and_generates() -> None:
     model = bridged()
     randomize(model)

@@ -94,6 +94,25 @@ class NEO(NEOFiles):
         if len(set(types.values())) > 1:
             raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
 
+    def lead_text(self, text: str) -> None:
+        """Leads text tokens another way than before; ``bypass`` drops the bridge into the pre-Buffer.
+
+        Args:
+            text: ``shared`` or ``bypass``.
+
+        Raises:
+            ValueError: if it is unknown, or text needs a bridge into the pre-Buffer that this model does not have.
+        """
+        route = TextRoute(text)
+        if route.words_pass and self.bridge_in is None and self.bridge_out is not None:
+            raise ValueError(
+                f"this model has no bridge into its pre-Buffer, so text={text!r} is not possible; attach the pre-Buffer "
+                "to the language model again, with that route"
+            )
+        self.route = route
+        if not route.words_pass:
+            self.bridge_in = None
+
     @property
     def input_spec(self) -> InputSpec:
         """The properties of this model that ``pack`` needs."""

@@ -17,7 +17,7 @@ from llm_builders import COLORS, text_llm
 
 from neo_components import NEO, PostLLM, PreBuffer
 from neo_components.data.pictures import packages
-from neo_components.pretrained.make import PARTS, texts_of
+from neo_components.pretrained.make import texts_of
 from neo_components.pretrained.narrow_llm import narrow_llm, principal
 from neo_components.pretrained.small_llm import LENGTH, cut_blocks, make_small_llm, sequences, state_loss
 from neo_components.pretrained.smollm2 import MODULE, PACKAGE, find_gguf, read_gguf
@@ -26,6 +26,7 @@ from neo_components.recipe import list_recipes
 from neo_components.storage.weights import read_json
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("small_1", "small_2", "small_3")
 PROSE = [f"the {color} thing is {color}. what color is it? {color}." for color in COLORS] * 60
 
 
@@ -266,7 +267,7 @@ def prepared(large: Path, world: Path, tmp_path: Path) -> Path:
     }
     (out / "mix" / "card.json").write_text(json.dumps(card))
     shutil.copytree(large, out / "smollm2")
-    make_small_llm(large, out / "small_llm", PROSE, blocks=(0, 3), steps=1, tokens_per_step=LENGTH, title=None)
+    narrow_llm(large, out / "small_llm", width=16, depth=1, head_width=8)
     return out
 
 
@@ -278,16 +279,20 @@ def test_these_are_all() -> None:
 def test_each_recipe_builds_trains_and_hands_on(prepared: Path) -> None:
     shared = [f"variables.root={prepared}", "stage.steps=2", "stage.warmup_steps=1", *TINY, "trainer.accelerator=cpu"]
     good("train", "pretrained/small_1", *shared, *SIZES)
-    good("export", prepared / "small_1", "-o", prepared / "small_1" / "pre_buffer")
     good("train", "pretrained/small_2", *shared)
-    one, two = (NEO.from_pretrained(prepared / name / "neo") for name in PARTS)
-    assert (one.post_llm.hparams.depth, two.post_llm.hparams.depth) == (2, 4)
-    assert two.bridge_out is None and two.text == "shared"
-    assert not same_tensors(one.pre_buffer.state_dict(), two.pre_buffer.state_dict())
+    good("export", prepared / "small_2", "-o", prepared / "small_2" / "pre_buffer")
+    good("train", "pretrained/small_3", *shared)
+    one, between, two = (NEO.from_pretrained(prepared / name / "neo") for name in PARTS)
+    assert (one.post_llm.hparams.depth, two.post_llm.hparams.depth) == (1, 4)
+    assert (one.text, between.text, two.text) == ("bypass", "shared", "shared")
+    assert between.bridge_out is None and two.bridge_out.hparams.out_width == 32
+    assert torch.equal(one.post_llm.word_embedding.weight, between.post_llm.word_embedding.weight)
+    for before, after in ((one, between), (between, two)):
+        assert not same_tensors(before.pre_buffer.state_dict(), after.pre_buffer.state_dict())
     frozen = weights_of(prepared / "smollm2")["model.layers.3.mlp.up_proj.weight"]
     assert torch.equal(frozen, two.post_llm.state_dict()["layers.3.mlp.up_proj.weight"])
     assert all(any(p.any() for p in part.parameters()) for part in two.post_llm.hw_modules())
-    stages = read_json(prepared / "small_2" / "neo" / "provenance.json")["stages"]
+    stages = read_json(prepared / "small_3" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["pre-training, SmolLM2"]
 
 
@@ -321,13 +326,14 @@ def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared:
     assert asset.anchors is not None and asset.info.license == "apache-2.0"
     made = asset.info.provenance
     assert [(stage["stage"].split(", ")[-1], stage["steps"]) for stage in made["stages"]] == [
-        ("small language model", 10), ("SmolLM2", 10)
+        ("text around the pre-Buffer", 10), ("text through the pre-Buffer", 10), ("SmolLM2", 10)
     ]  # fmt: skip
     assert 0 <= made["scores"]["squares"] <= 1 and made["data"]["sources"] == {"squares": "drawn, CC0-1.0"}
     plan = read_json(prepared / "plan.json")
-    assert [plan[name]["steps"] for name in PARTS] == [10, 10] and plan["small_1"]["minutes"] == 0.0006
+    assert [plan[name]["steps"] for name in PARTS] == [10, 10, 10]
+    assert plan["small_1"]["minutes"] == pytest.approx(0.001 * 900 / 1400)
     before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
-    assert make(prepared, "--minutes", "0.001").count("finished before") == 5
+    assert make(prepared, "--minutes", "0.001").count("finished before") == 6
     assert before == {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
 
 

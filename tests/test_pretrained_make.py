@@ -285,7 +285,8 @@ def test_each_recipe_builds_trains_and_hands_on(prepared: Path) -> None:
     one, between, two = (NEO.from_pretrained(prepared / name / "neo") for name in PARTS)
     assert (one.post_llm.hparams.depth, two.post_llm.hparams.depth) == (1, 4)
     assert (one.text, between.text, two.text) == ("bypass", "shared", "shared")
-    assert between.bridge_out is None and two.bridge_out.hparams.out_width == 32
+    assert between.bridge_out is None
+    assert two.bridge_out is not None and two.bridge_out.hparams.out_width == 32
     assert torch.equal(one.post_llm.word_embedding.weight, between.post_llm.word_embedding.weight)
     for before, after in ((one, between), (between, two)):
         assert not same_tensors(before.pre_buffer.state_dict(), after.pre_buffer.state_dict())

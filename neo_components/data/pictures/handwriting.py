@@ -26,8 +26,8 @@ from neo_components.data.pictures.ink import (
     text_mask,
     wavy,
 )
-from neo_components.data.pictures.lettering import KEEPS, LETTERS, sign_turns
 from neo_components.data.pictures.picture import Picture, PictureSource
+from neo_components.data.pictures.signs import LETTERS, keeps, sign_turns
 from neo_components.data.pictures.words import Words
 from neo_components.registry import PICTURES
 
@@ -62,7 +62,7 @@ class Handwriting(PictureSource):
         if chance < 0.75:
             text = rng.choice(string.digits if chance < 0.5 else LETTERS)
             text = text if face.has_small_letters else text.upper()
-            first, others = sign_turns(rng, text, face.has_small_letters)
+            first, others = sign_turns(rng, text, face.has_small_letters, digits_per_letter=2)
         elif chance < 0.87:
             text = str(rng.randint(10, 9999))
             first = [(one_form(rng, "what number is this?|which number is written here?|read the number."), text)]
@@ -89,7 +89,8 @@ class Handwriting(PictureSource):
                 yes_no(light),
             )
         )
-        return Picture(image, some(rng, first, others, most=3), "text", KEEPS)
+        turns = some(rng, first, others, most=3)
+        return Picture(image, turns, "text", keeps(turns))
 
 
 def written(rng: random.Random, face: Face, text: str) -> tuple[Image.Image, bool]:
@@ -102,7 +103,7 @@ def written(rng: random.Random, face: Face, text: str) -> tuple[Image.Image, boo
         if not single
         else max(SMALLEST, int(height * rng.uniform(0.7, 1.1)))
     )
-    thickness = rng.choice((0, 0, rng.uniform(0, 0.05), rng.uniform(0.03, 0.1) if single else 0.02))
+    thickness = rng.choice((0, 0, rng.uniform(0, 0.03), rng.uniform(0.02, 0.06) if single else 0.02))
     mask = text_mask(text, face.at(size), 0, round(size * thickness))
     mask = slanted(mask, rng.gauss(0, 6), rng.uniform(-0.35, 0.35) if rng.random() < 0.7 else 0)
     if rng.random() < 0.7:

@@ -17,7 +17,7 @@ from neo_components.data.pictures.colors import main_color
 from neo_components.data.pictures.naming import Thing, ask
 from neo_components.data.pictures.packages import package_folder
 from neo_components.data.pictures.picture import COLOR, HELD_OUT, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
-from neo_components.data.pictures.svg import read_svg, render
+from neo_components.data.pictures.svg import Renders, read_svg, render
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
@@ -87,6 +87,7 @@ class IconSets:
     """
 
     def __init__(self, packages: Path) -> None:
+        self._renders = Renders()
         noto = package_folder(packages, NOTO)
         self.noto: dict[str, Any] = json.loads((noto / "icons.json").read_text(encoding="utf-8"))
         categories = json.loads((noto / "metadata.json").read_text(encoding="utf-8"))["categories"]
@@ -138,17 +139,22 @@ class IconSets:
             svg = svg.replace('stroke-width="2"', f'stroke-width="{rng.choice((1, 1.5, 2, 2, 2.5, 3))}"')
             return render(svg, side, icon.file), color
         if icon.kind == "noto":
-            drawn = self.noto["icons"][icon.file]
-            box = [drawn.get(key, self.noto.get(key, default)) for key, default in _BOX.items()]
-            svg = _SVG.format(*box, drawn["body"])
+            image = self._renders.get(icon.file, lambda: self._noto_svg(icon.file), side)
         else:
-            svg = read_svg(self.fluent / icon.file)
-        image = render(svg, side, icon.file)
+            image = render(read_svg(self.fluent / icon.file), side, icon.file)
         return image, main_color(image)
+
+    def _noto_svg(self, name: str) -> str:
+        drawn = self.noto["icons"][name]
+        box = [drawn.get(key, self.noto.get(key, default)) for key, default in _BOX.items()]
+        return _SVG.format(*box, drawn["body"])
 
 
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # defaults of IconifyJSON
-_SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{0} {1} {2} {3}">{4}</svg>'
+_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'viewBox="{0} {1} {2} {3}">{4}</svg>'
+)
 
 
 def readable_name(name: str) -> str:
@@ -176,7 +182,7 @@ def icon_sets(packages: Path) -> IconSets:
 class Icons(PictureSource):
     """One icon or emoji, with questions on name, kind and color."""
 
-    license = "Apache-2.0 (Noto), MIT (Tabler, Fluent)"
+    license = "Apache-2.0 AND MIT"
     origin = "Noto emoji, Tabler icons; held out: Fluent emoji"
     needs = (NOTO, TABLER, FLUENT)
 

@@ -15,7 +15,7 @@ from neo_components.data import NEODataModule, Source, write_shards
 from neo_components.data.plan.balance import Balance
 from neo_components.data.plan.pack_plan import PackPlan, PlannedSequence, Supply
 from neo_components.data.plan.step_plan import Step, StepPlan
-from neo_components.quickstart.easy_vqa import read_easy_vqa
+from neo_components.data.pictures.easy_vqa import read_easy_vqa
 
 LongTailed = Callable[[int], list[Supply]]
 

@@ -13,13 +13,12 @@ from PIL import Image
 
 from neo_components import PostLLM
 from neo_components.data import encode_conversation, encode_prompt, load_tokenizer, read_shards
+from neo_components.data.pictures.easy_vqa import question_kind, read_easy_vqa
 from neo_components.data.text.turns import check_conversation
 from neo_components.evaluation import questions_from_shards
 from neo_components.quickstart.easy_vqa import (
     EasyVQAPart,
     baselines,
-    question_kind,
-    read_easy_vqa,
     split_images,
     text_conversations,
     write_easy_vqa,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -19,28 +19,10 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from neo_components.data import write_shards
+from neo_components.data.pictures.easy_vqa import EasyVQAImage, question_kind, read_easy_vqa
 
 KINDS = ("shape", "color", "yes_no")
 """The kinds of question."""
-
-_SHAPES = {"circle", "rectangle", "triangle"}
-_YES_NO = {"yes", "no"}
-
-
-@dataclass(frozen=True)
-class EasyVQAImage:
-    """One image of the package and its questions.
-
-    Args:
-        number: of the image in the split.
-        path: the PNG file.
-        questions: (question, answer) pairs in the package's order.
-    """
-
-    number: int
-    path: Path
-    questions: tuple[tuple[str, str], ...]
-
 
 @dataclass
 class EasyVQAPart:
@@ -59,37 +41,6 @@ class EasyVQAPart:
     questions: int = 0
     images: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
-
-
-def read_easy_vqa(split: str) -> list[EasyVQAImage]:
-    """The images of one split with their questions, ordered by number.
-
-    Args:
-        split: ``"train"`` or ``"test"``.
-
-    Raises:
-        ValueError: for another split.
-        ModuleNotFoundError: if the package ``easy-vqa`` is not installed.
-    """
-    try:
-        import easy_vqa
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the quickstart reads the package easy-vqa: run `pip install easy-vqa`") from error
-
-    if split not in ("train", "test"):
-        raise ValueError(f"easy-VQA has no split {split!r}; it has 'train' and 'test'")
-    train = split == "train"
-    questions, answers, numbers = easy_vqa.get_train_questions() if train else easy_vqa.get_test_questions()
-    paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
-    asked = defaultdict(list)
-    for question, answer, number in zip(questions, answers, numbers, strict=True):
-        asked[number].append((question, answer))
-    return [EasyVQAImage(number, Path(paths[number]), tuple(asked[number])) for number in sorted(asked)]
-
-
-def question_kind(answer: str) -> str:
-    """The kind of a question, from its answer: yes or no, one of three shapes, or a color."""
-    return "yes_no" if answer in _YES_NO else "shape" if answer in _SHAPES else "color"
 
 
 def write_easy_vqa(

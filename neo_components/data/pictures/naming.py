@@ -1,0 +1,148 @@
+"""Questions on one named thing: its name, kind and color, yes or no, one of three, a caption.
+
+Questions go from coarse to fine, so that no answer is given away by an earlier turn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NAME, KIND, CHOICE, YES_NO, CAPTION, COLOR_OF = "name", "kind", "choice", "yes_no", "caption", "color"
+
+_ASK_NAME = (
+    "what is this?", "what is shown?", "what does the picture show?", "name the object.", "what do you see?",
+    "what is in the picture?", "which thing is shown here?", "say in a few words what this is.",
+)  # fmt: skip
+_ASK_KIND = (
+    "what kind of thing is this?", "what kind of thing is shown?", "which category does this belong to?",
+    "what sort of thing does the picture show?",
+)  # fmt: skip
+_ASK_YES_NO = ("is this {}?", "does the picture show {}?", "is {} shown here?", "do you see {}?")
+_ASK_CHOICE = ("which is it: {}, {} or {}?", "is this {}, {} or {}?", "does the picture show {}, {} or {}?")
+_ASK_CAPTION = (
+    "describe the picture.", "write a caption.", "give a short description.", "what is in the picture? answer in a sentence.",
+    "caption:", "describe what you see.",
+)  # fmt: skip
+_ASK_COLOR = ("what color is it mostly?", "which color is the {style} mostly?", "what is its main color?")
+_CAPTIONS = (
+    "{a_style} of {thing}.", "{a_style} that shows {thing}.", "this is {a_style} of {thing}.", "{thing}.",
+    "the picture shows {thing}.", "{a_style}: {name}.",
+)  # fmt: skip
+
+_NO_ARTICLE = ("the ", "a ", "an ", "some ", "two ", "three ", "four ", "five ", "six ", "seven ", "eight ", "nine ", "ten ")
+_MASS = {
+    "food", "clothing", "furniture", "weather", "music", "money", "bread", "meat", "electronics", "science", "milk",
+    "water", "people", "religion", "clothes", "cheese", "rice", "wine", "beer", "astronomy",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing that a picture shows.
+
+    Args:
+        name: what it is, without article; empty if it has no reliable name.
+        kinds: names of what it belongs to, the finest first; may be empty.
+        style: of the picture: ``drawing``, ``icon``, ``emoji``.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    style: str
+
+
+def with_article(name: str) -> str:
+    """``dog`` -> ``a dog``; plurals, names with a capital letter and mass nouns stay."""
+    first, last = name.split()[0], name.split()[-1].lower()
+    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    if name.lower().startswith(_NO_ARTICLE) or plural or last in _MASS or first[0].isdigit() or first[0].isupper():
+        return name
+    sounds_vowel = first[0].lower() in "aeiou" and not first.startswith(("uni", "use", "eu", "one"))
+    return f"{'an' if sounds_vowel else 'a'} {name}"
+
+
+def ask(
+    thing: Thing, others: Sequence[Thing], rng: random.Random, color: str | None = None, most: int = 4
+) -> tuple[list[tuple[str, str]], str]:
+    """Draws one to ``most`` questions on a thing.
+
+    Args:
+        thing: what is shown.
+        others: some other things, for wrong alternatives; those that share its name or kind are not used as such.
+        rng: of the choice.
+        color: its main color if it clearly has one.
+        most: number of questions.
+
+    Returns:
+        the (question, answer) pairs, and the kind of the last identity question, for reports.
+    """
+    turns: list[tuple[str, str]] = []
+    wanted = rng.choices((1, 2, 3, 4), (5, 3, 2, 1))[0]
+    wanted = min(wanted, most)
+    kind = KIND
+    if thing.name:
+        kind = rng.choices((NAME, CHOICE, YES_NO, CAPTION), (5, 2, 2, 3))[0]
+    fine = _fine(kind, thing, others, rng)
+    if color is not None and wanted > 1 and rng.random() < 0.6:
+        turns.append((rng.choice(_ASK_COLOR).format(style=thing.style), color))
+    if wanted > 1 + len(turns) and kind != KIND and thing.kinds:
+        turns.append(_kind_yes_no(thing, others, rng) if rng.random() < 0.4 else _kind(thing, rng))
+    if wanted > 1 + len(turns) and kind == NAME and rng.random() < 0.5 and (no := _other_name(thing, others, rng)):
+        turns.append((rng.choice(_ASK_YES_NO).format(with_article(no)), "no"))
+    return [*turns, fine], kind
+
+
+def _fine(kind: str, thing: Thing, others: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
+    if kind == NAME:
+        return rng.choice(_ASK_NAME), thing.name
+    if kind == CAPTION:
+        return rng.choice(_ASK_CAPTION), caption(thing, rng)
+    if kind == YES_NO:
+        no = _other_name(thing, others, rng) if rng.random() < 0.5 else None
+        return rng.choice(_ASK_YES_NO).format(with_article(no or thing.name)), "no" if no else "yes"
+    if kind == CHOICE:
+        wrong = sorted({o.name for o in others if different(thing, o)})
+        names = [thing.name, *rng.sample(wrong, min(2, len(wrong)))]
+        if len(names) < 3:
+            return rng.choice(_ASK_NAME), thing.name
+        rng.shuffle(names)
+        return rng.choice(_ASK_CHOICE).format(*map(with_article, names)), thing.name
+    return _kind(thing, rng) if thing.kinds else (rng.choice(_ASK_CAPTION), f"{with_article(thing.style)}.")
+
+
+def _kind(thing: Thing, rng: random.Random) -> tuple[str, str]:
+    return rng.choice(_ASK_KIND), thing.kinds[0]
+
+
+def _kind_yes_no(thing: Thing, others: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
+    wrong = sorted({kind for other in others for kind in other.kinds if kind not in (*thing.kinds, thing.name)})
+    no = rng.random() < 0.5 and bool(wrong)
+    kind = rng.choice(wrong) if no else rng.choice(thing.kinds)
+    return rng.choice(_ASK_YES_NO).format(with_article(kind)), "no" if no else "yes"
+
+
+def _other_name(thing: Thing, others: Sequence[Thing], rng: random.Random) -> str | None:
+    wrong = sorted({other.name for other in others if different(thing, other)})
+    return rng.choice(wrong) if wrong else None
+
+
+def different(one: Thing, other: Thing) -> bool:
+    """Whether the name of the other one is wrong for this one: no word in common, and not its kind."""
+    return bool(other.name) and not (
+        set(_words(one.name)) & set(_words(other.name)) or other.name in one.kinds or one.name in other.kinds
+    )
+
+
+def _words(name: str) -> list[str]:
+    return [word.rstrip("s") for word in name.lower().split() if len(word) > 2]
+
+
+def caption(thing: Thing, rng: random.Random) -> str:
+    """A sentence on it."""
+    text = rng.choice(_CAPTIONS)
+    named = with_article(thing.name)
+    if thing.kinds and rng.random() < 0.2:
+        named = f"{named}, {with_article(thing.kinds[0])}"
+    return text.format(a_style=with_article(thing.style), thing=named, name=thing.name)

@@ -12,10 +12,10 @@ import pytest
 from shard_builders import SPEC, TOKENIZER
 
 from neo_components.data import NEODataModule, Source, write_shards
+from neo_components.data.pictures.easy_vqa import read_easy_vqa
 from neo_components.data.plan.balance import Balance
 from neo_components.data.plan.pack_plan import PackPlan, PlannedSequence, Supply
 from neo_components.data.plan.step_plan import Step, StepPlan
-from neo_components.data.pictures.easy_vqa import read_easy_vqa
 
 LongTailed = Callable[[int], list[Supply]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from neo_components.data.pictures.easy_vqa import EasyVQAImage, question_kind, r
 
 KINDS = ("shape", "color", "yes_no")
 """The kinds of question."""
+
 
 @dataclass
 class EasyVQAPart:

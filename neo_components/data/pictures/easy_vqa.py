@@ -1,7 +1,7 @@
 """easy-VQA as a source of pictures, and its reader: images of one shape, with questions on its shape and its color.
 
-easy-VQA (Victor Zhou, 2019; MIT): images of 64 x 64 pixels. The training split has 4,000 images and 38,575 questions, the
-test split 1,000 images and 9,673 questions; there are 13 different answers.
+easy-VQA (Victor Zhou, 2019; MIT): images of 64 x 64 pixels. The training split has 4,000 images and 38,575 questions,
+the test split 1,000 images and 9,673 questions; there are 13 different answers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def question_kind(answer: str) -> str:
 class EasyVQA(PictureSource):
     """The training split of easy-VQA; its test split is held out.
 
-    Two questions in three are open; of those answered by yes or no, either answer is taken with the same chance.
+    Two questions in three are open; of the others as many are answered by yes as by no, also of those that ask
+    whether a shape is missing.
     """
 
     license: ClassVar[str] = "MIT"
@@ -97,12 +98,12 @@ class EasyVQA(PictureSource):
         one_of("split", split, SPLITS)
         images = self._images[split]
         drawn = images[number % len(images)]
-        by_kind = defaultdict(list)
+        by_kind: dict[object, list[tuple[str, str]]] = defaultdict(list)
         for question, answer in drawn.questions:
-            by_kind[answer if answer in _YES_NO else "open"].append((question, answer))
+            by_kind[(" no" in question, answer) if answer in _YES_NO else "open"].append((question, answer))
         turns: list[tuple[str, str]] = []
         for _ in range(rng.randint(1, 3)):
-            wanted = "open" if rng.random() < 2 / 3 else rng.choice(("yes", "no"))
+            wanted: object = "open" if rng.random() < 2 / 3 else (rng.random() < 0.5, rng.choice(("yes", "no")))
             if left := [turn for turn in by_kind[wanted] if turn not in turns]:
                 turns.append(rng.choice(left))
         with Image.open(drawn.path) as image:

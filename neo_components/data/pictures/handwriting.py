@@ -16,7 +16,16 @@ from PIL import Image, ImageFilter
 from neo_components.data.pictures import palette, words
 from neo_components.data.pictures.asking import one_form, some, yes_no
 from neo_components.data.pictures.fonts import NEEDS, Face, Fonts
-from neo_components.data.pictures.ink import SMALLEST, cropped, fitting_size, lay, scaled_to_fit, slanted, text_mask, wavy
+from neo_components.data.pictures.ink import (
+    SMALLEST,
+    cropped,
+    fitting_size,
+    lay,
+    scaled_to_fit,
+    slanted,
+    text_mask,
+    wavy,
+)
 from neo_components.data.pictures.lettering import KEEPS, LETTERS, sign_turns
 from neo_components.data.pictures.picture import Picture, PictureSource
 from neo_components.data.pictures.words import Words
@@ -53,7 +62,7 @@ class Handwriting(PictureSource):
         if chance < 0.75:
             text = rng.choice(string.digits if chance < 0.5 else LETTERS)
             text = text if face.has_small_letters else text.upper()
-            first, others = sign_turns(rng, text, face.has_small_letters)
+            first, others = sign_turns(rng, text, face.has_small_letters, digits_per_letter=2)
         elif chance < 0.87:
             text = str(rng.randint(10, 9999))
             first = [(one_form(rng, "what number is this?|which number is written here?|read the number."), text)]
@@ -63,13 +72,23 @@ class Handwriting(PictureSource):
         else:
             text = self.words.word(rng)
             text = text if face.has_small_letters else text.upper()
-            first = [(one_form(rng, "what word is this?|what is written here?|read the handwriting.|what does it say?"), text)]
+            first = [
+                (
+                    one_form(rng, "what word is this?|what is written here?|read the handwriting.|what does it say?"),
+                    text,
+                )
+            ]
             others = [(one_form(rng, "what is the first letter?|with which letter does it begin?"), text[0].upper())]
             others += [(one_form(rng, "how many letters are there?|count the letters."), str(len(text)))]
         image, light = written(rng, face, text)
         what = "writing" if len(text) > 1 else "digit" if text.isdigit() else "letter"
         forms = "is the {what} lighter than the background?|is it light {what} on a dark background?"
-        others.append((one_form(rng, forms.replace("light {what}", "a light {what}") if len(text) == 1 else forms, what=what), yes_no(light)))
+        others.append(
+            (
+                one_form(rng, forms.replace("light {what}", "a light {what}") if len(text) == 1 else forms, what=what),
+                yes_no(light),
+            )
+        )
         return Picture(image, some(rng, first, others, most=3), "text", KEEPS)
 
 
@@ -78,8 +97,12 @@ def written(rng: random.Random, face: Face, text: str) -> tuple[Image.Image, boo
     single = len(text) == 1
     width = rng.randint(64, 128) if single else rng.randint(96, 208)
     height = round(width * rng.uniform(0.8, 1.2)) if single else max(48, round(width * rng.uniform(0.4, 0.7)))
-    size = fitting_size(face, text, width * 0.9, height * 1.1) if not single else max(SMALLEST, int(height * rng.uniform(0.7, 1.1)))
-    thickness = rng.choice((0, 0, rng.uniform(0, 0.05), rng.uniform(0.03, 0.1) if single else 0.02))
+    size = (
+        fitting_size(face, text, width * 0.9, height * 1.1)
+        if not single
+        else max(SMALLEST, int(height * rng.uniform(0.7, 1.1)))
+    )
+    thickness = rng.choice((0, 0, rng.uniform(0, 0.03), rng.uniform(0.02, 0.06) if single else 0.02))
     mask = text_mask(text, face.at(size), 0, round(size * thickness))
     mask = slanted(mask, rng.gauss(0, 6), rng.uniform(-0.35, 0.35) if rng.random() < 0.7 else 0)
     if rng.random() < 0.7:
@@ -91,12 +114,16 @@ def written(rng: random.Random, face: Face, text: str) -> tuple[Image.Image, boo
     fill = rng.uniform(0.45, 0.95)
     if single:  # as large as its frame allows: digits on forms are cut out like that
         scale = min(width * fill / mask.width, height * fill / mask.height)
-        mask = mask.resize((max(3, int(mask.width * scale)), max(3, int(mask.height * scale))), Image.Resampling.BILINEAR)
+        mask = mask.resize(
+            (max(3, int(mask.width * scale)), max(3, int(mask.height * scale))), Image.Resampling.BILINEAR
+        )
     mask = scaled_to_fit(mask, width - 6, height - 6)
     ink, ground = shades(rng)
     image = palette.ground(rng, (width, height), ground)
     away = 0.5 if rng.random() < 0.6 else rng.random()
-    lay(image, mask, ink, ((width - mask.width) * away, (height - mask.height) * (0.5 if away == 0.5 else rng.random())))
+    lay(
+        image, mask, ink, ((width - mask.width) * away, (height - mask.height) * (0.5 if away == 0.5 else rng.random()))
+    )
     if single and rng.random() < 0.4:
         image = coarse(image, rng)
     return image, palette.luminance(ink) > palette.luminance(ground)
@@ -115,7 +142,8 @@ def shades(rng: random.Random) -> tuple[palette.RGB, palette.RGB]:
 def coarse(image: Image.Image, rng: random.Random) -> Image.Image:
     """The picture at a low resolution, enlarged to its size again, smoothly or in squares."""
     scale = rng.randint(*COARSE) / max(image.size)
-    small = image.resize((max(8, round(image.width * scale)), max(8, round(image.height * scale))), Image.Resampling.BOX)
+    small = image.resize(
+        (max(8, round(image.width * scale)), max(8, round(image.height * scale))), Image.Resampling.BOX
+    )
     way = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
     return small.resize(image.size, way)
-

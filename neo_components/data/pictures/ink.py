@@ -105,7 +105,12 @@ def wavy(mask: Image.Image, rng: random.Random, amount: float) -> Image.Image:
     mesh = []
     for row in range(cells):
         for column in range(cells):
-            corners = (points[row, column], points[row + 1, column], points[row + 1, column + 1], points[row, column + 1])
+            corners = (
+                points[row, column],
+                points[row + 1, column],
+                points[row + 1, column + 1],
+                points[row, column + 1],
+            )
             box = (xs[column], ys[row], xs[column + 1], ys[row + 1])
             mesh.append((box, tuple(value for corner in corners for value in corner)))
     return cropped(roomy.transform((wide, high), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR))

@@ -74,10 +74,21 @@ def cased(rng: random.Random, face: Face, word: str) -> str:
     return word if chance < 0.4 else word.upper() if chance < 0.8 else word.capitalize()
 
 
-def sign_turns(rng: random.Random, sign: str, small_letters: bool = True) -> tuple[list[Turn], list[Turn]]:
-    """Questions about a single letter or digit: which one it is, and others."""
+def sign_turns(
+    rng: random.Random, sign: str, small_letters: bool = True, digits_per_letter: float = 1
+) -> tuple[list[Turn], list[Turn]]:
+    """Questions about a single letter or digit: which one it is, and others.
+
+    Args:
+        rng: source of randomness.
+        sign: the letter or digit.
+        small_letters: whether the font has them.
+        digits_per_letter: how many digits are drawn for each letter, so that either answer comes equally often.
+    """
     if sign.isdigit():
-        forms = "what digit is this?|which digit is shown?|what number is this?|name the digit.|which number do you see?"
+        forms = (
+            "what digit is this?|which digit is shown?|what number is this?|name the digit.|which number do you see?"
+        )
         first = [(one_form(rng, forms), sign)]
         if rng.random() < 0.3:
             forms = "what digit is this, as a word?|write the digit as a word.|spell the digit that is shown."
@@ -93,7 +104,9 @@ def sign_turns(rng: random.Random, sign: str, small_letters: bool = True) -> tup
     if sign in CASE_SHOWS and small_letters:
         forms = "is it a capital letter?|is this an upper case letter?|is the letter upper case?"
         others.append((one_form(rng, forms), yes_no(sign.isupper())))
-    others.append((one_form(rng, "is it a letter or a digit?|is this a digit or a letter?"), "digit" if sign.isdigit() else "letter"))
+    if not sign.isdigit() or rng.random() < 1 / digits_per_letter:
+        forms = "is it a letter or a digit?|is this a digit or a letter?"
+        others.append((one_form(rng, forms), "digit" if sign.isdigit() else "letter"))
     return first, others
 
 
@@ -114,19 +127,33 @@ def _word(rng: random.Random, face: Face, vocabulary: Words) -> Drawn:
     word = cased(rng, face, vocabulary.word(rng))
     sheet = write(rng, face, word)
     first = [(one_form(rng, READ + "|which word is shown?|what word is this?|read the word."), word)]
-    return sheet, first, _about_word(rng, word, vocabulary, face) + color_turns(rng, sheet, text=rng.choice(("text", "word")))
+    return (
+        sheet,
+        first,
+        _about_word(rng, word, vocabulary, face) + color_turns(rng, sheet, text=rng.choice(("text", "word"))),
+    )
 
 
 def _about_word(rng: random.Random, word: str, vocabulary: Words, face: Face) -> list[Turn]:
     truth = rng.random() < 0.5
     other = word if truth else vocabulary.similar(rng, word)
     turns = [
-        (one_form(rng, 'does it say "{other}"?|is the word "{other}"?|is "{other}" written here?', other=other), yes_no(truth)),
-        (one_form(rng, "how many letters does the word have?|how many letters are there?|count the letters."), str(len(word))),
+        (
+            one_form(rng, 'does it say "{other}"?|is the word "{other}"?|is "{other}" written here?', other=other),
+            yes_no(truth),
+        ),
+        (
+            one_form(rng, "how many letters does the word have?|how many letters are there?|count the letters."),
+            str(len(word)),
+        ),
         (one_form(rng, "what is the first letter?|with which letter does the word begin?"), word[0].upper()),
         (one_form(rng, "what is the last letter?|with which letter does the word end?"), word[-1].upper()),
     ]
-    letter = rng.choice(word) if rng.random() < 0.5 else rng.choice([one for one in string.ascii_lowercase if one not in word.lower()])
+    letter = (
+        rng.choice(word)
+        if rng.random() < 0.5
+        else rng.choice([one for one in string.ascii_lowercase if one not in word.lower()])
+    )
     turns.append((f"does the word contain the letter {letter.upper()}?", yes_no(letter in word)))
     # A first capital is never asked about: as it is, words in capitals and in small letters are equally many.
     if face.has_small_letters and face.kind != "hand" and (word.isupper() or word.islower()):
@@ -147,7 +174,9 @@ def _number(rng: random.Random, face: Face, _: Words) -> Drawn:
     ]
     truth = rng.random() < 0.5
     other = shown if truth else _other_number(rng, shown)
-    others.append((one_form(rng, "is this {other}?|is the number {other}?|does it say {other}?", other=other), yes_no(truth)))
+    others.append(
+        (one_form(rng, "is this {other}?|is the number {other}?|does it say {other}?", other=other), yes_no(truth))
+    )
     return sheet, [(one_form(rng, forms), shown)], others + color_turns(rng, sheet, text=rng.choice(("number", "text")))
 
 
@@ -204,8 +233,16 @@ def _lines(rng: random.Random, face: Face, vocabulary: Words) -> Drawn:
     names = ("first", "second", "third", "fourth")
     others = [
         (one_form(rng, "what is written at the top?|what does the top line say?|what is the top line?"), rows[0]),
-        (one_form(rng, "what is written at the bottom?|what does the bottom line say?|what is the last line?"), rows[-1]),
-        (one_form(rng, "what does the {n} line say?|read the {n} line.|what is on line {k}?", n=names[asked], k=asked + 1), rows[asked]),
+        (
+            one_form(rng, "what is written at the bottom?|what does the bottom line say?|what is the last line?"),
+            rows[-1],
+        ),
+        (
+            one_form(
+                rng, "what does the {n} line say?|read the {n} line.|what is on line {k}?", n=names[asked], k=asked + 1
+            ),
+            rows[asked],
+        ),
         (one_form(rng, "how many lines are there?|how many lines of text are shown?|count the lines."), str(len(rows))),
     ]
     row = rng.choice(rows)

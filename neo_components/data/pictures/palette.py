@@ -76,6 +76,12 @@ def dark(rng: random.Random) -> RGB:
     return rng.randint(8, 45), rng.randint(8, 45), rng.randint(8, 45)
 
 
+def middle(rng: random.Random) -> RGB:
+    """A background between light and dark, of so little color that it has no name."""
+    level = rng.randint(90, 190)
+    return level + rng.randint(-14, 14), level + rng.randint(-14, 14), level + rng.randint(-14, 14)
+
+
 def ground(rng: random.Random, size: tuple[int, int], rgb: RGB) -> Image.Image:
     """A background of one color, now and then a little lighter to one side."""
     if rng.random() < 0.75:

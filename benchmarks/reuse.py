@@ -1,25 +1,28 @@
 """What a pretrained pre-Buffer saves on tasks that it never saw, against random weights of the same shapes.
 
-    neo data pretrain-mix outputs/mix                     # held-out pictures of each source
-    python benchmarks/reuse.py run --source pretrained:small --mix outputs/mix
-    python benchmarks/reuse.py run --source pretrained:small --mix outputs/mix --smollm2 FOLDER --llms smollm2
+    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER
+    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --pairs 100 1000 --text bypass
+    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --llms smollm2 --smollm2 FOLDER --seeds 0
     python benchmarks/reuse.py report --figures docs/figures
-    python benchmarks/reuse.py report --root benchmarks/results      # the arms of docs/results/reuse.md
+    python benchmarks/reuse.py report --root benchmarks/results/reuse      # the arms of docs/results/reuse.md
 
-``run`` makes the target tasks (reuse_tasks.py) and the small language model (reuse_setting.py), fits linear probes on
-frozen features (reuse_probe.py), then trains arm after arm. An arm is one choice of
+``run`` makes the target tasks (reuse_tasks.py, of the packages of ``neo data pretrain-mix``) and the small language
+model (reuse_setting.py), fits linear probes on frozen features (reuse_probe.py), then trains arm after arm. An arm is
+one choice of
 
 - weights of the pre-Buffer: ``reused``; ``random``, new ones of the same shapes; ``whitened``, new ones with the patch
   embedding whitened on the task's images. The better of the last two on each task is the control.
 - what trains: ``tuned``, everything; ``frozen``, everything but pre-Buffer and patch embedding.
 - the way of text: ``bypass``, around the pre-Buffer; ``shared``, through it.
+- how many question-answer pairs it trains on: all, or with ``--pairs 100 1000`` few.
 
 Arms that differ in the weights alone are compared: recipe, bridges, data, their order, schedule and budget are the same
-for one seed, and a seed changes initial weights and data order. The arms of new weights train longer, to show the loss
-that they reach. With ``--pairs 100 1000`` arms train on so many question-answer pairs only.
+for one seed, and a seed changes initial weights and data order. Arms of new weights on all pairs train longer, to show
+the loss that they reach; the rate is constant after its warm-up.
 
-Every arm is one line of ``arms.jsonl`` when it is done, and one that is there already is not run again, so a run can
-be stopped, continued, and shared by several processes with other tasks, seeds or language models.
+Every arm is one line of ``arms.jsonl`` when it is done, every probe one of ``probes.jsonl``, and one that is there
+already is not run again, so a run can be stopped, continued, and shared by several processes with other tasks, seeds or
+language models.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +43,11 @@ import lightning
 import reuse_setting as setting
 import torch
 from lightning.pytorch.callbacks import Callback
+from reuse_figure import draw
+from reuse_probe import Probe, probe
 from reuse_report import report
 from reuse_tasks import PAIRS, TASKS, card_of, make_task, test_folder, train_folder
 
-from neo_components.data import load_tokenizer
 from neo_components.data.module import NEODataModule
 from neo_components.evaluation import evaluate, questions_from_shards
 from neo_components.recipe import Recipe, load_recipe
@@ -106,16 +110,29 @@ class Curve(Callback):
 
 def recipe_of(arm: Arm, options: argparse.Namespace) -> Recipe:
     """The recipe of an arm."""
-    root, llm = options.root, options.folders[arm.llm]
-    return load_recipe("quickstart/attach", [
+    root, llm = options.root, folder_of(arm.llm, options)
+    return load_recipe(setting.RECIPES[arm.llm], [
         f"seed={SEED + arm.seed}", f"model.pre_buffer.from_pretrained={options.source}",
         f"model.post_llm.from_pretrained={llm}", f"data.tokenizer={llm}",
         f"data.train=[{{shards: {train_folder(root, arm.task, arm.pairs)}}}]",
         f"data.validation=[{{shards: {test_folder(root, arm.task)}}}]",
-        f"stage.steps={arm.steps}", f"stage.validate_every={options.every}", "trainer.limit_val_batches=null",
+        f"stage.steps={arm.steps}", f"stage.validate_every={options.every}",
+        f"data.min_pixels={options.pixels}", f"data.max_pixels={options.pixels}",
         *setting.COMMON, *setting.SCHEDULES[arm.llm],
-        *WEIGHTS[arm.weights], *TRAIN[arm.train], *TEXT[arm.text],
+        *WEIGHTS[arm.weights], *TRAIN[arm.train], *TEXT[arm.text], *options.set,
     ])  # fmt: skip
+
+
+def folder_of(llm: str, options: argparse.Namespace) -> Path:
+    """Folder of a language model.
+
+    Raises:
+        ValueError: if it was not given.
+    """
+    folder: Path | None = options.root / "llm_small" if llm == setting.SMALL else getattr(options, llm)
+    if folder is None:
+        raise ValueError(f"language model {llm}: give its folder, --{llm} FOLDER")
+    return folder
 
 
 def train_arm(arm: Arm, options: argparse.Namespace) -> None:
@@ -130,14 +147,15 @@ def train_arm(arm: Arm, options: argparse.Namespace) -> None:
     if recipe.stage.whiten_patches:
         whiten(recipe, model)
     asked = list(itertools.islice(questions_from_shards(test_folder(options.root, arm.task)), options.questions))
-    tokenizer = load_tokenizer(recipe.data["tokenizer"])
+    limits = {"min_pixels": options.pixels, "max_pixels": options.pixels, "max_new_tokens": 12, "batch_size": 150}
 
     def ask() -> dict[str, float]:
-        limits = {"min_pixels": setting.PIXELS, "max_pixels": setting.PIXELS, "max_new_tokens": 12, "batch_size": 150}
-        return evaluate(model, tokenizer, asked, progress=None, **limits).accuracy
+        with torch.autocast(module.device.type, torch.bfloat16):  # as in training; in less time
+            found = evaluate(model, chat.tokenizer, asked, progress=None, **limits).accuracy
+        return {kind: round(score, 4) for kind, score in found.items()}
 
-    steps = setting.STEPS[arm.llm] if options.steps is None else options.steps
-    curve = Curve(ask, (steps // 2, steps, arm.steps))
+    steps = steps_of(arm.llm, options)
+    curve = Curve(ask, (steps // 2, steps, arm.steps) if arm.pairs == PAIRS[-1] else (steps,))
     trainer = lightning.Trainer(
         max_steps=arm.steps, val_check_interval=options.every, check_val_every_n_epoch=None, gradient_clip_val=1.0,
         num_sanity_val_steps=0, inference_mode=False, logger=False, enable_checkpointing=False,
@@ -149,4 +167,113 @@ def train_arm(arm: Arm, options: argparse.Namespace) -> None:
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     arm.curve, arm.scores, arm.seconds = curve.points, curve.scores, round(time.monotonic() - began, 1)
-    arm.blind = card_of(options.root, arm.task)["blind"]
+    arm.blind = round(card_of(options.root, arm.task)["blind"], 4)
+
+
+def steps_of(llm: str, options: argparse.Namespace) -> int:
+    """Steps of the arms of a language model, those of new weights aside."""
+    return setting.STEPS[llm] if options.steps is None else int(options.steps)
+
+
+def source_of(options: argparse.Namespace) -> str:
+    """Name of the source in the results: without the folders above it."""
+    return Path(options.source).name if Path(options.source).is_dir() else str(options.source)
+
+
+def arms_of(options: argparse.Namespace) -> Iterator[Arm]:
+    """The arms that a command line selects, seed by seed."""
+    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    choices = (options.seeds, options.llms, options.pairs, options.tasks, options.text, options.train, options.weights)
+    for seed, llm, pairs, task, text, train, weights in itertools.product(*choices):
+        longer = setting.LONGER if pairs == PAIRS[-1] and weights != "reused" else 1
+        steps = steps_of(llm, options) * longer
+        yield Arm(weights, train, text, llm, task, source_of(options), pairs, seed, steps, device)
+
+
+def read(file: Path) -> list[Arm]:
+    """The arms that are done."""
+    if not file.is_file():
+        return []
+    return [Arm(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def read_probes(file: Path) -> list[Probe]:
+    """The probes that are done."""
+    if not file.is_file():
+        return []
+    return [Probe(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def add(file: Path, found: Arm | Probe) -> None:
+    """Appends a line."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(found)) + "\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Makes what is missing, then probes and trains what is not done."""
+    for task in TASKS if setting.SMALL in options.llms else options.tasks:  # the small language model knows all texts
+        make_task(options.root, task, options.packages)
+    if setting.SMALL in options.llms:
+        setting.make_small(options.root)
+    done, source = options.root / "probes.jsonl", source_of(options)
+    for seed, task, weights in itertools.product(options.seeds[:2], options.tasks, options.weights):
+        seed = 0 if weights == "reused" else seed
+        if (source, weights, task, seed) not in {one.key for one in read_probes(done)}:
+            for one in probe(options.root, options.source, source, weights, task, seed):
+                add(done, one)
+                print(f"probe of {task}, {weights}, {one.features}: error {one.error:.3f}", flush=True)
+    done = options.root / "arms.jsonl"
+    for arm in arms_of(options):
+        if arm.key in {one.key for one in read(done)}:
+            continue
+        train_arm(arm, options)
+        add(done, arm)
+        last = f"loss {arm.curve[-1][1]:.3f}, exact match {arm.scores[-1][1]['overall']:.3f}, {arm.seconds:.0f} s"
+        name = f"{arm.task} on {arm.llm}, {arm.weights} {arm.train} {arm.text}, {arm.pairs} pairs, seed {arm.seed}"
+        print(f"{name}: {last}", flush=True)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints the report, and draws the curves if there is a folder for them."""
+    arms, probes = read(options.root / "arms.jsonl"), read_probes(options.root / "probes.jsonl")
+    if options.source is not None:
+        arms = [arm for arm in arms if arm.source == source_of(options)]
+        probes = [one for one in probes if one.source == source_of(options)]
+    print(report(arms, probes))
+    if options.figures is not None:
+        draw(arms, options.figures / "reuse.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--root", type=Path, default=Path("outputs/reuse"), help="folder of all of it")
+    parser.add_argument("--source", help="folder, hub id or pretrained:NAME of the asset")
+    parser.add_argument("--packages", type=Path, help="folder of the packages that the tasks are drawn from")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--llms", nargs="+", choices=setting.LLMS, default=[setting.SMALL])
+    parser.add_argument("--smollm2", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--gemma", type=Path, help="folder of Gemma 3 270M")
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--train", nargs="+", choices=TRAIN, default=list(TRAIN))
+    parser.add_argument("--text", nargs="+", choices=TEXT, default=list(TEXT))
+    parser.add_argument("--pairs", nargs="+", type=int, choices=PAIRS, default=[PAIRS[-1]], help="training pairs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, help=f"by default {setting.STEPS}")
+    parser.add_argument("--every", type=int, default=10, help="steps between validations")
+    parser.add_argument("--questions", type=int, default=300, help="test questions that are answered")
+    parser.add_argument("--pixels", type=int, default=setting.PIXELS, help="of every image")
+    parser.add_argument("--set", nargs="+", default=[], help="overrides of the recipe, for example trainer.devices=1")
+    parser.add_argument("--figures", type=Path, help="folder for the curves of report")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
+    if options.what == "run" and (options.source is None or options.packages is None):
+        parser.error("run needs --source and --packages")
+    run(options) if options.what == "run" else show(options)
+
+
+if __name__ == "__main__":
+    main()

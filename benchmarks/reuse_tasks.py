@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import neo_components.data.pictures.scenes as drawn_scenes
 from neo_components.data import write_shards
 from neo_components.data.convert.pretrain_mix import encode
 from neo_components.data.pictures.asking import one_form, yes_no
@@ -106,8 +107,6 @@ def fonts(packages: Path) -> Draw:
 def scenes(packages: Path) -> Draw:
     """Flat shapes, at least one of a pair of color and shape that training never shows."""
 
-    import neo_components.data.pictures.scenes as drawn_scenes
-
     def draw(part: str, number: int, rng: random.Random) -> Drawn:
         background = rng.choice(drawn_scenes.GROUNDS)(rng)
         things = drawn_scenes.distinct(rng, HELD_OUT, background, rng.randint(1, 4))
@@ -128,8 +127,9 @@ def easy_vqa(packages: Path) -> Draw:
 
     def draw(part: str, number: int, rng: random.Random) -> Drawn:
         index = parts[part][number % len(parts[part])]
-        answers = {question_kind(answer): answer for _, answer in images[index].questions}
-        return source.draw(index, HELD_OUT, rng), {kind: answers[kind] for kind in ("shape", "color")}
+        labels = {question_kind(answer): answer for _, answer in images[index].questions}
+        labels.pop("yes_no", None)
+        return source.draw(index, HELD_OUT, rng), labels
 
     return draw
 

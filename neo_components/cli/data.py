@@ -124,6 +124,44 @@ def _values_of(option: str, args: list[str]) -> list[str]:
     return [*following, *(arg.partition("=")[2] for arg in args if arg.startswith(f"{option}="))]
 
 
+@data_app.command("pretrain-mix")
+def pretrain_mix(
+    output: Annotated[Path, typer.Argument(help="Folder of the mix; holds a folder of shards for each part.")],
+    packages: Annotated[Path, typer.Option(help="Folder of the packages with drawings, icons and fonts.")],
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the packages that are missing.")] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Images of the train part, each with 1 to 4 questions.")] = 300_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same shards.")] = 0,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="Sampling weight of a source, icons=2; 0 leaves it out. Repeatable.")
+    ] = None,
+    held_out: Annotated[int, typer.Option(min=0, help="Images of each source that are held out.")] = 1_000,
+    workers: Workers = None,
+    imports: Imports = None,
+) -> None:
+    """Write the pretraining mix: images of many sources with questions, text alone, and what is held out."""
+    from neo_components.data.convert.pretrain_parts import write_mix
+
+    counts = write_mix(
+        output, packages, pairs=pairs, held_out=held_out, seed=seed, weights=_weights(weight or []), fetch=fetch,
+        workers=_workers(workers), report=typer.echo,
+    )  # fmt: skip
+    typer.echo(f"{counts} samples: {output} (README.md is its data card)")
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    """``["icons=2"]`` -> ``{"icons": 2.0}``."""
+    weights = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--weight must be SOURCE=NUMBER, like icons=2, got {text!r}")
+    return weights
+
+
 @data_app.command()
 def index(
     shards: Annotated[str, typer.Argument(help="Folder of shards.")],

@@ -111,13 +111,17 @@ class PretrainMix(Converter):
             return {
                 "key": f"{name}-{index:09d}",
                 "conversations": [
-                    {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+                    {"from": who, "value": text}
+                    for turn in turns
+                    for who, text in zip(("human", "gpt"), turn, strict=True)
                 ],
                 "images": [encode(image)],
                 "source": name,
                 "kind": picture.kind,
             }
-        raise SampleError(f"{_TRIES} pictures of {name} in a row cannot be used, the last because: {fault}", fault.reason)
+        raise SampleError(
+            f"{_TRIES} pictures of {name} in a row cannot be used, the last because: {fault}", fault.reason
+        )
 
     def _turns(self, picture: Picture) -> Sequence[tuple[str, str]]:
         if self.part != HELD_OUT:

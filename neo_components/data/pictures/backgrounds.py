@@ -47,7 +47,7 @@ def background(size: tuple[int, int], drawing: Image.Image, rng: random.Random, 
 
 def brightness(drawing: Image.Image) -> float:
     """Mean brightness of the opaque pixels, 0 to 255."""
-    pixels = np.asarray(drawing.resize((16, 16), Image.Resampling.BOX), np.float32).reshape(-1, 4)
+    pixels = np.asarray(drawing.resize((32, 32), Image.Resampling.NEAREST), np.float32).reshape(-1, 4)
     weight = pixels[:, 3]
     return float((pixels[:, :3] @ (0.299, 0.587, 0.114) * weight).sum() / max(weight.sum(), 1))
 

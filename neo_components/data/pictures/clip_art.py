@@ -15,12 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neo_components.data.pictures.clip_art_folders import LIMITS, LEFT_OUT, kinds_of, name_in_folder
+from neo_components.data.pictures.clip_art_folders import LEFT_OUT, LIMITS, kinds_of, name_in_folder
 from neo_components.data.pictures.colors import main_color
 from neo_components.data.pictures.naming import Thing, ask
 from neo_components.data.pictures.packages import package_folder
 from neo_components.data.pictures.picture import COLOR, HELD_OUT, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
-from neo_components.data.pictures.svg import Rdf, read_rdf, read_svg, render
+from neo_components.data.pictures.svg import Rdf, Renders, read_rdf, read_svg
+from neo_components.data.pictures.words import PACKAGE as WORDS
+from neo_components.data.pictures.words import Words
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
@@ -29,13 +31,19 @@ HELD_OUT_ONE_IN = 20
 SIDES = (96, 224)
 """Smallest and largest longer side of a drawing in pixels."""
 
-_GENERIC = re.compile(r"clip ?art|collection|\bicons\b|lemon|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arrows$", re.I)
+_GENERIC = re.compile(
+    r"clip ?art|collection|\bicons\b|lemon svg|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arrows$",
+    re.IGNORECASE,
+)
 _NOISE = {
-    "clipart", "clip", "art", "icon", "icons", "svg", "symbol", "the", "outline", "silhouette", "silhouet", "contour",
+    "clipart", "clip", "art", "icon", "icons", "svg", "symbol", "outline", "silhouette", "silhouet", "contour",
     "etiquette", "gnome", "mime", "vector", "cartoon", "illustration", "simple", "image", "drawing", "aiga", "stock",
-    "hash", "lemon", "theme", "by", "and", "of", "with", "in", "on", "draft", "sketch", "ganson", "mo", "color", "colour",
-}  # fmt: skip
-_MOST_WORDS = 4
+    "hash", "bw", "md", "alt", "nm", "xx", "theme", "by", "draft", "sketch", "ganson", "mo", "color", "colour", }  # fmt: skip
+_SMALL = {"of", "and", "with", "in", "on", "the", "an", "for", "to", "at"}
+"""Words that stand inside a name, never at its ends."""
+_MOST_WORDS = 3
+_NAMELESS = ("computer/icons", "computer/buttons", "unsorted")
+"""Folders whose kind says nothing about a drawing without a name."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,13 @@ class ClipArt(PictureSource):
 
     license = "CC-PDDC"
     origin = "Open Clip Art Library 0.18 (Debian package openclipart-svg)"
-    needs = (PACKAGE,)
+    needs = (PACKAGE, WORDS)
 
     def __init__(self, packages: Path) -> None:
         super().__init__(packages)
         self.folder = package_folder(packages, PACKAGE)
-        drawings = read_drawings(self.folder)
+        self._renders = Renders(SIDES[1])
+        drawings = read_drawings(self.folder, set(Words(packages, longest=14).all))
         self.drawings = {
             TRAIN: [d for d in drawings if not is_held_out(d.path)],
             HELD_OUT: [d for d in drawings if is_held_out(d.path) and d.thing.name],
@@ -77,7 +86,8 @@ class ClipArt(PictureSource):
         """See :meth:`PictureSource.draw`."""
         drawings = self.drawings[split]
         drawing = drawings[number % len(drawings)]
-        image = render(read_svg(self.folder / drawing.path), rng.randint(*SIDES), drawing.path)
+        path = self.folder / drawing.path
+        image = self._renders.get(drawing.path, lambda: read_svg(path), rng.randint(*SIDES))
         color = main_color(image)
         others = [other.thing for other in rng.sample(drawings, min(12, len(drawings)))]
         turns, kind = ask(drawing.thing, others, rng, color)
@@ -96,8 +106,12 @@ def is_held_out(path: str) -> bool:
     return int(hashlib.sha256(stem.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
-def read_drawings(folder: Path) -> list[Drawing]:
+def read_drawings(folder: Path, english: set[str]) -> list[Drawing]:
     """All drawings that are worth showing, each once, in a fixed order without meaning.
+
+    Args:
+        folder: of the collection.
+        english: words that may stand in a name.
 
     Raises:
         ValueError: if there is none.
@@ -114,12 +128,13 @@ def read_drawings(folder: Path) -> list[Drawing]:
             texts[name] = read_rdf(svg)
     if not texts:
         raise ValueError(f"{folder} holds no SVG drawings; remove it and start again")
-    known = known_words(texts)
+    known = known_words(texts) | english
     titles = Counter(rdf.title.lower() for rdf in texts.values())
     drawings = [
         Drawing(name, Thing(name_of(name, rdf, known, titles[rdf.title.lower()]), kinds_of(name), _style(name)))
         for name, rdf in texts.items()
     ]
+    drawings = [drawing for drawing in drawings if drawing.thing.name or not drawing.path.startswith(_NAMELESS)]
     return sorted(_limited(drawings), key=lambda d: hashlib.sha256(d.path.encode()).hexdigest())
 
 
@@ -145,7 +160,8 @@ def known_words(texts: dict[str, Rdf]) -> set[str]:
     authors: dict[str, set[str]] = defaultdict(set)
     for path, rdf in texts.items():
         author = rdf.creator.lower() or path.rpartition("/")[0]
-        if "architetto" not in author:  # 400 drawings with Italian titles
+        # Icons of programs are named by the programs' words; 400 drawings have Italian titles.
+        if "architetto" not in author and not path.startswith("computer/icons"):
             for word in {w for text in (rdf.title, *rdf.keywords, _stem(path, rdf)) for w in words_of(text)}:
                 authors[word].add(author)
     return {word for word, who in authors.items() if len(who) > 1}
@@ -177,13 +193,18 @@ def name_of(path: str, rdf: Rdf, known: set[str], same_title: int) -> str:
         known: words that may stand in a name.
         same_title: number of drawings with its title.
     """
-    special = name_in_folder(path, rdf.title)
+    special = name_in_folder(path, rdf.title, same_title)
     if special is not None:
         return special
     generic = not rdf.title or _GENERIC.search(rdf.title) is not None or same_title > 12
     candidates = [_stem(path, rdf)] if generic else [rdf.title, _stem(path, rdf)]
     for candidate in candidates:
         words = [word for word in words_of(candidate) if word not in _NOISE]
-        if 0 < len(words) <= _MOST_WORDS and all(word in known for word in words) and max(map(len, words)) > 2:
+        while words and words[0] in _SMALL:
+            words = words[1:]
+        while words and words[-1] in _SMALL:
+            words = words[:-1]
+        large = [word for word in words if word not in _SMALL]
+        if 0 < len(large) <= _MOST_WORDS and all(word in known for word in large) and max(map(len, large)) > 2:
             return " ".join(words)
     return ""

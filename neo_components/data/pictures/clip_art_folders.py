@@ -138,8 +138,14 @@ def kinds_of(path: str) -> tuple[str, ...]:
     return ()
 
 
-def name_in_folder(path: str, title: str) -> str | None:
-    """The name of a drawing in a folder that names its files by a rule of its own; ``None`` for all others."""
+def name_in_folder(path: str, title: str, same_title: int) -> str | None:
+    """The name of a drawing in a folder whose files are named by a rule of its own; ``None`` for all others.
+
+    Args:
+        path: of the file.
+        title: of the drawing.
+        same_title: number of drawings with this title.
+    """
     stem = PurePosixPath(path).stem
     if path.startswith("recreation/games/cards") and (card := _CARD.fullmatch(stem)):
         return f"{_RANKS[card[2]]} of {_SUITS[card[1]]}" if card[2] in _RANKS else "playing card"
@@ -147,17 +153,34 @@ def name_in_folder(path: str, title: str) -> str | None:
         letter = stem.rpartition("_")[2]
         return f"semaphore {letter}" if stem.startswith("semaphore_") else ""
     if path.startswith("signs_and_symbols/flags"):
-        return _flag(title)
+        return _flag(title if same_title < 3 and not _COLLECTION.search(title) else stem)
+    if path.startswith("geography/") and not path.startswith("geography/astronomy"):
+        place = _place(title)
+        return f"map of {place}" if same_title < 3 and place and not _COLLECTION.search(title) else "map"
     if path.startswith(_NAMED_BY_KIND):
         return kinds_of(path)[0]
     return None
 
 
+_COLLECTION = re.compile(r"clip ?art|collection|flags of|signal", re.IGNORECASE)
+_REGIONS = re.compile(r"^(usa|uk|canada|spain|france|italy|germany|australia|china|norway|finland|denmark|belgium)_")
+_NO_PLACE = {
+    "clipart", "flag", "flags", "of", "the", "banner", "bandiera", "map", "mapa", "outline", "shaded", "white", "flagge",
+    "historic", "usa", "state", "world", "blank", "region", "regions", "europe", "illustration", "bandera", "icon",
+}  # fmt: skip
+
+
 def _flag(title: str) -> str:
-    """``United Kingdom - Wales`` -> ``flag of Wales``."""
-    place = title.rpartition(" - ")[2].strip()
-    place = re.sub(r"(?i)\b(clipart|flag|of|the|banner|bandiera)\b|[\d_]+", " ", place)
-    place = " ".join(place.split())
-    if not place or len(place.split()) > 4 or not place[0].isupper() or "signal" in place.lower():
-        return "flag"
-    return f"flag of {place}"
+    """``United Kingdom - Wales`` -> ``flag of Wales``, ``usa_new_york`` -> ``flag of New York``."""
+    place = _place(_REGIONS.sub("", title))
+    return f"flag of {place}" if place else "flag"
+
+
+def _place(title: str) -> str:
+    """The name of a place, with capital letters; empty if the title is none."""
+    last = re.split(r"\s-\s?|\s-(?=[A-Z])|:", title)[-1]
+    words = [w for w in re.findall(r"[^\W\d_]+(?:['.][^\W\d_]+)?", last) if w.lower() not in _NO_PLACE]
+    if not words or len(words) > 4 or max(map(len, words)) < 3:
+        return ""
+    small = {"and", "of", "the", "de", "la"}
+    return " ".join(w if w.lower() in small else w[0].upper() + w[1:] for w in words)

@@ -47,9 +47,7 @@ def named(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 def main_color(image: Image.Image) -> str | None:
     """The name of the color of an RGBA drawing, if one clearly dominates its opaque pixels."""
-    small = image.copy()
-    small.thumbnail((32, 32), Image.Resampling.NEAREST)
-    pixels = np.asarray(small).reshape(-1, 4)
+    pixels = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST)).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 200][:, :3]
     if len(pixels) < 40:
         return None

@@ -20,7 +20,8 @@ SHORTEST, LONGEST = 64, 224
 PLAIN = 0.25
 """Probability that a picture is left as it is, on a plain background."""
 
-_RATIOS = (1.0, 1.0, 1.0, 1.0, 4 / 3, 3 / 4, 1.2, 1 / 1.2, 1.6, 1 / 1.6, 2.2, 1 / 2.2, 3.0, 1 / 3.0)
+_RATIOS = (4 / 3, 3 / 4, 1.2, 1 / 1.2, 1.5, 1 / 1.5, 1.9, 1 / 1.9, 2.6, 1 / 2.6)
+_LEAST_SHORT_SIDE = 48
 
 
 def distort(picture: Picture, rng: random.Random) -> Image.Image:
@@ -64,15 +65,18 @@ def _turned(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> Im
 def _on_background(image: Image.Image, keeps: frozenset[str], rng: random.Random, plain: bool) -> Image.Image:
     if image.mode == "RGB":
         return image if plain else _framed(image, keeps, rng)
-    ratio = rng.choice(_RATIOS) if not plain and rng.random() < 0.5 else 1.0
-    filled = rng.uniform(0.8, 1.0) if plain else rng.uniform(0.45, 1.0)
+    ratio = rng.choice(_RATIOS) if not plain and rng.random() < 0.4 else 1.0
+    filled = rng.uniform(0.8, 1.0) if plain else rng.triangular(0.5, 1.0, 0.95)
     width, height = image.size
     canvas_width = max(width, height * ratio) / filled
     canvas_height = canvas_width / ratio
     if canvas_height < height:
         canvas_width, canvas_height = height / filled * ratio, height / filled
     size = (max(round(canvas_width), width), max(round(canvas_height), height))
-    at = tuple((whole - part) // 2 if plain else rng.randint(0, whole - part) for whole, part in zip(size, image.size, strict=True))
+    at = tuple(
+        (whole - part) // 2 if plain else rng.randint(0, whole - part)
+        for whole, part in zip(size, image.size, strict=True)
+    )
     below = background(size, image, rng, plain)
     below.paste(image, at, image)
     return below
@@ -99,9 +103,13 @@ def _sized(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> Ima
     """Of a random size; fine print keeps its own."""
     longest = max(image.size)
     if DETAIL in keeps:
-        side = min(max(longest, SHORTEST), LONGEST)
+        side = max(longest, SHORTEST)
     else:
-        side = rng.choice((96, 112, 128, 128, 144, 160, 192, rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST)))
+        side = rng.choice(
+            (96, 112, 128, 128, 144, 160, 192, rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST))
+        )
+        side = max(side, round(_LEAST_SHORT_SIDE * longest / min(image.size)))
+    side = min(side, LONGEST)
     return image if side == longest else _scaled(image, side / longest)
 
 
@@ -119,7 +127,11 @@ def _colored(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> I
         elif chance < 0.21:
             image = ImageOps.invert(ImageOps.grayscale(image)).convert("RGB")
         elif chance < 0.24:
-            image = ImageOps.grayscale(image).point(lambda value: 255 * (value > 128)).convert("RGB") if DETAIL not in keeps else image
+            image = (
+                ImageOps.grayscale(image).point(lambda value: 255 * (value > 128)).convert("RGB")
+                if DETAIL not in keeps
+                else image
+            )
         elif chance < 0.32:
             hue, *rest = image.convert("HSV").split()
             shift = rng.randint(0, 255)
@@ -136,8 +148,7 @@ def _degraded(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> 
     mild = DETAIL in keeps
     chance = rng.random()
     if chance < 0.18 and not mild:
-        longest = max(image.size)
-        low = min(1.0, rng.randint(24, 64) / longest)
+        low = min(1.0, rng.randint(24, 64) / max(image.size))
         how = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
         return _scaled(image, low, Image.Resampling.BOX).resize(image.size, how)
     if chance < 0.26:
@@ -149,7 +160,9 @@ def _degraded(image: Image.Image, keeps: frozenset[str], rng: random.Random) -> 
         image.save(file, "JPEG", quality=rng.randint(50, 85) if mild else rng.randint(12, 70))
         return Image.open(file).convert("RGB")
     if chance < 0.55 and not mild and min(image.size) > 60:
-        return image.filter(rng.choice((ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3))))  # thicker or thinner lines
+        return image.filter(
+            rng.choice((ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)))
+        )  # thicker or thinner lines
     return image
 
 

@@ -144,9 +144,14 @@ class Fonts:
             ]
         return self._faces[family]
 
-    def pick(self, rng: random.Random, split: str, kinds: Sequence[str] = tuple(FAMILIES)) -> Face:
+    def pick(self, rng: random.Random, split: str) -> Face:
         """A random font of a random family."""
-        return rng.choice(self.faces(rng.choice(self.families(split, kinds))))
+        return rng.choice(self.faces(rng.choice(self.families(split))))
+
+    def pick_plain(self, rng: random.Random, split: str) -> Face:
+        """A random font for charts, tables and documents: plain, and with small letters that are no capitals."""
+        families = [name for name in self.families(split, PLAIN_KINDS) if name not in CAPITALS_ONLY]
+        return rng.choice(self.faces(rng.choice(families)))
 
 
 def _variations(path: str) -> list[tuple[float, ...]]:

@@ -17,7 +17,7 @@ from neo_components.data.pictures.colors import main_color
 from neo_components.data.pictures.naming import Thing, ask
 from neo_components.data.pictures.packages import package_folder
 from neo_components.data.pictures.picture import COLOR, HELD_OUT, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
-from neo_components.data.pictures.svg import read_svg, render
+from neo_components.data.pictures.svg import Renders, read_svg, render
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
@@ -26,14 +26,30 @@ SIDES = (64, 192)
 """Smallest and largest side of an icon in pixels."""
 
 _SKIN = re.compile(r"(^|-)(medium-)?(light|dark|medium)-skin-tone")
-_DIRECTED = {"left", "right", "up", "down", "arrow", "flag", "turn", "clockwise", "rotate", "top", "bottom", "corner", "chevron"}
+_DIRECTED = {
+    "left",
+    "right",
+    "up",
+    "down",
+    "arrow",
+    "flag",
+    "turn",
+    "clockwise",
+    "rotate",
+    "top",
+    "bottom",
+    "corner",
+    "chevron",
+}
 _MOST_WORDS = 4
 _KINDS = {
     "Activities": "activity", "Animals & Nature": "nature", "Flags": "flag", "Food & Drink": "food or drink",
     "Objects": "object", "People & Body": "person", "Smileys & Emotion": "face", "Symbols": "symbol",
     "Travel & Places": "travel",
 }  # fmt: skip
-_LEFT_OUT_OF_TABLER = re.compile(r"^(brand|circle-(letter|number|dashed)|square-(letter|number|rounded|dashed)|hexagon|code-circle|zodiac)|-off$|\d|^letter-.*-|-(up|down)-(left|right)")
+_LEFT_OUT_OF_TABLER = re.compile(
+    r"^(brand|circle-(letter|number|dashed)|square-(letter|number|rounded|dashed)|hexagon|code-circle|zodiac)|-off$|\d|^letter-.*-|-(up|down)-(left|right)"
+)
 _TABLER_KINDS = {
     "Animals": "animal", "Arrows": "arrow", "Buildings": "building", "Charts": "chart", "Currencies": "currency",
     "Devices": "device", "Document": "document", "Food": "food or drink", "Games": "game", "Gender": "gender",
@@ -71,11 +87,14 @@ class IconSets:
     """
 
     def __init__(self, packages: Path) -> None:
+        self._renders = Renders()
         noto = package_folder(packages, NOTO)
         self.noto: dict[str, Any] = json.loads((noto / "icons.json").read_text(encoding="utf-8"))
         categories = json.loads((noto / "metadata.json").read_text(encoding="utf-8"))["categories"]
         self.tabler, self.fluent = package_folder(packages, TABLER), package_folder(packages, FLUENT)
-        emoji = {name: kind for category, names in categories.items() for name in names if (kind := _KINDS.get(category))}
+        emoji = {
+            name: kind for category, names in categories.items() for name in names if (kind := _KINDS.get(category))
+        }
         emoji = {name: kind for name, kind in emoji.items() if not _SKIN.search(name)}
         self.icons = {
             TRAIN: _shuffled([*self._noto(emoji), *self._tabler()]),
@@ -120,19 +139,19 @@ class IconSets:
             svg = svg.replace('stroke-width="2"', f'stroke-width="{rng.choice((1, 1.5, 2, 2, 2.5, 3))}"')
             return render(svg, side, icon.file), color
         if icon.kind == "noto":
-            drawn = self.noto["icons"][icon.file]
-            box = [drawn.get(key, self.noto.get(key, default)) for key, default in _BOX.items()]
-            svg = _SVG.format(*box, drawn["body"])
+            image = self._renders.get(icon.file, lambda: self._noto_svg(icon.file), side)
         else:
-            svg = read_svg(self.fluent / icon.file)
-        image = render(svg, side, icon.file)
+            image = render(read_svg(self.fluent / icon.file), side, icon.file)
         return image, main_color(image)
+
+    def _noto_svg(self, name: str) -> str:
+        drawn = self.noto["icons"][name]
+        box = [drawn.get(key, self.noto.get(key, default)) for key, default in _BOX.items()]
+        return _SVG.format(*box, drawn["body"])
 
 
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # defaults of IconifyJSON
-_SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{0} {1} {2} {3}">{4}</svg>'
-)
+_SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{0} {1} {2} {3}">{4}</svg>'
 
 
 def readable_name(name: str) -> str:

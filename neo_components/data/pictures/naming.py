@@ -31,7 +31,21 @@ _CAPTIONS = (
     "the picture shows {thing}.", "{a_style}: {name}.",
 )  # fmt: skip
 
-_NO_ARTICLE = ("the ", "a ", "an ", "some ", "two ", "three ", "four ", "five ", "six ", "seven ", "eight ", "nine ", "ten ")
+_NO_ARTICLE = (
+    "the ",
+    "a ",
+    "an ",
+    "some ",
+    "two ",
+    "three ",
+    "four ",
+    "five ",
+    "six ",
+    "seven ",
+    "eight ",
+    "nine ",
+    "ten ",
+)
 _MASS = {
     "food", "clothing", "furniture", "weather", "music", "money", "bread", "meat", "electronics", "science", "milk",
     "water", "people", "religion", "clothes", "cheese", "rice", "wine", "beer", "astronomy",
@@ -51,6 +65,11 @@ class Thing:
     name: str
     kinds: tuple[str, ...]
     style: str
+
+
+def called(thing: Thing, name: str = "") -> str:
+    """A name in a sentence: with an article, but for icons, whose names are ideas: ``database search``."""
+    return (name or thing.name) if thing.style == "icon" else with_article(name or thing.name)
 
 
 def with_article(name: str) -> str:
@@ -90,7 +109,7 @@ def ask(
     if wanted > 1 + len(turns) and kind != KIND and thing.kinds:
         turns.append(_kind_yes_no(thing, others, rng) if rng.random() < 0.4 else _kind(thing, rng))
     if wanted > 1 + len(turns) and kind == NAME and rng.random() < 0.5 and (no := _other_name(thing, others, rng)):
-        turns.append((rng.choice(_ASK_YES_NO).format(with_article(no)), "no"))
+        turns.append((rng.choice(_ASK_YES_NO).format(called(thing, no)), "no"))
     return [*turns, fine], kind
 
 
@@ -101,14 +120,14 @@ def _fine(kind: str, thing: Thing, others: Sequence[Thing], rng: random.Random) 
         return rng.choice(_ASK_CAPTION), caption(thing, rng)
     if kind == YES_NO:
         no = _other_name(thing, others, rng) if rng.random() < 0.5 else None
-        return rng.choice(_ASK_YES_NO).format(with_article(no or thing.name)), "no" if no else "yes"
+        return rng.choice(_ASK_YES_NO).format(called(thing, no or thing.name)), "no" if no else "yes"
     if kind == CHOICE:
         wrong = sorted({o.name for o in others if different(thing, o)})
         names = [thing.name, *rng.sample(wrong, min(2, len(wrong)))]
         if len(names) < 3:
             return rng.choice(_ASK_NAME), thing.name
         rng.shuffle(names)
-        return rng.choice(_ASK_CHOICE).format(*map(with_article, names)), thing.name
+        return rng.choice(_ASK_CHOICE).format(*(called(thing, name) for name in names)), thing.name
     return _kind(thing, rng) if thing.kinds else (rng.choice(_ASK_CAPTION), f"{with_article(thing.style)}.")
 
 
@@ -142,7 +161,7 @@ def _words(name: str) -> list[str]:
 def caption(thing: Thing, rng: random.Random) -> str:
     """A sentence on it."""
     text = rng.choice(_CAPTIONS)
-    named = with_article(thing.name)
+    named = called(thing)
     if thing.kinds and rng.random() < 0.2:
         named = f"{named}, {with_article(thing.kinds[0])}"
     return text.format(a_style=with_article(thing.style), thing=named, name=thing.name)

@@ -6,6 +6,7 @@ to; otherwise it unpacks archives that lie in ``FOLDER/downloads``, however they
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -78,7 +79,13 @@ PACKAGES: dict[str, Package] = {
         ),
     )
 }  # fmt: skip
-"""All packages by name."""
+"""All packages by name; fonts and lists of words are in ``font_packages.tsv``."""
+
+with (Path(__file__).parent / "font_packages.tsv").open(encoding="utf-8", newline="") as _file:
+    for _row in csv.DictReader(_file, delimiter="\t"):
+        PACKAGES[_row["name"]] = Package(
+            _row["name"], _row["version"], _row["url"], _row["license"], _row["sha256"], int(_row["bytes"])
+        )
 
 
 def prepare(

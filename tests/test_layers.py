@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"recipe"},
     {"training"},
     {"__init__"},
-    {"quickstart", "inspection"},
+    {"quickstart", "inspection", "pretrained"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
@@ -216,7 +216,20 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "quickstart", "train", "evaluate", "chat", "export", "attach", "convert", "data", "inspect", "recipes"],
+    [
+        "",
+        "quickstart",
+        "train",
+        "evaluate",
+        "chat",
+        "export",
+        "attach",
+        "convert",
+        "data",
+        "inspect",
+        "recipes",
+        "pretrained list",
+    ],
 )
 def test_help_does_not_load_torch(command: str) -> None:
     arguments = ["neo", *command.split(), "--help"]

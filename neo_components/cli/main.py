@@ -17,6 +17,7 @@ import typer
 
 from neo_components.cli.data import data_app
 from neo_components.cli.models import Device, Dtype, Model, Out, open_chat
+from neo_components.cli.pretrained import pretrained_app
 from neo_components.cli.recipes import Imports, Overrides, recipes_app, register
 from neo_components.cli.reuse import attach, convert, export
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(pretrained_app, name="pretrained")
 
 
 class Strategy(StrEnum):

@@ -85,7 +85,9 @@ def export(
 
 
 def attach(
-    pre_buffer: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-Buffer asset.")],
+    pre_buffer: Annotated[
+        str, typer.Argument(help="Pre-Buffer asset: pretrained:NAME (see neo pretrained list), folder or Hub id.")
+    ],
     llm: Annotated[str, typer.Argument(help="Folder or Hub id of a language model.")],
     output: Out,
     bridge: Annotated[

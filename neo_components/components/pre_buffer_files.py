@@ -19,7 +19,7 @@ from neo_components.storage.asset_files import (
     write_preprocessor,
 )
 from neo_components.storage.deferred import unfilled
-from neo_components.storage.hub import resolve
+from neo_components.storage.pretrained import resolve_asset
 from neo_components.storage.weights import TensorFiles, as_dtype, load_strict, materialize, read_config, save_folder
 
 FORMAT_VERSION = 1
@@ -31,6 +31,8 @@ class PreBufferFiles(Component):
     patch_embedding: ImageEmbedding | None
     anchors: Anchors | None
     info: AssetInfo
+    source: str = ""
+    """Name, folder or hub id that it was read from."""
 
     if TYPE_CHECKING:
 
@@ -68,22 +70,19 @@ class PreBufferFiles(Component):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | str = "float32") -> Self:
-        """Reads an asset from a folder or hub repository. No random numbers are drawn for it.
+        """Reads an asset. No random numbers are drawn for it.
 
         Args:
-            source: folder or hub id.
+            source: ``pretrained:NAME`` of one that ships (``neo pretrained list``), or a folder or hub id.
             dtype: of the weights in memory, whatever the files hold: float32, bfloat16 or float16.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is no pre-Buffer, too new, or its tensors do not fit.
+            FileNotFoundError: if there is none, or a file of one that ships is missing.
+            ValueError: if it is no pre-Buffer, too new, its tensors do not fit, or a checksum differs.
         """
         dtype = as_dtype(dtype)
-        folder = resolve(source)
-        config = read_config(folder)
-        if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
-            raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
-        check_format(config, folder)
+        folder = resolve_asset(source)
+        config = asset_config(folder)
         files = TensorFiles(folder)
         check_sizes(config, files)
         try:
@@ -97,6 +96,7 @@ class PreBufferFiles(Component):
         module.info = AssetInfo(
             config.get("image", {}), config.get("provenance", {}), config.get("license", ""), _read_card(folder)
         )
+        module.source = str(source)
         if (table := read_anchors(folder, module.hparams.hidden_size)) is not None:
             module.anchors = Anchors(*table)
         return module
@@ -117,6 +117,20 @@ class PreBufferFiles(Component):
             self.save_pretrained(folder)
             api.create_repo(repo, exist_ok=True, **options)
             api.upload_folder(repo_id=repo, folder_path=folder)
+
+
+def asset_config(folder: Path) -> dict[str, Any]:
+    """config.json of an asset's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no asset's, or a later version of the library wrote it.
+    """
+    config = read_config(folder)
+    if config.get("library") != "neo_components" or config.get("kind") != "pre_buffer":
+        raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
+    check_format(config, folder)
+    return config
 
 
 def check_format(config: dict[str, Any], folder: Path) -> None:

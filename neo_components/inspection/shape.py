@@ -10,6 +10,7 @@ from neo_components.components.bridge import make_bridges
 from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.pre_buffer_files import asset_config
 from neo_components.components.text_route import TextRoute
 from neo_components.llms.known import KNOWN
 from neo_components.model.attach import AUTO
@@ -21,6 +22,7 @@ from neo_components.recipe.faults import RecipeError
 from neo_components.recipe.load import complete
 from neo_components.storage.deferred import unfilled
 from neo_components.storage.hub import resolve
+from neo_components.storage.pretrained import resolve_asset
 from neo_components.storage.weights import as_dtype, read_config
 
 
@@ -89,10 +91,7 @@ def _composed(model: Compose) -> tuple[NEO, list[str]]:
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
-    folder = resolve(asset.from_pretrained, weights=False)
-    config = read_config(folder)
-    if config.get("kind") != "pre_buffer":
-        raise ValueError(f"{folder} holds no pre-Buffer but {config.get('kind', config.get('model_type'))!r}")
+    config = asset_config(resolve_asset(asset.from_pretrained, weights=False))
     pre_buffer = PreBuffer(**config["pre_buffer"])
     sizes, notes = _llm_sizes(with_choices_of(model, pre_buffer))
     inner, outer = pre_buffer.hparams.hidden_size, sizes["hidden_size"]

@@ -103,7 +103,8 @@ def attach(
     """Joins a pre-Buffer to a language model.
 
     Args:
-        pre_buffer: an asset, or its folder or hub id. The module becomes part of the returned model.
+        pre_buffer: an asset, or its name (``pretrained:NAME``), folder or hub id. The module becomes part of the
+            returned model.
         llm: folder or hub id of a language model, or a ``PostLLM``.
         bridge: registered name of a bridge, or a mapping of ``kind`` and its options: ``identity`` (no bridges, equal
             widths), ``least_squares`` or ``orthogonal`` (fitted on shared tokens), ``random``; or ``auto``: identity if
@@ -197,7 +198,7 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     Raises:
         ValueError: if the pre-Buffer has no anchors, the tokenizer is unknown, or too few tokens are shared.
     """
-    way_out = "; use bridge='random' and train the bridges"
+    way_out = "; use bridge='random' (--bridge random, model.bridge=random) and train the bridges"
     if pre.anchors is None:
         raise ValueError(
             "this pre-Buffer has no anchors (word embeddings to fit a bridge from): export it with its "
@@ -210,7 +211,11 @@ def shared_embeddings(pre: PreBuffer, llm: PostLLM, tokenizer: str | Path | None
     pairs = [(index, strings[text]) for index, text in enumerate(pre.anchors.tokens) if text in strings]
     pairs = [(index, row) for index, row in pairs if row < llm.hparams.vocab_size]
     if len(pairs) < MIN_SHARED:
-        raise ValueError(f"the two vocabularies share only {len(pairs)} tokens, {MIN_SHARED} are needed{way_out}")
+        asset = pre.source or "given"
+        raise ValueError(
+            f"the pre-Buffer {asset} has {len(pre.anchors.tokens)} anchors, and the tokenizer of {source} shares only "
+            f"{len(pairs)} of these tokens; {MIN_SHARED} are needed to fit a bridge{way_out}"
+        )
     ours = pre.anchors.vectors[[index for index, _ in pairs]]
     with filled(llm.word_embedding):
         theirs = llm.embed(llm.word_ids([row for _, row in pairs])).detach().float()

@@ -100,7 +100,7 @@ class PreBufferAsset:
     """A trained pre-Buffer with its patch embedding.
 
     Args:
-        from_pretrained: folder or hub id.
+        from_pretrained: ``pretrained:NAME`` of an asset that ships, or a folder or hub id.
         reset: give it random weights of the same shapes: the control arm of a comparison.
     """
 

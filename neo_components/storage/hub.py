@@ -21,6 +21,8 @@ SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 BESIDE = ["anchors.safetensors", "boundary.safetensors"]
 """Small weights of this library that lie beside the model's."""
+PREFIX = "pretrained:"
+"""Of the names of the pre-Buffer assets that ship; ``storage.pretrained.resolve_asset`` finds these."""
 
 
 def resolve(source: str | Path, weights: bool = True) -> Path:
@@ -36,11 +38,17 @@ def resolve(source: str | Path, weights: bool = True) -> Path:
     Raises:
         FileNotFoundError: if it is neither a folder nor something the hub knows and can give now; the message says why
             and what to do.
+        ValueError: if it is the name of a pre-Buffer asset that ships, where a model or tokenizer is expected.
     """
+    name = str(source)
+    if name.startswith(PREFIX):
+        raise ValueError(
+            f"{name!r} names a pre-Buffer asset, which has neither a language model nor a tokenizer; give a folder or "
+            f"a hub id 'owner/name' of one here. `neo attach {name} LLM -o OUT` joins the asset to a language model"
+        )
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    name = str(source)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name!r} is no folder; give a folder with config.json or a hub id 'owner/name'")
     folder = _fetch(name, SMALL)

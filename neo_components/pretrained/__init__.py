@@ -1,0 +1,1 @@
+"""Making the pre-Buffer assets that ship with the library."""

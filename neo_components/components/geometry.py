@@ -1,4 +1,4 @@
-"""The geometry of tokens: how long vectors are, how much of them is one common mean, and in how many directions they vary.
+"""The geometry of tokens: their norm, how much of it is a common mean, and in how many directions they vary.
 
 A language model reads a token by its direction and by what distinguishes it from its neighbors. Visual tokens that are
 far longer than words, share a mean or vary in one direction are all alike to it.

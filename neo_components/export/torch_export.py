@@ -201,7 +201,9 @@ class InputProgram(nn.Module):
         alone = 2 * token_ids.shape[1] + torch.arange(token_ids.shape[1], device=own.device)[None]
         out = _run(self.pre, x, positions, torch.where(own == PADDING, alone, own), images, kinds)
         bridged = out if self.bridge_out is None else self.bridge_out(out)
-        out = bridged if self.bridge_visual is None else torch.where(visual[..., None], self.bridge_visual(out), bridged)
+        out = (
+            bridged if self.bridge_visual is None else torch.where(visual[..., None], self.bridge_visual(out), bridged)
+        )
         out = torch.where((own != PADDING)[..., None], out, word_embeds) if not self.route.words_pass else out
         return out, time, dense_mask(document, images, self.rule, token_kinds=kinds)[:, None]
 

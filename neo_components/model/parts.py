@@ -9,7 +9,6 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.text_route import TextRoute
 
-
 BRIDGE_NAMES = ("bridge_in", "bridge_out", "bridge_visual")
 """Attributes of a ``NEO`` that hold bridges, and keys of its config."""
 

@@ -25,8 +25,8 @@ class VisualGeometry(Callback):
     tokens that enter the language model; ``visual/mean_share``, the fraction of the visual tokens' squared norm that is
     their common mean; and ``visual/effective_rank``, in how many directions they vary (``components.geometry``).
 
-    Measured on the first process, in the step's last micro-batch with images, on at most 4,096 visual tokens and as many
-    words; in other steps nothing is computed.
+    Measured on the first process, in the step's last micro-batch with images, on at most 4,096 visual tokens and as
+    many words; in other steps nothing is computed.
     """
 
     def __init__(self) -> None:

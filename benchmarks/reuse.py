@@ -51,6 +51,7 @@ from reuse_tasks import PAIRS, TASKS, card_of, make_task, test_folder, train_fol
 from neo_components.data.module import NEODataModule
 from neo_components.evaluation import evaluate, questions_from_shards
 from neo_components.recipe import Recipe, load_recipe
+from neo_components.training.callbacks.visual_geometry import measured
 from neo_components.training.start import start, whiten
 
 WEIGHTS = {
@@ -60,13 +61,16 @@ WEIGHTS = {
 }
 TRAIN = {"tuned": ["stage.train=[all]"], "frozen": ["stage.train=[bridge, post_llm]"]}
 TEXT = {"bypass": ["model.text=bypass"], "shared": ["model.text=shared"]}
+GEOMETRY = ("visual/norm", "visual/mean_share", "visual/effective_rank", "words/norm")
+"""Of the tokens that enter the language model (training/callbacks/visual_geometry.py)."""
 SEED = 1000
 """Added to an arm's seed: no arm starts from the numbers that a source started from."""
 
 
 @dataclass
 class Arm:
-    """One arm: (step, validation loss), (step, exact match by kind of question), seconds with all of that.
+    """One arm: (step, validation loss), (step, exact match by kind of question), geometry of visual tokens at the start
+    and the end, seconds with all of that.
 
     ``blind`` is the exact match of the most frequent answer to each question.
     """
@@ -84,6 +88,7 @@ class Arm:
     blind: float = 0.0
     curve: list[tuple[int, float]] = field(default_factory=list)
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    geometry: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     unexplained: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -94,18 +99,34 @@ class Arm:
 
 
 class Curve(Callback):
-    """Keeps the validation losses, and answers the questions after some of the steps."""
+    """Keeps the validation losses and the geometry of the visual tokens, and answers the questions after some of the
+    steps."""
 
     def __init__(self, ask: Callable[[], dict[str, float]], at: Container[int]) -> None:
         self.points: list[tuple[int, float]] = []
         self.scores: list[tuple[int, dict[str, float]]] = []
+        self.geometry: list[tuple[int, dict[str, float]]] = []
         self.ask, self.at = ask, at
+        self._hook: Any = None
+        self._measured: list[float] = []
+
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *which: int) -> None:
+        """Watches what enters the language model in the first batch."""
+        if batch_idx == 0:
+            self._hook = module.model.post_llm.register_forward_pre_hook(self._measure, with_kwargs=True)
+
+    def _measure(self, llm: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._measured = measured(arguments[0].float(), named["known"]).tolist()
+        self._hook.remove()
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Adds one."""
-        self.points.append((trainer.global_step, round(float(trainer.callback_metrics["val/loss"]), 5)))
-        if trainer.global_step in self.at:
-            self.scores.append((trainer.global_step, self.ask()))
+        step = trainer.global_step
+        self.points.append((step, round(float(trainer.callback_metrics["val/loss"]), 5)))
+        geometry = {name: round(value, 4) for name, value in zip(GEOMETRY, self._measured, strict=True)}
+        self.geometry = [*self.geometry[:1], (step, geometry)]
+        if step in self.at:
+            self.scores.append((step, self.ask()))
 
 
 def recipe_of(arm: Arm, options: argparse.Namespace) -> Recipe:
@@ -167,6 +188,7 @@ def train_arm(arm: Arm, options: argparse.Namespace) -> None:
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     arm.curve, arm.scores, arm.seconds = curve.points, curve.scores, round(time.monotonic() - began, 1)
+    arm.geometry = curve.geometry
     arm.blind = round(card_of(options.root, arm.task)["blind"], 4)
 
 

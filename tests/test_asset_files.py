@@ -221,4 +221,4 @@ def test_an_asset_without_anchors_attaches_by_random_bridges(tmp_path: Path, llm
     part.adopt(PatchEmbedding(16, width=8, patch_size=4))
     folder = part.save_pretrained(tmp_path / "asset")
     assert not (folder / "anchors.safetensors").exists()
-    assert attach(folder, llm, bridge="random").bridge_in is not None
+    assert attach(folder, llm, bridge="random").bridge_out is not None

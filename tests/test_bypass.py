@@ -162,7 +162,7 @@ def test_recipes_say_where_text_goes(folders: dict[str, Path], tmp_path: Path) -
     model = build(load_recipe(path).model)
     assert model.text == "bypass" and model.bridge_out is not None and model.bridge_out.unexplained is not None
     with pytest.raises(
-        ValueError, match=r"model\.text: unknown text 'around'; nearest: shared \(registered: bypass, shared\)"
+        ValueError, match=r"model\.text: unknown text 'around'; nearest: auto \(registered: auto, bypass, shared\)"
     ):
         load_recipe(path, ["model.text=around"])
 
@@ -170,7 +170,7 @@ def test_recipes_say_where_text_goes(folders: dict[str, Path], tmp_path: Path) -
 def test_what_cannot_be_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     from neo_components.export.hf.folder import write_hf
 
-    with pytest.raises(ValueError, match="text must be one of shared, bypass, got 'around'"):
+    with pytest.raises(ValueError, match="text must be one of shared, bypass, auto, got 'around'"):
         attach(folders["asset"], folders["llm"], text="around")
     parts = tiny_model()
     with pytest.raises(ValueError, match="text must be one of shared, bypass, got 'x'"):

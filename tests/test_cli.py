@@ -136,7 +136,7 @@ def test_export_and_attach(world: Path, tmp_path: Path) -> None:
     assert (part.info.license, part.info.image["max_pixels"]) == ("mit", 1024)
     assert good("attach", asset, world / "other", "-o", joined) == f"{joined}\n"
     chat = Chat.from_pretrained(joined)
-    assert chat.model.bridge_in is not None and chat.max_pixels == 1024
+    assert chat.model.bridge_out is not None and chat.model.text == "bypass" and chat.max_pixels == 1024
     assert same_tensors(chat.model.pre_buffer.state_dict(), part.state_dict())
     assert good("chat", joined, "hi", "--max-new-tokens", "2", "--image", world / "red.png")
     good("attach", asset, world / "llm", "-o", tmp_path / "same", "--bridge", "identity")

@@ -183,7 +183,7 @@ def test_types_of_what_export_and_attach_write(world: Path, tmp_path: Path) -> N
 
 def test_attached_parts_are_on_one_device(world: Path) -> None:
     asset = Chat.from_pretrained(world / "neo").model.pre_buffer
-    model = attach(asset, world / "other", "random", device="meta")
+    model = attach(asset, world / "other", "random", device="meta", text="shared")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert model.bridge_in is not None and model.bridge_in.proj.weight.shape == (32, 48)
 

@@ -160,6 +160,7 @@ def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
         "loss_by_source/train", "loss_by_source/text", "loss_by_modality/text", "loss_by_modality/image",
         "perf/tokens_per_s", "perf/images_per_s", "perf/packing_efficiency", "perf/data_wait", "perf/tflops",
         "memory/process_gb", "data/skipped",
+        "visual/norm", "visual/mean_share", "visual/effective_rank", "words/norm",
         "val/loss", "val/exact_match", "val/text_perplexity", "val/text_perplexity_of_llm",
         *(f"grad_norm/{group}" for group in groups), *(f"drift/{group}" for group in groups),
     }  # fmt: skip

@@ -110,7 +110,10 @@ def test_an_asset_is_attached_or_reset(tmp_path: Path) -> None:
 def test_an_asset_on_another_width_gets_bridges(tmp_path: Path) -> None:
     folder = tiny_model().pre_buffer.save_pretrained(tmp_path / "asset")
     llm = scratch_llm(hidden_size=24)
-    path = written(tmp_path, f"model: {{pre_buffer: {{from_pretrained: {folder}}}, post_llm: {llm}, bridge: random}}\n")
+    path = written(
+        tmp_path,
+        f"model: {{pre_buffer: {{from_pretrained: {folder}}}, post_llm: {llm}, bridge: random, text: shared}}\n",
+    )
     model = build(load_recipe(path).model)
     assert model.bridge_in is not None and model.bridge_out is not None
     assert (model.bridge_in.hparams["in_width"], model.bridge_in.hparams["out_width"]) == (24, 32)

@@ -26,6 +26,7 @@ from neo_components.components.primitive import NativePrimitive
 from neo_components.recipe.stage import LoRA, StageConfig
 from neo_components.registry import EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES
 from neo_components.training.callbacks.progress import History, LineProgress
+from neo_components.training.callbacks.visual_geometry import VisualGeometry
 from neo_components.training.module import NEOTraining
 from neo_components.types import IGNORED
 
@@ -178,7 +179,7 @@ def test_steps_of_the_trainer(stage: dict[str, Any], options: dict[str, Any]) ->
     trainer = lightning.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         accelerator="cpu", log_every_n_steps=every,
-        callbacks=[history, LineProgress("steps"), watch], **options,
+        callbacks=[history, LineProgress("steps"), VisualGeometry(), watch], **options,
     )  # fmt: skip
     config = StageConfig(**{"train": ("all",), "steps": 8, "lr": 1e-2} | stage)
     trainer.fit(NEOTraining(model, config), DataLoader(batches, batch_size=None))

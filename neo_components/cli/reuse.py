@@ -94,8 +94,9 @@ def attach(
         str, typer.Option(help="Bridge between the widths: auto, identity, least_squares, orthogonal or random.")
     ] = "auto",
     text: Annotated[
-        str, typer.Option(help="Path of text tokens: shared (through the pre-Buffer) or bypass (around it).")
-    ] = "shared",
+        str,
+        typer.Option(help="Path of text tokens: shared (through the pre-Buffer), bypass (around it), or auto."),
+    ] = "auto",
     device: Annotated[
         str,
         typer.Option(help="Device to fit the bridges on: cpu, cuda, cuda:N, mps, or auto (cuda, else mps, else cpu)."),

@@ -11,7 +11,7 @@ from neo_components.components.image_embedding import embedding_from
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.pre_buffer_files import asset_config
-from neo_components.components.text_route import TextRoute
+from neo_components.components.text_route import BYPASS, SHARED
 from neo_components.llms.known import KNOWN
 from neo_components.model.attach import AUTO
 from neo_components.model.layouts import layout_of, parts_from_own, parts_from_released
@@ -87,7 +87,7 @@ def _maker(recipe: Recipe, wanted: str, overrides: Sequence[str]) -> Recipe | No
 
 def _composed(model: Compose) -> tuple[NEO, list[str]]:
     sizes, notes = _llm_sizes(model)
-    return NEO(*new_parts(model, sizes), PostLLM(**sizes), text=model.text), notes
+    return NEO(*new_parts(model, sizes), PostLLM(**sizes), text=model.route), notes
 
 
 def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
@@ -99,9 +99,13 @@ def _attached(model: Compose, asset: PreBufferAsset) -> tuple[NEO, list[str]]:
     if bridge == AUTO:
         bridge = "identity" if inner == outer else "least_squares"
         notes = [*notes, "bridge auto: taken as identity, as the widths are equal"] if inner == outer else notes
-    bridges = make_bridges(bridge, inner, outer, TextRoute(model.text).words_pass)
+    text = model.route
+    if bridge != "identity" and model.text == AUTO:
+        text = BYPASS
+        notes = [*notes, "text auto: taken as bypass; shared if both bridges turn out to fit left-out tokens"]
+    bridges = make_bridges(bridge, inner, outer, text == SHARED)
     patches = embedding_from(config["patch_embedding"])
-    return NEO(patches, pre_buffer, PostLLM(**sizes), *bridges, model.text), notes
+    return NEO(patches, pre_buffer, PostLLM(**sizes), *bridges, text), notes
 
 
 def _llm_sizes(model: Compose) -> tuple[dict[str, Any], list[str]]:

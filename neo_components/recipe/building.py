@@ -59,7 +59,7 @@ def build(model: ModelRecipe) -> NEO:
     # The language model comes last: what does not fit stops before its weights are read.
     patch_embedding, pre_buffer = new_parts(model, sizes)
     dtype = as_dtype(model.dtype)
-    return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.text)
+    return NEO(patch_embedding.to(dtype), pre_buffer.to(dtype), _post_llm(model, sizes), text=model.route)
 
 
 def new_parts(model: Compose, sizes: dict[str, Any]) -> tuple[ImageEmbedding, PreBuffer]:

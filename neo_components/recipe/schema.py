@@ -15,6 +15,7 @@ import lightning
 from neo_components.components.backends import BACKENDS
 from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
+from neo_components.components.text_route import SHARED as SHARED_TEXT
 from neo_components.components.text_route import TEXT
 from neo_components.model.attach import AUTO
 from neo_components.recipe.hints import (
@@ -72,7 +73,7 @@ PATCH_EMBEDDING = Part(PATCH_EMBEDDINGS, default="neo")
 BRIDGE = Part(BRIDGES, default=AUTO, also=(AUTO,))
 
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
-Text = Annotated[str, Names("text", TEXT)]
+Text = Annotated[str, Names("text", (*TEXT, AUTO))]
 Dtype = Annotated[str, Names("dtype", DTYPES)]
 
 
@@ -132,7 +133,8 @@ class Compose:
         experts: choice of the expert routing by modality; ``None``: none, or that of the asset.
         backend: how attention is computed.
         bridge: choice of how an asset is attached.
-        text: the way of text tokens, through the pre-Buffer or around it.
+        text: path of text tokens, through the pre-Buffer or around it; auto: as :func:`~neo_components.attach` chooses
+            for an asset, and through a new pre-Buffer.
         dtype: of all weights in memory.
 
     ``from_pretrained`` is ``None``: unlike a :class:`Checkpoint`, it was not trained as a whole.
@@ -146,10 +148,15 @@ class Compose:
     experts: Annotated[Choice, CHOICES["experts"]] | None = None
     backend: Backend = "auto"
     bridge: Annotated[Choice, BRIDGE] = AUTO
-    text: Text = "shared"
+    text: Text = AUTO
     dtype: Dtype = "float32"
 
     from_pretrained: ClassVar[None] = None
+
+    @property
+    def route(self) -> str:
+        """Path of text through a new pre-Buffer, with ``auto`` resolved."""
+        return SHARED_TEXT if self.text == AUTO else self.text
 
 
 def block_choices(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from neo_components.training.callbacks.performance import Performance
 from neo_components.training.callbacks.perplexity import InitialTextPerplexity
 from neo_components.training.callbacks.progress import History
 from neo_components.training.callbacks.summary import Summary
+from neo_components.training.callbacks.visual_geometry import VisualGeometry
 from neo_components.training.fp8 import without_fp8
 from neo_components.training.fsdp2.strategy import NAME, save_sharded
 from neo_components.training.lora import merge_lora
@@ -90,7 +91,7 @@ def train(recipe: Recipe, resume: str | Path | None = None) -> RunResult:
     before = InitialTextPerplexity(
         data, not sharded and isinstance(getattr(recipe.model, "post_llm", None), PretrainedLLM)
     )
-    observers = [history, performance, drift, *([before] if data.text_sources else [])]
+    observers = [history, performance, drift, VisualGeometry(), *([before] if data.text_sources else [])]
     trainer = build_trainer(recipe, [*observers, *predictions], done)
     if recipe.stage.whiten_patches and checkpoint is None:
         whiten(recipe, chat.model)

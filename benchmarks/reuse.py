@@ -70,7 +70,7 @@ SEED = 1000
 @dataclass
 class Arm:
     """One arm: (step, validation loss), (step, exact match by kind of question), geometry of visual tokens at the start
-    and the end, seconds with all of that.
+    and the end, CPU seconds with all of that.
 
     ``blind`` is the exact match of the most frequent answer to each question.
     """
@@ -158,7 +158,7 @@ def folder_of(llm: str, options: argparse.Namespace) -> Path:
 
 def train_arm(arm: Arm, options: argparse.Namespace) -> None:
     """Trains an arm and fills in what was measured."""
-    began = time.monotonic()
+    began = time.process_time()
     recipe = recipe_of(arm, options)
     lightning.seed_everything(recipe.seed, verbose=False)
     chat, module = start(recipe)
@@ -187,7 +187,7 @@ def train_arm(arm: Arm, options: argparse.Namespace) -> None:
     data.input_spec = model.input_spec
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
-    arm.curve, arm.scores, arm.seconds = curve.points, curve.scores, round(time.monotonic() - began, 1)
+    arm.curve, arm.scores, arm.seconds = curve.points, curve.scores, round(time.process_time() - began, 1)
     arm.geometry = curve.geometry
     arm.blind = round(card_of(options.root, arm.task)["blind"], 4)
 
@@ -242,7 +242,7 @@ def run(options: argparse.Namespace) -> None:
     for seed, task, weights in itertools.product(options.seeds[:2], options.tasks, options.weights):
         seed = 0 if weights == "reused" else seed
         if (source, weights, task, seed) not in {one.key for one in read_probes(done)}:
-            for one in probe(options.root, options.source, source, weights, task, seed):
+            for one in probe(options.root, options.source, source, weights, task, seed, options.pixels):
                 add(done, one)
                 print(f"probe of {task}, {weights}, {one.features}: error {one.error:.3f}", flush=True)
     done = options.root / "arms.jsonl"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from reuse_setting import PIXELS
 from reuse_tasks import test_folder, train_folder
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class Probe:
         return self.source, self.weights, self.task, self.seed
 
 
-def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: int) -> list[Probe]:
+def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: int, pixels: int) -> list[Probe]:
     """Fits the probes of one task on pooled and on unpooled features.
 
     Args:
@@ -64,9 +63,10 @@ def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: in
         weights: ``reused``, or new ones of the same shapes: ``random``, ``whitened``.
         task: one of ``TASKS``.
         seed: of new weights.
+        pixels: of every image.
     """
     train, test = pictures(train_folder(root, task)), pictures(test_folder(root, task))
-    images = [[_square(data) for data, _ in some] for some in (train, test)]
+    images = [[_square(data, pixels) for data, _ in some] for some in (train, test)]
     pre_buffer = weights_of(asset, weights, seed, images[0])
     tokens = [features_of(pre_buffer, some) for some in images]
     found = []
@@ -134,11 +134,11 @@ def pictures(folder: Path) -> list[tuple[bytes, dict[str, str]]]:
     return list(found.values())[:PICTURES]
 
 
-def _square(data: bytes) -> Tensor:
-    """[3, 128, 128], normalized."""
-    side = int(PIXELS**0.5)
+def _square(data: bytes, pixels: int) -> Tensor:
+    """[3, S, S], normalized."""
+    side = int(pixels**0.5)
     with Image.open(io.BytesIO(data)) as image:
-        return load_image(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), 32, PIXELS, PIXELS)
+        return load_image(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), side, pixels, pixels)
 
 
 def label_error(x: Tensor, labels: list[str | None], y: Tensor, wanted: list[str | None]) -> float | None:
@@ -182,5 +182,3 @@ def ridge_classes(x: Tensor, targets: Tensor, y: Tensor) -> Tensor:
             best, fewest = penalty, wrong
     dual = vectors @ (along / (values + best * values.mean())[:, None])
     return ((y @ x.T) @ dual + middle).argmax(1)
-
-

@@ -113,7 +113,9 @@ class Comparison:
         """
         both = set.intersection(*({step for step, _ in arm.scores} for arm in self.arms))
         if not both:
-            raise ValueError(f"the arms of {self.name} were evaluated after different steps; run all with the same --steps")
+            raise ValueError(
+                f"the arms of {self.name} were evaluated after different steps; run all with the same --steps"
+            )
         return sorted(both)
 
     def of(self, weights: str) -> list[Done]:
@@ -183,7 +185,9 @@ def report(arms: Sequence[Done], probes: Sequence[Probed] = ()) -> str:
         ValueError: if there are arms of several sources, or none to compare.
     """
     if len(sources := {arm.source for arm in arms}) > 1:
-        raise ValueError(f"arms of several sources are not compared: {', '.join(sorted(sources))}; choose one by --source")
+        raise ValueError(
+            f"arms of several sources are not compared: {', '.join(sorted(sources))}; choose one by --source"
+        )
     found = comparisons(arms)
     if not found:
         raise ValueError("there is nothing to compare: no task has arms of new and of reused weights")
@@ -207,15 +211,15 @@ def table(some: Sequence[Comparison]) -> str:
     """Loss, exact match, and samples to the control's final loss, for one language model."""
     seeds = max(len(one.of(REUSED)) for one in some)
     lines = [
-        f"Language model {some[0].llm}, {some[0].pairs} training pairs, {seeds} seeds", "",
-        "| task | trained | text | weights | steps | loss | exact match half way | exact match | samples for control's final loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"Language model {some[0].llm}, {some[0].pairs} training pairs, {some[0].steps} steps, {seeds} seeds", "",
+        "| task | trained | text | weights | loss | exact match half way | exact match | samples for control's loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for one in some:
         for name in (*one.new, REUSED):
-            half, full = one.asked[0], one.steps
+            half = one.asked[0]
             fraction = str(one.fraction()) if name == REUSED else ""
-            cells = [one.task, one.train, one.text, name, full, one.loss(name), one.score(name, half), one.score(name)]
+            cells = [one.task, one.train, one.text, name, one.loss(name), one.score(name, half), one.score(name)]
             lines.append(f"| {' | '.join(map(str, cells))} | {fraction} |")
     lines += ["", "Exact match without pictures: " + ", ".join(f"{t} {b:.2f}" for t, b in _blind(some).items())]
     return "\n".join(lines)
@@ -227,7 +231,12 @@ def _blind(some: Sequence[Comparison]) -> dict[str, float]:
 
 def few_table(some: Sequence[Comparison]) -> str:
     """Exact match after training on few pairs."""
-    lines = ["Few training pairs", "", "| task | LLM | trained | text | pairs | control | reused | ahead |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "Few training pairs",
+        "",
+        "| task | LLM | trained | text | pairs | control | reused | ahead |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for one in sorted(some, key=lambda one: (one.llm, one.task, one.train, one.text, one.pairs)):
         control, reused = one.score(one.best()), one.score(REUSED)
         cells = [one.task, one.llm, one.train, one.text, one.pairs, f"{one.best()} {control}", reused]
@@ -251,7 +260,12 @@ def probe_errors(probes: Sequence[Probed]) -> dict[tuple[str, str], tuple[float,
 
 def probe_table(probes: Sequence[Probed]) -> str:
     """Errors of the linear probes."""
-    lines = ["Errors of linear probes on frozen features", "", "| task | features | new weights | reused | ratio |", "|---|---|---|---|---|"]
+    lines = [
+        "Errors of linear probes on frozen features",
+        "",
+        "| task | features | new weights | reused | ratio |",
+        "|---|---|---|---|---|",
+    ]
     for (task, features), (new, reused) in probe_errors(probes).items():
         lines.append(f"| {task} | {features} | {new:.3f} | {reused:.3f} | {ratio(reused, new):.2f} |")
     return "\n".join(lines)
@@ -275,7 +289,7 @@ def targets(whole: Sequence[Comparison], few: Sequence[Comparison], probes: Sequ
     fewer = {f"{one.name} {one.pairs}": one.score(REUSED).median - one.score(one.best()).median for one in few}
     return [
         _target("The control's final loss in at most a quarter of its samples", fractions, lambda v: v <= QUARTER),
-        _target("Exact match ahead by more than the spread (lower quartile over the control's upper)", ahead, lambda v: v > 0),
+        _target("Exact match ahead: lower quartile above the control's upper quartile", ahead, lambda v: v > 0),
         _target("Probe error at most half of that of new weights", probed, lambda v: v <= HALF),
         _target("Few pairs: at least 15 points ahead", fewer, lambda v: v >= AHEAD),
         _target("Exact match never below new weights, in the median", below, lambda v: v >= 0),

@@ -40,7 +40,7 @@ SCHEDULES = {
 }
 
 
-def make_small(root: Path, steps: int = 600) -> Path:
+def make_small(root: Path, steps: int = 400) -> Path:
     """Trains the small language model, if it is not there yet.
 
     Args:

@@ -7,8 +7,8 @@
 - ``easy_vqa``: images of the test split.
 - ``charts``: charts of a style that training never draws.
 
-A task is a folder with the shards ``train_100``, ``train_1000``, ``train_2000`` (question-answer pairs; a smaller one is
-the beginning of a larger one), ``test`` (300 questions, one in a sample), and ``card.json`` with its counts. Samples
+A task is a folder with the shards ``train_100``, ``train_1000``, ``train_2000`` (question-answer pairs; a smaller one
+is the beginning of a larger one), ``test`` (300 questions, one in a sample), and ``card.json`` with its counts. Samples
 carry ``labels``, what a linear probe is to read off the picture.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import neo_components.data.pictures.charts as drawn_charts
 import neo_components.data.pictures.scenes as drawn_scenes
 from neo_components.data import write_shards
 from neo_components.data.convert.pretrain_mix import encode
@@ -45,10 +46,11 @@ LONGEST = 24
 """Characters of the longest answer."""
 NAMES = 60
 """Of icons."""
-WORDS = (
-    "able also back bird blue book call cold come dark door down each fish game good hand help home just keep life "
-    "love make moon name next open park rain road salt ship song stop time tree walk wind work"
-).split()
+WORDS = [
+    "able", "also", "back", "bird", "blue", "book", "call", "cold", "come", "dark", "door", "down", "each", "fish",
+    "game", "good", "hand", "help", "home", "just", "keep", "life", "love", "make", "moon", "name", "next", "open",
+    "park", "rain", "road", "salt", "ship", "song", "stop", "time", "tree", "walk", "wind", "work",
+]  # fmt: skip
 Sample = dict[str, Any]
 Drawn = tuple[Picture, dict[str, str]]
 """A picture and its labels."""
@@ -139,8 +141,13 @@ def charts(packages: Path) -> Draw:
     source = PICTURES.make("charts", packages=packages)
 
     def draw(part: str, number: int, rng: random.Random) -> Drawn:
-        picture = source.draw(number, HELD_OUT, rng)
-        return picture, {}
+        style = drawn_charts.KINDS[HELD_OUT][number % 3]
+        canvas = drawn_charts.new_canvas(rng, source.fonts.pick_plain(rng, HELD_OUT))
+        data = drawn_charts.random_data(rng, style, source.words, canvas.ground)
+        drawn_charts.STYLES[style](canvas, data)
+        turns = drawn_charts.some(rng, *drawn_charts.chart_turns(rng, style, data, named=False))
+        labels = {"style": style, "count": str(len(data.categories))}
+        return Picture(canvas.image.reduce(2), turns, "chart"), labels
 
     return draw
 

@@ -27,7 +27,7 @@ from neo_components.data.packing import pack
 from neo_components.data.shards.folder import read_shards
 from neo_components.types import InputSpec, Sample
 
-PICTURES = 800
+PICTURES = 700
 """Most training pictures."""
 PENALTIES = tuple(10.0**power for power in range(-3, 4))
 """Relative to the mean eigenvalue of the features' products."""
@@ -68,7 +68,8 @@ def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: in
     train, test = pictures(train_folder(root, task)), pictures(test_folder(root, task))
     images = [[_square(data, pixels) for data, _ in some] for some in (train, test)]
     pre_buffer = weights_of(asset, weights, seed, images[0])
-    tokens = [features_of(pre_buffer, some) for some in images]
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        tokens = [features_of(pre_buffer, some) for some in images]
     found = []
     for features in ("pooled", "unpooled"):
         x, y = (some.mean(1) if features == "pooled" else some.flatten(1) for some in tokens)

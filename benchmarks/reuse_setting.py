@@ -14,6 +14,7 @@ from typing import Any
 
 import reuse_tasks
 
+from neo_components.data.shards.folder import read_shards
 from neo_components.quickstart.text_llm import train_text_llm
 
 PIXELS = 128**2
@@ -62,7 +63,7 @@ def texts(root: Path) -> list[list[dict[str, str]]]:
     """The conversations of all tasks' training pairs, without their pictures: whole, and each pair alone."""
     found = []
     for task in reuse_tasks.TASKS:
-        for sample in reuse_tasks.read_shards(reuse_tasks.train_folder(root, task)):
+        for sample in read_shards(reuse_tasks.train_folder(root, task)):
             pairs = reuse_tasks.pairs_of(sample)
             for some in [pairs, *([pair] for pair in pairs)]:
                 found.append([

@@ -47,9 +47,8 @@ def colors(packages: Path) -> Any:
 
 @pytest.fixture
 def root(world: Path, tmp_path: Path) -> Path:
-    """A folder with an asset, and a language model for the small one."""
+    """A folder with an asset."""
     good("export", world / "neo", "-o", tmp_path / "asset")
-    (tmp_path / "llm_small").symlink_to(world / "other")
     return tmp_path
 
 
@@ -207,6 +206,12 @@ def test_a_run_and_its_report(
         monkeypatch.delitem(reuse.TASKS, name)
     monkeypatch.setitem(reuse.TASKS, "colors", colors)
     monkeypatch.setattr(importlib.import_module("reuse_probe"), "PICTURES", 60)
+    setting = importlib.import_module("reuse_setting")
+    reuse.make_task(root, "colors", root)
+    asked = [{"from": "human", "value": "what color is it?"}, {"from": "human", "value": "is it red?"}]
+    assert [one for one in setting.texts(root)[0] if one["from"] == "human"] == asked
+    monkeypatch.setitem(setting.SIZES, "hidden_size", 32)
+    assert setting.make_small(root, steps=2) == root / "llm_small"
     command = ["reuse.py", "run", "--root", str(root), "--source", str(root / "asset"), "--packages", str(root)]
     command += ["--steps", "4", "--every", "2", "--questions", "8", "--seeds", "0", "--pixels", str(SIDE**2)]
     command += ["--text", "bypass", "--train", "frozen", "--set", "stage.warmup_steps=1", "data.seq_len=512"]

@@ -24,6 +24,8 @@ SHAPE = [
 """NEO-2.2B at 8192 packed tokens, as options of train_step.py."""
 BANDWIDTHS = {"B200": 8000, "H200": 4800, "H100 NVL": 3938, "H100 PCIe": 2039, "H100": 3350, "A100": 2039}
 """Part of a GPU's name -> GB/s of its memory, the first that fits. Source: NVIDIA's data sheets."""
+PRETRAINED_MINUTES = 7.0
+"""Minutes for which the training of the asset that ships is planned."""
 GRACE = 15.0
 """Seconds from the request to end until a step is killed; a training run saves a checkpoint in them."""
 
@@ -93,16 +95,15 @@ def _bandwidth(name: str) -> list[str]:
 
 
 def _training(python: list[str], output: Path, device: str, tiny: bool) -> list[Step]:
-    """The quickstart, and the pretraining of the asset that ships with the library."""
+    """The quickstart, and the training of the asset that ships, where ``neo pretrained make --prepare`` has been."""
     neo = [*python, "-c", "from neo_components.cli.main import main; main()"]  # nothing installs the command there
     folder = output / "quickstart"
     quickstart = [*neo, "quickstart", "--device", device, "-o", str(folder), *(["--scale", "0.02"] if tiny else [])]
     run = output / "pretrained"
-    where = ["trainer.accelerator=" + ("gpu" if device == "cuda" else "cpu"), "trainer.devices=1", f"output={run}"]
-    short = ["stage.steps=2", "stage.warmup_steps=1", "stage.validate_every=0", "stage.checkpoint_every=1"]
-    train = [*neo, "train", "pretrained/pretrain", "--resume", "auto", *where, *(short if tiny else [])]
-    recipe = ROOT / "recipes" / "pretrained" / "pretrain.yaml"
-    return [Step(3, "quickstart", quickstart, folder=folder), Step(3, "pretrained", train, needs=recipe)]
+    make = [*neo, "pretrained", "make", str(run), "--packages", str(run / "packages"), "--device", device]
+    make += ["--minutes", "0.01" if tiny else str(PRETRAINED_MINUTES)]
+    prepared = run / "small_llm" / "config.json"
+    return [Step(3, "quickstart", quickstart, folder=folder), Step(3, "pretrained", make, needs=prepared)]
 
 
 @dataclass

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from neo_components.cli.data import data_app
-from neo_components.cli.models import Device, Dtype, Model, Out, open_chat
+from neo_components.cli.models import Device, Dtype, Model, Out, open_chat, quiet
 from neo_components.cli.pretrained import pretrained_app
 from neo_components.cli.recipes import Imports, Overrides, recipes_app, register
 from neo_components.cli.reuse import attach, convert, export
@@ -62,7 +61,7 @@ def quickstart(
     """Train a small model on real data, evaluate, export and reuse it, and write a report. A CPU is enough."""
     from neo_components.quickstart.main import run
 
-    _quiet()
+    quiet()
     run(output, scale, seed, device, dtype)
 
 
@@ -89,7 +88,7 @@ def train(
     from neo_components.training.run import train as run
 
     register(imports)
-    _quiet()
+    quiet()
     result = run(load_recipe(recipe, [*(overrides or []), *_on_device(device, overrides or [])]), resume)
     if result.first:
         typer.echo(table([*result.summary.rows(), *locations(result.folder.parent)]))
@@ -236,13 +235,6 @@ def inspect(
     if settings and not as_json:
         typer.echo(loaded.to_yaml())
     typer.echo(inspection.as_json(report) if as_json else inspection.as_text(report))
-
-
-def _quiet() -> None:
-    """Silences Lightning's messages about absent devices and other products; call after importing it."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")  # Lightning's own, no user can fix it
 
 
 def _message(error: Exception) -> str:

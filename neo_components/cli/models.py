@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,3 +74,10 @@ def model_folder(model: str) -> Path:
 
     folder = resolve(model)
     return folder / "neo" if not (folder / CONFIG).is_file() and (folder / "neo" / CONFIG).is_file() else folder
+
+
+def quiet() -> None:
+    """Silences Lightning's messages about absent devices and other products; call after importing it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")  # Lightning's own, no user can fix it

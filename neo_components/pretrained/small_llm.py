@@ -1,9 +1,9 @@
 """A small language model with the tokenizer and the word embeddings of a larger one: some of its blocks, distilled.
 
-The larger model's final hidden states teach it: head and word embedding are shared and frozen, so equal states are equal
-predictions. The squared difference of all logits, centered for each token, is a quadratic form of the difference of the
-states, ``d^T C d`` with the covariance C of the head's rows, and costs no product with the head. For some tokens the
-divergence of the two distributions is added.
+The larger model's final hidden states teach it: head and word embedding are shared and frozen, so equal states are
+equal predictions. The squared difference of all logits, centered for each token, is a quadratic form of the difference
+of the states, ``d^T C d`` with the covariance C of the head's rows, and costs no product with the head. For some tokens
+the divergence of the two distributions is added.
 
 Source: Hinton et al. 2015 (arXiv 1503.02531) for distillation; Sanh et al. 2019 (arXiv 1910.01108) for the start from
 blocks of the larger model.
@@ -77,13 +77,18 @@ def make_small_llm(
         )
     teacher, student = teacher.to(device, torch.bfloat16), student.to(device)
     losses = _distill(teacher, student, rows, tokens_per_step // LENGTH, minutes, steps, learning_rate, seed, title)
-    arriving = Path(folder).with_name(Path(folder).name + ".part")
+    write_llm(student.cpu(), tokenizer, Path(folder))
+    return losses
+
+
+def write_llm(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a transformers model with its tokenizer; the folder is there whole or not at all."""
+    arriving = folder.with_name(folder.name + ".part")
     shutil.rmtree(arriving, ignore_errors=True)
-    student.cpu().save_pretrained(arriving)
+    model.save_pretrained(arriving)
     tokenizer.save_pretrained(arriving)
     shutil.rmtree(folder, ignore_errors=True)
     arriving.rename(folder)
-    return losses
 
 
 def cut_blocks(model: Any, blocks: Sequence[int]) -> Any:

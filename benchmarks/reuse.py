@@ -12,7 +12,8 @@ one choice of
 
 - weights of the pre-Buffer: ``reused``; ``random``, new ones of the same shapes; ``whitened``, new ones with the patch
   embedding whitened on the task's images. The better of the last two on each task is the control.
-- what trains: ``tuned``, everything; ``frozen``, everything but pre-Buffer and patch embedding.
+- what trains: ``tuned``, everything; ``frozen``, everything but pre-Buffer and patch embedding. Of real language models
+  the H/W channels and adapters train.
 - the way of text: ``bypass``, around the pre-Buffer; ``shared``, through it.
 - how many question-answer pairs it trains on: all, or with ``--pairs 100 1000`` few.
 
@@ -59,7 +60,6 @@ WEIGHTS = {
     "whitened": ["model.pre_buffer.reset=true", "stage.whiten_patches=20000"],
     "reused": [],
 }
-TRAIN = {"tuned": ["stage.train=[all]"], "frozen": ["stage.train=[bridge, post_llm]"]}
 TEXT = {"bypass": ["model.text=bypass"], "shared": ["model.text=shared"]}
 GEOMETRY = ("visual/norm", "visual/mean_share", "visual/effective_rank", "words/norm")
 """Of the tokens that enter the language model (training/callbacks/visual_geometry.py)."""
@@ -140,7 +140,7 @@ def recipe_of(arm: Arm, options: argparse.Namespace) -> Recipe:
         f"stage.steps={arm.steps}", f"stage.validate_every={options.every}",
         f"data.min_pixels={options.pixels}", f"data.max_pixels={options.pixels}",
         *setting.COMMON, *setting.SCHEDULES[arm.llm],
-        *WEIGHTS[arm.weights], *TRAIN[arm.train], *TEXT[arm.text], *options.set,
+        *WEIGHTS[arm.weights], f"stage.train={setting.TRAIN[arm.llm][arm.train]}", *TEXT[arm.text], *options.set,
     ])  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gemma", type=Path, help="folder of Gemma 3 270M")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
-    parser.add_argument("--train", nargs="+", choices=TRAIN, default=list(TRAIN))
+    parser.add_argument("--train", nargs="+", choices=setting.TRAIN[setting.SMALL], default=["tuned", "frozen"])
     parser.add_argument("--text", nargs="+", choices=TEXT, default=list(TEXT))
     parser.add_argument("--pairs", nargs="+", type=int, choices=PAIRS, default=[PAIRS[-1]], help="training pairs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])

@@ -4,7 +4,7 @@ Each kind of language model has its own recipe and schedule; all arms of a langu
 
 - ``small``: the quickstart's second language model (Qwen3 of width 192), trained in a minute on the texts of all tasks,
   never on an image. Its vocabulary, a BPE of 2,048 tokens, is that of the tasks. Trained with Muon.
-- ``smollm2``, ``gemma``: real language models, by folder. Trained with AdamW at a low rate.
+- ``smollm2``, ``gemma``: real language models, by folder, with adapters, trained with AdamW (recipe reuse/real_llm).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LLMS = (SMALL, "smollm2", "gemma")
 SIZES: dict[str, Any] = {
     "hidden_size": 192, "heads": 6, "kv_heads": 3, "feed_forward": 512, "vocab_size": 2048,
 }  # fmt: skip
-RECIPES = {SMALL: "quickstart/attach", "smollm2": "quickstart/attach", "gemma": "quickstart/attach"}
+RECIPES = {SMALL: "quickstart/attach", "smollm2": "reuse/real_llm", "gemma": "reuse/real_llm"}
 STEPS = {SMALL: 100, "smollm2": 60, "gemma": 60}
 """Of an arm."""
 LONGER = 2
@@ -36,9 +36,16 @@ COMMON = [
 """The rate is constant after the warm-up, so that arms of other lengths have the same curve as far as they go."""
 SCHEDULES = {
     SMALL: ["stage.optimizer=muon", "stage.lr=1.0e-3", "stage.muon_lr=0.01"],
-    "smollm2": ["stage.optimizer=adamw", "stage.lr=2.0e-4"],
-    "gemma": ["stage.optimizer=adamw", "stage.lr=2.0e-4"],
+    "smollm2": [],
+    "gemma": [],
 }
+"""What else an arm changes in the recipe."""
+TRAIN = {
+    SMALL: {"tuned": "[all]", "frozen": "[bridge, post_llm]"},
+    "smollm2": {"tuned": "[patch_embedding, pre_buffer, bridge, post_llm.hw]", "frozen": "[bridge, post_llm.hw]"},
+    "gemma": {"tuned": "[patch_embedding, pre_buffer, bridge, post_llm.hw]", "frozen": "[bridge, post_llm.hw]"},
+}
+"""What trains; of the blocks of real language models adapters too (LoRA)."""
 
 
 def make_small(root: Path, steps: int = 400) -> Path:

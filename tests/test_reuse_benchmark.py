@@ -193,9 +193,9 @@ def test_every_arm_is_a_recipe(reuse: Any) -> None:
     setting = importlib.import_module("reuse_setting")
     for llm, recipe in setting.RECIPES.items():
         for weights in reuse.WEIGHTS.values():
-            for train in reuse.TRAIN.values():
+            for train in setting.TRAIN[llm].values():
                 for text in reuse.TEXT.values():
-                    overrides = [*setting.COMMON, *setting.SCHEDULES[llm], *weights, *train, *text]
+                    overrides = [*setting.COMMON, *setting.SCHEDULES[llm], *weights, f"stage.train={train}", *text]
                     assert validate_recipe(recipe, overrides) == []
 
 

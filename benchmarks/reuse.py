@@ -36,7 +36,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Container, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from reuse_figure import draw
 from reuse_probe import Probe, probe
-from reuse_report import report
+from reuse_report import into_page, report
 from reuse_tasks import PAIRS, TASKS, card_of, make_task, test_folder, train_folder
 
 from neo_components.data.module import NEODataModule
@@ -256,13 +256,22 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name}: {last}", flush=True)
 
 
+def with_control(some: list[Any], source: str, control: str | None) -> list[Any]:
+    """The arms or probes of a source; those of new weights from another source of the same shapes, if one is named."""
+    new = control or source
+    found = [one for one in some if one.source == (source if one.weights == "reused" else new)]
+    return [replace(one, source=source) for one in found]
+
+
 def show(options: argparse.Namespace) -> None:
-    """Prints the report, and draws the curves if there is a folder for them."""
+    """Prints the report; writes it into a page and draws the curves if asked to."""
     arms, probes = read(options.root / "arms.jsonl"), read_probes(options.root / "probes.jsonl")
     if options.source is not None:
-        arms = [arm for arm in arms if arm.source == source_of(options)]
-        probes = [one for one in probes if one.source == source_of(options)]
-    print(report(arms, probes))
+        arms, probes = (with_control(some, source_of(options), options.control) for some in (arms, probes))
+    text = report(arms, probes)
+    print(text)
+    if options.page is not None:
+        into_page(text, options.page)
     if options.figures is not None:
         draw(arms, options.figures / "reuse.png")
 
@@ -272,6 +281,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--root", type=Path, default=Path("outputs/reuse"), help="folder of all of it")
     parser.add_argument("--source", help="folder, hub id or pretrained:NAME of the asset")
+    parser.add_argument("--control", help="report: another source, of the same shapes, whose arms of new weights count")
     parser.add_argument("--packages", type=Path, help="folder of the packages that the tasks are drawn from")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--llms", nargs="+", choices=setting.LLMS, default=[setting.SMALL])
@@ -288,6 +298,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=setting.PIXELS, help="of every image")
     parser.add_argument("--set", nargs="+", default=[], help="overrides of the recipe, for example trainer.devices=1")
     parser.add_argument("--figures", type=Path, help="folder for the curves of report")
+    parser.add_argument("--page", type=Path, help="page that the report is written into")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

@@ -10,8 +10,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 
+Key = TypeVar("Key")
 NEW, REUSED = ("random", "whitened"), "reused"
 QUARTER = 0.25
 """Of the control's samples, for its final loss."""
@@ -19,6 +21,8 @@ HALF = 0.5
 """Of the control's probe error."""
 AHEAD = 0.15
 """Exact match after training on few pairs, over that of the control."""
+MARKS = ("<!-- report -->", "<!-- end of report -->")
+"""Of the part of a page that holds the report."""
 MET, MISSED = "met", "missed"
 
 
@@ -37,6 +41,7 @@ class Done(Protocol):
     device: str
     curve: list[tuple[int, float]]
     scores: list[tuple[int, dict[str, float]]]
+    geometry: list[tuple[int, dict[str, float]]]
 
 
 class Probed(Protocol):
@@ -193,18 +198,19 @@ def report(arms: Sequence[Done], probes: Sequence[Probed] = ()) -> str:
         raise ValueError("there is nothing to compare: no task has arms of new and of reused weights")
     most = {one.llm: max(other.pairs for other in found if other.llm == one.llm) for one in found}
     whole, few = ([one for one in found if (one.pairs == most[one.llm]) is all_pairs] for all_pairs in (True, False))
-    parts = [table(some) for some in _split(whole, lambda one: one.llm)]
+    parts = [table(some) for some in _groups(whole, lambda one: one.llm).values()]
+    parts.append(geometry_table(whole))
     parts += [few_table(few)] * bool(few) + [probe_table(probes)] * bool(probes)
     parts.append("\n".join(targets(whole, few, probes)))
     parts.append("Device: " + "; ".join(sorted({arm.device for arm in arms})))
     return "\n\n".join(parts)
 
 
-def _split(some: Iterable[Comparison], by: Callable[[Comparison], str]) -> list[list[Comparison]]:
-    groups: dict[str, list[Comparison]] = {}
+def _groups(some: Iterable[Comparison], by: Callable[[Comparison], Key]) -> dict[Key, list[Comparison]]:
+    groups: dict[Key, list[Comparison]] = {}
     for one in some:
         groups.setdefault(by(one), []).append(one)
-    return list(groups.values())
+    return groups
 
 
 def table(some: Sequence[Comparison]) -> str:
@@ -227,6 +233,28 @@ def table(some: Sequence[Comparison]) -> str:
 
 def _blind(some: Sequence[Comparison]) -> dict[str, float]:
     return {one.task: one.arms[0].blind for one in some}
+
+
+GEOMETRY = {"visual/norm": "norm", "visual/mean_share": "share of the common mean", "visual/effective_rank": "rank"}
+
+
+def geometry_table(some: Sequence[Comparison]) -> str:
+    """Geometry of the visual tokens before the first and after the last step, medians over tasks and seeds."""
+    lines = [
+        "Visual tokens as they enter the language model, before and after training", "",
+        f"| LLM | trained | text | weights | {' | '.join(GEOMETRY.values())} | norm of words |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for (llm, train, text), group in _groups(some, lambda one: (one.llm, one.train, one.text)).items():
+        for weights in (*NEW, REUSED):
+            arms = [arm for one in group for arm in one.of(weights) if arm.geometry]
+            if arms:
+                ends = [
+                    " to ".join(f"{statistics.median(arm.geometry[at][1][name] for arm in arms):.2f}" for at in (0, -1))
+                    for name in (*GEOMETRY, "words/norm")
+                ]
+                lines.append(f"| {llm} | {train} | {text} | {weights} | {' | '.join(ends)} |")
+    return "\n".join(lines)
 
 
 def few_table(some: Sequence[Comparison]) -> str:
@@ -294,6 +322,19 @@ def targets(whole: Sequence[Comparison], few: Sequence[Comparison], probes: Sequ
         _target("Few pairs: at least 15 points ahead", fewer, lambda v: v >= AHEAD),
         _target("Exact match never below new weights, in the median", below, lambda v: v >= 0),
     ]  # fmt: skip
+
+
+def into_page(text: str, page: Path) -> None:
+    """Writes a report into a page, between :data:`MARKS`.
+
+    Raises:
+        ValueError: if the page has no such marks.
+    """
+    written = page.read_text(encoding="utf-8")
+    if not all(mark in written for mark in MARKS):
+        raise ValueError(f"{page} lacks the lines {MARKS[0]} and {MARKS[1]}, between which the report goes")
+    before, after = written.split(MARKS[0])[0], written.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def _target(name: str, values: dict[str, float], good: Callable[[float], bool]) -> str:

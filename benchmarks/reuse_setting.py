@@ -48,7 +48,7 @@ TRAIN = {
 """What trains; of the blocks of real language models adapters too (LoRA)."""
 
 
-def make_small(root: Path, steps: int = 400) -> Path:
+def make_small(root: Path, steps: int = 200) -> Path:
     """Trains the small language model, if it is not there yet.
 
     Args:

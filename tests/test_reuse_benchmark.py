@@ -126,6 +126,42 @@ def test_the_report_states_each_target(reuse: Any, arms: list[Any]) -> None:
     assert "- Probe error at most half of that of new weights: not measured" in text
 
 
+def test_new_weights_may_be_those_of_another_source(reuse: Any, arms: list[Any]) -> None:
+    other = [arm(reuse, "reused", 0, [1, 1, 1, 1, 1], (0.7, 0.7), source="t")]
+    found = reuse.with_control([*arms, *other], "t", "s")
+    assert [one.weights for one in found] == ["random", "random", "whitened", "whitened", "random", "reused"]
+    assert {one.source for one in found} == {"t"} and arms[0].source == "s"
+    assert reuse.with_control([*arms, *other], "s", None) == arms
+
+
+def test_the_geometry_of_visual_tokens_is_reported(reuse: Any, arms: list[Any]) -> None:
+    for number, one in enumerate(arms):
+        start = {"visual/norm": 1.0 + number, "visual/mean_share": 0.5, "visual/effective_rank": 7.0, "words/norm": 2.0}
+        one.geometry = [(0, start), (40, start | {"visual/norm": 10.0, "words/norm": 2.5})]
+    text = importlib.import_module("reuse_report").report(arms)
+    assert "| small | tuned | bypass | random | 1.50 to 10.00 | 0.50 to 0.50 | 7.00 to 7.00 | 2.00 to 2.50 |" in text
+
+
+def test_the_page_shows_what_was_measured(reuse: Any) -> None:
+    top, marks = Path(__file__).parent.parent, importlib.import_module("reuse_report").MARKS
+    page = (top / "docs" / "results" / "reuse.md").read_text(encoding="utf-8")
+    shown = page.split(marks[0])[1].split(marks[1])[0].strip()
+    folder = top / "benchmarks" / "results" / "reuse"
+    arms, probes = reuse.read(folder / "arms.jsonl"), reuse.read_probes(folder / "probes.jsonl")
+    assert shown == (reuse.report(arms, probes) if arms else "Nothing has been measured with `pretrained:small` yet.")
+
+
+def test_a_report_goes_into_a_page(reuse: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- report -->\nold\n<!-- end of report -->\nz\n")
+    for _ in range(2):
+        reuse.into_page("new", page)
+    assert page.read_text() == "a\n<!-- report -->\n\nnew\n\n<!-- end of report -->\nz\n"
+    page.write_text("a\n")
+    with pytest.raises(ValueError, match=r"page.md lacks the lines <!-- report --> and <!-- end of report -->"):
+        reuse.into_page("new", page)
+
+
 def test_what_cannot_be_compared_is_refused(arms: list[Any]) -> None:
     report = importlib.import_module("reuse_report").report
     with pytest.raises(ValueError, match="nothing to compare"):

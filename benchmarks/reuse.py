@@ -1,14 +1,15 @@
 """What a pretrained pre-Buffer saves on tasks that it never saw, against random weights of the same shapes.
 
+    python benchmarks/reuse.py probe --source pretrained:small --packages FOLDER
     python benchmarks/reuse.py run --source pretrained:small --packages FOLDER
     python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --pairs 100 1000 --text bypass
     python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --llms smollm2 --smollm2 FOLDER --seeds 0
     python benchmarks/reuse.py report --figures docs/figures
     python benchmarks/reuse.py report --root benchmarks/results/reuse      # the arms of docs/results/reuse.md
 
-``run`` makes the target tasks (reuse_tasks.py, of the packages of ``neo data pretrain-mix``) and the small language
-model (reuse_setting.py), fits linear probes on frozen features (reuse_probe.py), then trains arm after arm. An arm is
-one choice of
+``probe`` fits linear probes on frozen features (reuse_probe.py), ``run`` trains arm after arm. Both make the target
+tasks first (reuse_tasks.py), of the packages of ``neo data pretrain-mix``, and ``run`` the small language model
+(reuse_setting.py). An arm is one choice of
 
 - weights of the pre-Buffer: ``reused``; ``random``, new ones of the same shapes; ``whitened``, new ones with the patch
   embedding whitened on the task's images. The better of the last two on each task is the control.
@@ -232,26 +233,32 @@ def add(file: Path, found: Arm | Probe) -> None:
         stream.write(json.dumps(asdict(found)) + "\n")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Makes what is missing, then probes and trains what is not done."""
+def run_probes(options: argparse.Namespace) -> None:
+    """Makes the tasks that are missing, then fits the probes that are not done; of new weights with two seeds at most."""
+    for task in options.tasks:
+        make_task(options.root, task, options.packages)
+    file, source = options.root / "probes.jsonl", source_of(options)
+    for seed, task, weights in itertools.product(options.seeds[:2], options.tasks, options.weights):
+        seed = 0 if weights == "reused" else seed
+        if (source, weights, task, seed) not in {one.key for one in read_probes(file)}:
+            for one in probe(options.root, options.source, source, weights, task, seed, options.pixels):
+                add(file, one)
+                print(f"{task}, {weights}, {one.features}: error {one.error:.3f}", flush=True)
+
+
+def run_arms(options: argparse.Namespace) -> None:
+    """Makes what is missing, then trains the arms that are not done."""
     for task in TASKS if setting.SMALL in options.llms else options.tasks:  # the small language model knows all texts
         make_task(options.root, task, options.packages)
     if setting.SMALL in options.llms:
         setting.make_small(options.root)
-    done, source = options.root / "probes.jsonl", source_of(options)
-    for seed, task, weights in itertools.product(options.seeds[:2], options.tasks, options.weights):
-        seed = 0 if weights == "reused" else seed
-        if (source, weights, task, seed) not in {one.key for one in read_probes(done)}:
-            for one in probe(options.root, options.source, source, weights, task, seed, options.pixels):
-                add(done, one)
-                print(f"probe of {task}, {weights}, {one.features}: error {one.error:.3f}", flush=True)
-    done = options.root / "arms.jsonl"
+    file = options.root / "arms.jsonl"
     for arm in arms_of(options):
-        if arm.key in {one.key for one in read(done)}:
+        if arm.key in {one.key for one in read(file)}:
             continue
         train_arm(arm, options)
-        add(done, arm)
-        last = f"loss {arm.curve[-1][1]:.3f}, exact match {arm.scores[-1][1]['overall']:.3f}, {arm.seconds:.0f} s"
+        add(file, arm)
+        last = f"loss {arm.curve[-1][1]:.3f}, exact match {arm.scores[-1][1]['overall']:.3f}, {arm.seconds:.0f} CPU s"
         name = f"{arm.task} on {arm.llm}, {arm.weights} {arm.train} {arm.text}, {arm.pairs} pairs, seed {arm.seed}"
         print(f"{name}: {last}", flush=True)
 
@@ -278,7 +285,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("what", choices=["probe", "run", "report"])
     parser.add_argument("--root", type=Path, default=Path("outputs/reuse"), help="folder of all of it")
     parser.add_argument("--source", help="folder, hub id or pretrained:NAME of the asset")
     parser.add_argument("--control", help="report: another source, of the same shapes, whose arms of new weights count")
@@ -303,9 +310,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
-    if options.what == "run" and (options.source is None or options.packages is None):
-        parser.error("run needs --source and --packages")
-    run(options) if options.what == "run" else show(options)
+    if options.what != "report" and (options.source is None or options.packages is None):
+        parser.error(f"{options.what} needs --source and --packages")
+    {"probe": run_probes, "run": run_arms, "report": show}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def add(file: Path, found: Arm | Probe) -> None:
 
 
 def run_probes(options: argparse.Namespace) -> None:
-    """Makes the tasks that are missing, then fits the probes that are not done; of new weights with two seeds at most."""
+    """Makes the tasks that are missing, then fits the probes that are not done, of new weights with two seeds."""
     for task in options.tasks:
         make_task(options.root, task, options.packages)
     file, source = options.root / "probes.jsonl", source_of(options)

@@ -154,7 +154,15 @@ def figures(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_everything_is_logged_to_tensorboard_and_csv(root: Path) -> None:
     result = train(load_recipe(watched(root, "told", MUON)))
     board, table = scalars(root / "told"), figures(root / "told")
-    groups = ["patch_embedding", "pre_buffer", "post_llm", "post_llm.hw", "post_llm.word_embedding", "post_llm.head"]
+    groups = [
+        "patch_embedding",
+        "pre_buffer",
+        "post_llm",
+        "post_llm.hw",
+        "post_llm.blocks",
+        "post_llm.word_embedding",
+        "post_llm.head",
+    ]
     wanted = {
         "train/loss", "train/grad_norm", "train/skipped_steps", "lr/adamw", "lr/muon",
         "loss_by_source/train", "loss_by_source/text", "loss_by_modality/text", "loss_by_modality/image",

@@ -160,7 +160,7 @@ def test_groups(kind: str) -> None:
     groups = {name: {id(p) for p in parameters} for name, parameters in model.groups().items()}
     assert all(len(groups[name]) == len(parameters) for name, parameters in model.groups().items())
     wholes = ["patch_embedding", "pre_buffer", "post_llm", *(["bridge"] if kind == "bridged" else [])]
-    parts = ["post_llm.hw", "post_llm.word_embedding", "post_llm.head"]
+    parts = ["post_llm.hw", "post_llm.blocks", "post_llm.word_embedding", "post_llm.head"]
     assert set(groups) == {*wholes, *parts}
     assert sum(len(groups[name]) for name in wholes) == len(set().union(*(groups[name] for name in wholes)))
     assert set().union(*(groups[name] for name in wholes)) == {id(p) for p in model.parameters()}
@@ -171,9 +171,29 @@ def test_groups(kind: str) -> None:
     new = ("q_proj_hw", "k_proj_hw", "q_norm_h", "q_norm_w", "k_norm_h", "k_norm_w")
     named = {i for name, i in by_name.items() if name.startswith("post_llm") and name.split(".")[-2] in new}
     assert groups["post_llm.hw"] == named
+    assert named < groups["post_llm.blocks"]
+    words = groups["post_llm.word_embedding"] | groups["post_llm.head"]
+    assert groups["post_llm.blocks"] == groups["post_llm"] - words
     assert by_name["pre_buffer.boundary"] in groups["pre_buffer"]
     if kind == "bridged":
         assert len(groups["bridge"]) == 4
+
+
+def test_text_is_led_another_way() -> None:
+    model = bridged()
+    with pytest.raises(ValueError, match="must be one of shared, bypass"):
+        model.lead_text("no path")
+    model.lead_text("bypass")
+    assert (model.text, model.bridge_in) == ("bypass", None)
+    with pytest.raises(ValueError, match="no bridge into its pre-Buffer"):
+        model.lead_text("shared")
+    plain = tiny_model()
+    batch, _ = random_batch(plain.input_spec, seed=1, images=1)
+    losses = [float(plain.loss(batch).detach())]
+    for text in ("bypass", "shared"):
+        plain.lead_text(text)
+        losses.append(float(plain.loss(batch).detach()))
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_bridged_model_learns_and_generates() -> None:

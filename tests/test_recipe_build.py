@@ -129,6 +129,8 @@ def test_a_checkpoint_is_continued(tmp_path: Path) -> None:
     built = build(recipe.model)
     assert isinstance(built, NEO) and built.post_llm.backend == built.pre_buffer.backend == "eager"
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), model.parameters(), strict=True))
+    other = build(load_recipe(written(tmp_path, f"model: {{from_pretrained: {folder}, text: bypass}}")).model)
+    assert (built.text, other.text) == ("shared", "bypass")
 
 
 OWN_ROPE = """

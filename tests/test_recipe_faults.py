@@ -203,7 +203,7 @@ stage:
         "  my.yaml:4: model.rope.kind: unknown rope 'nativ'; nearest: native "
         f"(registered: {', '.join(ROPE_NAMES)})\n"
         "  base/low.yaml:9: stage.train.1: got 'post_llm.hv' (str), wanted one of patch_embedding, pre_buffer, "
-        "post_llm, post_llm.hw, post_llm.word_embedding, post_llm.head, visual_experts, bridge, all; "
+        "post_llm, post_llm.hw, post_llm.blocks, post_llm.word_embedding, post_llm.head, visual_experts, bridge, all; "
         "nearest: post_llm.hw\n"
         "  base/low.yaml:10: stage.lr: got 'fast' (str), wanted float (a finite number)\n"
         "  override 'stage.steps=true': stage.steps: got True (bool), wanted int (a whole number)\n"

@@ -48,6 +48,8 @@ def empty_model(recipe: Recipe, overrides: Sequence[str] = ()) -> tuple[NEO, lis
             made, notes = _attached(model, model.pre_buffer)
         else:
             made, notes = _composed(model)
+    if isinstance(model, Checkpoint) and model.text is not None:
+        made.lead_text(model.text)
     made.pre_buffer.backend = made.post_llm.backend = model.backend
     return made.to(as_dtype(model.dtype)), notes
 

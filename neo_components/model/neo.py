@@ -100,6 +100,25 @@ class NEO(NEOFiles):
         if len(set(types.values())) > 1:
             raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
 
+    def lead_text(self, text: str) -> None:
+        """Leads text tokens another way than before; ``bypass`` drops the bridge into the pre-Buffer.
+
+        Args:
+            text: ``shared`` or ``bypass``.
+
+        Raises:
+            ValueError: if it is unknown, or text needs a bridge into the pre-Buffer that this model does not have.
+        """
+        route = TextRoute(text)
+        if route.words_pass and self.bridge_in is None and self.bridge_out is not None:
+            raise ValueError(
+                f"this model has no bridge into its pre-Buffer, so text={text!r} is not possible; attach the pre-Buffer "
+                "to the language model again, with that route"
+            )
+        self.route = route
+        if not route.words_pass:
+            self.bridge_in = None
+
     @property
     def input_spec(self) -> InputSpec:
         """The properties of this model that ``pack`` needs."""
@@ -129,7 +148,8 @@ class NEO(NEOFiles):
         """Named groups of parameters, by module; a stage names those that it trains.
 
         ``pre_buffer`` includes the boundary vectors but not the patch embedding; ``post_llm`` is the full language
-        model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
+        model, of which ``post_llm.hw`` (new H/W parts), ``post_llm.blocks`` (blocks with these, and the final norm),
+        ``post_llm.word_embedding`` and ``post_llm.head`` are parts.
         ``visual_experts`` is what expert routing added to the blocks of both.
         """
         pre, post = self.pre_buffer, self.post_llm
@@ -140,6 +160,7 @@ class NEO(NEOFiles):
             "pre_buffer": [pre.boundary, *pre.layers.parameters()],
             "post_llm": list(post.parameters()),
             "post_llm.hw": [p for part in post.hw_modules() for p in part.parameters()],
+            "post_llm.blocks": [*post.layers.parameters(), *post.norm.parameters()],
             "post_llm.word_embedding": list(post.word_embedding.parameters()),
             "post_llm.head": list((post.lm_head or post.word_embedding).parameters()),
             "visual_experts": [p for part in experts for p in part.parameters()],

@@ -52,6 +52,8 @@ def build(model: ModelRecipe) -> NEO:
     if isinstance(model, Checkpoint):
         neo = NEO.from_pretrained(model.from_pretrained, dtype=model.dtype)
         neo.pre_buffer.backend = neo.post_llm.backend = model.backend
+        if model.text is not None:
+            neo.lead_text(model.text)
         return neo
     if isinstance(model.pre_buffer, PreBufferAsset):
         return _attached(model, model.pre_buffer)

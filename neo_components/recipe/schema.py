@@ -181,11 +181,13 @@ class Checkpoint:
         from_pretrained: folder or hub id, own or released layout.
         backend: how attention is computed.
         dtype: of all weights in memory.
+        text: the way of text tokens, through the pre-Buffer or around it; ``None``: as the model was saved.
     """
 
     from_pretrained: str
     backend: Backend = "auto"
     dtype: Dtype = "float32"
+    text: Text | None = None
 
 
 ModelRecipe = Compose | Checkpoint

@@ -14,6 +14,7 @@ Group = Literal[
     "pre_buffer",
     "post_llm",
     "post_llm.hw",
+    "post_llm.blocks",
     "post_llm.word_embedding",
     "post_llm.head",
     "visual_experts",
@@ -29,6 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "lr": (0, float("inf")),
     "muon_lr": (0, float("inf")),
     "whiten_patches": (0, float("inf")),
+    "word_alignment": (0, float("inf")),
     "min_lr_ratio": (0, 1),
     "ema": (0, 1),
     "activation_checkpointing": (0, 1),
@@ -113,6 +115,8 @@ class StageConfig:
         whiten_patches: number of patches of training images by which a new patch embedding is whitened before the first
             step (``PatchEmbedding.whiten``), 0: none. Only for a first stage: it replaces the patch embedding's
             weights.
+        word_alignment: weight of an auxiliary loss that draws visual tokens, as they enter the language model, to the
+            word embeddings of their document's answers (``training/word_alignment.py``); 0: none.
         predictions: number of validation questions that the model answers at each validation; scores and figures are
             logged.
         metric: metric of these answers: a registered name, or a mapping of ``kind`` (the name) and its options.
@@ -159,6 +163,7 @@ class StageConfig:
     checkpoint_every: int = 500
     log_every: int = 10
     whiten_patches: int = 0
+    word_alignment: float = 0.0
     predictions: int = 4
     metric: Annotated[Choice, METRIC] = METRIC.default
     activation_checkpointing: float | Literal["auto"] = 0.0
@@ -196,13 +201,15 @@ class StageConfig:
         lora, train = values.get("lora"), values.get("train")
         if train is not None and not train and lora is None:
             found["train"] = "is empty: name at least one group to train, or 'all'"
-        if lora is not None and (full := {"all", "post_llm"}.intersection(train or ())):
+        if lora is not None and (full := {"all", "post_llm", "post_llm.blocks"}.intersection(train or ())):
             found["train"] = (
                 f"names {', '.join(sorted(full))}, but stage.lora freezes the language model; name "
                 "patch_embedding, pre_buffer, bridge or parts like post_llm.hw, or remove stage.lora"
             )
         if not all(0 <= beta < 1 for beta in values.get("betas", ())):
             found["betas"] = f"got {list(values['betas'])}, both must be 0 or more and less than 1"
+        if values.get("word_alignment") and values.get("context_parallel", 1) > 1:
+            found["word_alignment"] = "needs whole sequences: remove it, or set stage.context_parallel to 1"
         if values.get("activation_gb") and values.get("activation_checkpointing") != "auto":
             found["activation_gb"] = "has no effect without stage.activation_checkpointing auto"
         if values.get("fp8", "none") != "none" and lora is not None:

@@ -26,6 +26,7 @@ from neo_components.training.kernels import use_kernels
 from neo_components.training.lora import lora_parameters, set_trainable
 from neo_components.training.optimizers import Joined, OneByOne, build_optimizer
 from neo_components.training.skipped_steps import SkippedSteps
+from neo_components.training.word_alignment import WordAlignment
 from neo_components.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
 class NEOTraining(lightning.LightningModule):
     """Trains one stage.
 
-    Logs with every entry the step's ``train/loss``, ``train/grad_norm``, ``train/skipped_steps``, ``lr/OPTIMIZER``, and
-    ``grad_norm/GROUP`` of each trainable group; that of ``post_llm.hw`` starts high, as the first gradient of the zero
-    keys passes their norm. Logs over all steps since the last entry ``loss_by_source/SOURCE`` and
-    ``loss_by_modality/text``, ``/image`` and ``/images``. Logs for each validation ``val/loss``, the mean over all
-    target tokens, and on held-out text ``val/text_perplexity``, the exponential of that mean.
+    Logs with every entry the step's ``train/loss``, ``train/word_alignment`` if the stage has it, ``train/grad_norm``,
+    ``train/skipped_steps``, ``lr/OPTIMIZER``, and ``grad_norm/GROUP`` of each trainable group; that of ``post_llm.hw``
+    starts high, as the first gradient of the zero keys passes their norm. Logs over all steps since the last entry
+    ``loss_by_source/SOURCE`` and ``loss_by_modality/text``, ``/image`` and ``/images``. Logs for each validation
+    ``val/loss``, the mean over all target tokens, and on held-out text ``val/text_perplexity``, the exponential of
+    that mean.
     ``performance.Performance`` logs speed and memory.
 
     The loss of a step is the weighted mean over all target tokens of its micro-batches, on all processes together. The
@@ -82,6 +84,7 @@ class NEOTraining(lightning.LightningModule):
             if stage.compile:
                 stack.compile_blocks()
         self.context: ContextParallel | None = None
+        self.alignment = WordAlignment(model) if stage.word_alignment else None
         self.val_loss, self.text_loss = MeanMetric(), MeanMetric()
         self.loss_parts = LossParts([])
         self.losses_by_part: dict[str, float] = {}
@@ -134,7 +137,16 @@ class NEOTraining(lightning.LightningModule):
         self._keys += [key for row in batch.keys for key in row]
         weight = loss_weight(batch) if self.several_batches else loss.new_ones(())
         self._totals.append(torch.stack([loss.detach() * weight, weight]).double())
+        loss = self._aligned(loss, batch)
         return loss * weight if self.several_batches else loss
+
+    def _aligned(self, loss: Tensor, batch: Batch) -> Tensor:
+        """The loss with the auxiliary one of ``stage.word_alignment``, which is logged for itself."""
+        alignment = None if self.alignment is None else self.alignment.loss(batch)
+        if alignment is None:
+            return loss
+        self.log("train/word_alignment", alignment.detach(), batch_size=1)
+        return loss + self.stage.word_alignment * alignment
 
     def validation_step(self, batch: Batch, batch_index: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation loss, or to the loss of held-out text."""

@@ -18,7 +18,7 @@ SPLITS = (TRAIN, HELD_OUT)
 """``held_out`` has what no picture of ``train`` shows: other drawings, a whole set of icons, whole font families."""
 
 COLOR, TURN, MIRROR, FRAME, DETAIL = "color", "turn", "mirror", "frame", "detail"
-"""What answers can rest on, and no distortion may then change: colors; which way is up; left and right; what lies at the
+"""What answers can rest on, and no distortion may then change: colors; which way is up; left and right; what is at the
 margins and where in the frame (crops); fine print (blur, noise and low resolution are kept mild)."""
 
 

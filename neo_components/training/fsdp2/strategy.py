@@ -83,9 +83,17 @@ class ShardedTraining(NEOTraining):
         stage: as in :class:`NEOTraining`.
         deferred: the ``Deferred`` under which it was built.
         policy: types of weights and gradients.
+
+    Raises:
+        ValueError: if the stage has an auxiliary loss, which reads word embeddings whole.
     """
 
     def __init__(self, model: NEO, stage: StageConfig, deferred: Deferred, policy: MixedPrecisionPolicy) -> None:
+        if stage.word_alignment:
+            raise ValueError(
+                f"stage.word_alignment is {stage.word_alignment}, and the strategy fsdp2 has no whole word embeddings "
+                "for it; set it to 0, or train with trainer.strategy=ddp or auto"
+            )
         super().__init__(model, stage)
         self._deferred: Deferred | None = deferred
         self._policy = policy

@@ -29,7 +29,9 @@ from neo_components.registry import PICTURES
 VALIDATION = "validation"
 PARTS = (TRAIN, VALIDATION, HELD_OUT)
 
-WEIGHTS: dict[str, float] = {"clip_art": 3.0, "icons": 3.0}
+WEIGHTS: dict[str, float] = {
+    "clip_art": 3.0, "icon_scenes": 3.0, "icons": 2.0, "lettering": 2.0, "scenes": 1.5, "charts": 1.5, "easy_vqa": 0.5,
+}  # fmt: skip
 """Sampling weights of the sources that are not 1."""
 
 SHORT = 24
@@ -48,7 +50,7 @@ class PretrainMix(Converter):
     Args:
         packages: Folder that ``prepare`` of ``data/pictures/packages.py`` has made.
         pairs: Number of pictures, each with its conversation.
-        part: train, validation (other distortions and questions, and of sources without end other pictures) or held_out.
+        part: train, validation (other distortions and questions; of sources without end, other pictures) or held_out.
         seed: The same seed gives the same samples.
         weights: Sampling weight by source; sources that are not named have the weight of ``WEIGHTS``, else 1.
 
@@ -69,7 +71,7 @@ class PretrainMix(Converter):
         one_of("part", self.part, PARTS)
         if self.pairs < 1:
             raise ArgumentError("pairs", f"must be 1 or more, got {self.pairs}")
-        self.weights = complete_weights(self.weights)
+        self.weights = {name: weight for name, weight in complete_weights(self.weights).items() if weight}
         for name in self.weights:
             source(name, self.packages)  # once, before the processes that write are forked
         if self.part == HELD_OUT:
@@ -150,7 +152,7 @@ class PretrainMix(Converter):
 
 
 def complete_weights(given: Mapping[str, float]) -> dict[str, float]:
-    """The sampling weights of all registered sources, without those of weight 0.
+    """The sampling weights of all registered sources; those of weight 0 are left out of a mix.
 
     Raises:
         ArgumentError: (a ``ValueError``) if a source is unknown, a weight negative, or all are 0.
@@ -160,8 +162,7 @@ def complete_weights(given: Mapping[str, float]) -> dict[str, float]:
         if not weight >= 0:
             raise ArgumentError("weight", f"of {name} must be 0 or more, got {weight}")
     weights = {name: float(given.get(name, WEIGHTS.get(name, 1.0))) for name in sorted(PICTURES)}
-    weights = {name: weight for name, weight in weights.items() if weight}
-    if not weights:
+    if not any(weights.values()):
         raise ArgumentError("weight", f"must be above 0 for at least one of {', '.join(sorted(PICTURES))}")
     return weights
 

@@ -1,4 +1,4 @@
-"""Writes a whole pretraining mix: fetches the packages, then one folder of shards after the other, then the data card."""
+"""Writes a whole pretraining mix: packages first, then one folder of shards after the other, then the data card."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def write_mix(
     complete = complete_weights(weights or {})
     job = {"pairs": pairs, "held_out": held_out, "seed": seed, "weights": complete}
     _open(folder, job)
-    prepare(packages, sorted({name for part in complete for name in PICTURES[part].needs}), fetch, report)
-    for part, converter in _parts(packages, job, complete):
+    prepare(packages, sorted({name for part in used(complete) for name in PICTURES[part].needs}), fetch, report)
+    for part, converter in _parts(packages, pairs, held_out, seed, complete):
         if (folder / part / INDEX_NAME).is_file():
             report(f"{part}: finished before")
             continue
@@ -72,19 +72,25 @@ def write_mix(
     named = [f"--pairs {pairs}", f"--held-out {held_out}", f"--seed {seed}"]
     named += [f"--weight {name}={weight:g}" for name, weight in (weights or {}).items()]
     command = f"neo data pretrain-mix {shlex.quote(folder.name)} --packages PACKAGES {' '.join(named)}"
-    write_card(folder, packages, complete, seed, command)
+    write_card(folder, packages, {name: complete[name] for name in used(complete)}, seed, command)
     counted = json.loads((folder / CARD).read_text(encoding="utf-8"))["folders"]
     return sum(numbers["samples"] for part in counted.values() for numbers in part.values())
 
 
-def _parts(packages: Path, job: Mapping[str, int], weights: dict[str, float]) -> Iterator[tuple[str, Converter]]:
+def used(weights: Mapping[str, float]) -> list[str]:
+    """The sources of a mix."""
+    return [name for name, weight in weights.items() if weight]
+
+
+def _parts(
+    packages: Path, pairs: int, held_out: int, seed: int, weights: Mapping[str, float]
+) -> Iterator[tuple[str, Converter]]:
     """Folders and their converters, those that are looked at first at the beginning."""
-    seed, pairs = job["seed"], job["pairs"]
     yield VALIDATION, PretrainMix(packages, min(VALIDATION_PAIRS, pairs), VALIDATION, seed, weights)
-    for name in weights:
-        if job["held_out"] and source(name, packages).items(HELD_OUT) != 0:
+    for name in used(weights):
+        if held_out and source(name, packages).items(HELD_OUT) != 0:
             only = {other: float(other == name) for other in PICTURES}
-            yield f"{HELD_OUT}/{name}", PretrainMix(packages, job["held_out"], HELD_OUT, seed, only)
+            yield f"{HELD_OUT}/{name}", PretrainMix(packages, held_out, HELD_OUT, seed, only)
     yield TRAIN, PretrainMix(packages, pairs, TRAIN, seed, weights)
     yield TEXT, PretrainTexts(packages, max(1, round(pairs * TEXT_RATIO)), seed)
 

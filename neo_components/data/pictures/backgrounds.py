@@ -1,4 +1,4 @@
-"""Backgrounds for pictures that have none: plain, gradients, stripes, checks, clouds, noise; what lies on them shows."""
+"""Backgrounds for pictures that have none: plain, gradients, stripes, checks, clouds, noise; drawings show on them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Open Clip Art: 8,121 drawings in the public domain, named by their titles, keywords, files and folders.
 
 Titles were written by hundreds of authors: some name the collection or the first drawing of a series, some are in other
-languages. A name is used if its words are used by a second author or name the folder; folders are reliable, and give the
-kind of every drawing.
+languages. A name is used if its words are English or used by a second author. Folders are reliable, and give the kind
+of every drawing.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ SIDES = (96, 224)
 """Smallest and largest longer side of a drawing in pixels."""
 
 _GENERIC = re.compile(
-    r"clip ?art|collection|\bicons\b|lemon svg|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arrows$",
+    r"clip ?art|collection|\bicons\b|lemon svg|flat icon|aiga|road signs|\btheme\b|^map symbols|untitled|^simple arr",
     re.IGNORECASE,
 )
 _NOISE = {
     "clipart", "clip", "art", "icon", "icons", "svg", "symbol", "outline", "silhouette", "silhouet", "contour",
     "etiquette", "gnome", "mime", "vector", "cartoon", "illustration", "simple", "image", "drawing", "aiga", "stock",
-    "hash", "bw", "md", "alt", "nm", "xx", "theme", "by", "draft", "sketch", "ganson", "mo", "color", "colour", }  # fmt: skip
+    "hash", "bw", "md", "alt", "nm", "xx", "theme", "by", "draft", "sketch", "ganson", "mo", "color", "colour",
+}  # fmt: skip
 _SMALL = {"of", "and", "with", "in", "on", "the", "an", "for", "to", "at"}
 """Words that stand inside a name, never at its ends."""
 _MOST_WORDS = 3

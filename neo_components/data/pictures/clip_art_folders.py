@@ -153,6 +153,8 @@ def name_in_folder(path: str, title: str, same_title: int) -> str | None:
         letter = stem.rpartition("_")[2]
         return f"semaphore {letter}" if stem.startswith("semaphore_") else ""
     if path.startswith("signs_and_symbols/flags"):
+        if signal := re.fullmatch(r"signalflag_([a-z]+|\d)", stem):
+            return f"signal flag {signal[1]}"
         return _flag(title if same_title < 3 and not _COLLECTION.search(title) else stem)
     if path.startswith("geography/") and not path.startswith("geography/astronomy"):
         place = _place(title)
@@ -165,7 +167,8 @@ def name_in_folder(path: str, title: str, same_title: int) -> str | None:
 _COLLECTION = re.compile(r"clip ?art|collection|flags of|signal", re.IGNORECASE)
 _REGIONS = re.compile(r"^(usa|uk|canada|spain|france|italy|germany|australia|china|norway|finland|denmark|belgium)_")
 _NO_PLACE = {
-    "clipart", "flag", "flags", "of", "the", "banner", "bandiera", "map", "mapa", "outline", "shaded", "white", "flagge",
+    "clipart", "flag", "flags", "of", "the", "banner", "bandiera", "map", "mapa", "outline", "shaded", "white",
+    "flagge", "signalflag", "creation",
     "historic", "usa", "state", "world", "blank", "region", "regions", "europe", "illustration", "bandera", "icon",
 }  # fmt: skip
 

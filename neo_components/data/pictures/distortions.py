@@ -73,10 +73,8 @@ def _on_background(image: Image.Image, keeps: frozenset[str], rng: random.Random
     if canvas_height < height:
         canvas_width, canvas_height = height / filled * ratio, height / filled
     size = (max(round(canvas_width), width), max(round(canvas_height), height))
-    at = tuple(
-        (whole - part) // 2 if plain else rng.randint(0, whole - part)
-        for whole, part in zip(size, image.size, strict=True)
-    )
+    free = (size[0] - width, size[1] - height)
+    at = (free[0] // 2, free[1] // 2) if plain else (rng.randint(0, free[0]), rng.randint(0, free[1]))
     below = background(size, image, rng, plain)
     below.paste(image, at, image)
     return below

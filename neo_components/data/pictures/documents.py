@@ -77,20 +77,22 @@ class Documents(PictureSource):
 
 def render(rng: random.Random, page: Page, face: Face) -> Image.Image:
     """Draws a document; the size of its text is as large as its longest line allows."""
-    width = rng.randint(160, 240)
+    width = rng.randint(144, 224)
     margin = rng.randint(6, 14)
     room = width - 2 * margin
     rows = [left + ("   " + right if right else "") for left, right in page.lines]
-    size = int(min(18, 16 * room / max(face.at(16).getlength(row) for row in rows)))
+    # Measuring takes as long as drawing: the two rows of most letters are enough.
+    longest = max(face.at(16).getlength(row) for row in sorted(rows, key=len)[-2:]) / 16
+    size = int(min(18, room / longest))
     if size < 12:  # a wider page rather than text that cannot be read
-        width, size = min(256, round(width * 12 / max(size, 8))), 12
-        size = max(11, int(min(12, 16 * (width - 2 * margin) / max(face.at(16).getlength(row) for row in rows))))
+        width = min(224, round(width * 12 / max(size, 8)))
+        size = max(11, int(min(12, (width - 2 * margin) / longest)))
     pitch = round(size * rng.uniform(1.3, 1.6))
     height = 2 * margin + round(size * 2.2) + pitch * len(rows)
     paper = palette.pale(rng) if rng.random() < 0.6 else (rng.randint(244, 255),) * 3
-    image = palette.ground(rng, (width, min(256, max(96, height))), paper)
+    image = palette.ground(rng, (width, min(224, max(96, height))), paper)
     draw, ink = ImageDraw.Draw(image), (rng.randint(0, 70),) * 3
-    head = min(round(size * rng.uniform(1.15, 1.6)), int(size * room / max(1, face.at(size).getlength(page.title))))
+    head = min(round(size * rng.uniform(1.15, 1.6)), int(16 * (width - 2 * margin) / face.at(16).getlength(page.title)))
     center = rng.random() < 0.6
     draw.text(
         (width / 2 if center else margin, margin), page.title, ink, face.at(max(11, head)), "ma" if center else "la"
@@ -191,8 +193,7 @@ def _form(rng: random.Random, page: Page, vocabulary: Words) -> None:
         page.first.append((one_form(rng, forms, key=plain), values[key]))
     page.others = [(one_form(rng, "how many entries are there?|how many lines are below the title?"), str(len(keys)))]
     truth = rng.random() < 0.5
-    plain = [key for key in values if key != "No."]
-    pool = [key for key in plain if (key in keys) == truth]
+    pool = [key for key in values if key != "No." and (key in keys) == truth]
     if pool:
         page.others.append((f"is a {rng.choice(pool).lower()} given?".replace("a age", "an age"), yes_no(truth)))
 

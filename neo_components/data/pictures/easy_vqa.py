@@ -9,18 +9,19 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image
 
-from neo_components.data.pictures.picture import COLOR, SPLITS, TRAIN, Picture, PictureSource
+from neo_components.data.pictures.picture import COLOR, HELD_OUT, SPLITS, TRAIN, Picture, PictureSource
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
 _SHAPES = {"circle", "rectangle", "triangle"}
 _YES_NO = {"yes", "no"}
+_NAMES = {TRAIN: "train", HELD_OUT: "test"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def read_easy_vqa(split: str) -> list[EasyVQAImage]:
         ValueError: for another split.
         ModuleNotFoundError: if the package ``easy-vqa`` is not installed.
     """
+    return list(_read(split))
+
+
+@cache
+def _read(split: str) -> tuple[EasyVQAImage, ...]:
     try:
         import easy_vqa
     except ModuleNotFoundError as error:
@@ -61,7 +67,7 @@ def read_easy_vqa(split: str) -> list[EasyVQAImage]:
     asked = defaultdict(list)
     for question, answer, number in zip(questions, answers, numbers, strict=True):
         asked[number].append((question, answer))
-    return [EasyVQAImage(number, Path(paths[number]), tuple(asked[number])) for number in sorted(asked)]
+    return tuple(EasyVQAImage(number, Path(paths[number]), tuple(asked[number])) for number in sorted(asked))
 
 
 def question_kind(answer: str) -> str:
@@ -73,16 +79,12 @@ def question_kind(answer: str) -> str:
 class EasyVQA(PictureSource):
     """The training split of easy-VQA; its test split is held out.
 
-    Two questions in three are open; of the others as many are answered by yes as by no, also of those that ask
+    Two questions in three or more are open; of the others as many are answered by yes as by no, also of those that ask
     whether a shape is missing.
     """
 
     license: ClassVar[str] = "MIT"
     origin: ClassVar[str] = "PyPI package easy-vqa (Victor Zhou, 2019)"
-
-    @cached_property
-    def _images(self) -> dict[str, list[EasyVQAImage]]:
-        return {split: read_easy_vqa("train" if split == TRAIN else "test") for split in SPLITS}
 
     def items(self, split: str) -> int:
         """Number of images.
@@ -91,19 +93,22 @@ class EasyVQA(PictureSource):
             ValueError: for an unknown split.
         """
         one_of("split", split, SPLITS)
-        return len(self._images[split])
+        return len(_read(_NAMES[split]))
 
     def draw(self, number: int, split: str, rng: random.Random) -> Picture:
         """An image of the package with one to three of its questions."""
         one_of("split", split, SPLITS)
-        images = self._images[split]
+        images = _read(_NAMES[split])
         drawn = images[number % len(images)]
         by_kind: dict[object, list[tuple[str, str]]] = defaultdict(list)
         for question, answer in drawn.questions:
             by_kind[(" no" in question, answer) if answer in _YES_NO else "open"].append((question, answer))
         turns: list[tuple[str, str]] = []
         for _ in range(rng.randint(1, 3)):
-            wanted: object = "open" if rng.random() < 2 / 3 else (rng.random() < 0.5, rng.choice(("yes", "no")))
+            negative, answer, asks_openly = rng.random() < 0.5, rng.choice(("yes", "no")), rng.random() < 2 / 3
+            # An image that leaves only one of the answers would give that one more often.
+            both = all(by_kind[negative, one] for one in ("yes", "no"))
+            wanted: object = (negative, answer) if both and not asks_openly else "open"
             if left := [turn for turn in by_kind[wanted] if turn not in turns]:
                 turns.append(rng.choice(left))
         with Image.open(drawn.path) as image:

@@ -65,15 +65,12 @@ def lay_out(part: Part, face: Face, size: int) -> Box:
     if part.kind == "row":
         return _beside([lay_out(one, face, size) for one in part.parts], round(size * 0.12))
     if part.kind == "fraction":
-        return _fraction(*(lay_out(one, face, round(size * 0.85)) for one in part.parts), size)
+        above, below = (lay_out(one, face, round(size * 0.85)) for one in part.parts)
+        return _fraction(above, below, size)
     if part.kind in ("power", "index"):
         base, other = lay_out(part.parts[0], face, size), lay_out(part.parts[1], face, small)
-        shift = other.mask.height - round(size * 0.3) if part.kind == "power" else -round(size * 0.35)
-        top = (
-            base.base - round(size * 0.45) - shift
-            if part.kind == "power"
-            else base.base + round(size * 0.28) - other.base
-        )
+        raised = base.base - round(size * 0.36) - other.mask.height
+        top = raised if part.kind == "power" else base.base + round(size * 0.28) - other.base
         return _placed([(base, 0, 0), (other, base.mask.width + max(1, size // 16), top)], base.base)
     if part.kind == "root":
         return _root(lay_out(part.parts[0], face, size), size)

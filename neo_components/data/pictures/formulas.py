@@ -51,8 +51,8 @@ class Formulas(PictureSource):
         kind = rng.choice(KINDS)
         part, text = formula(rng, kind)
         box = lay_out(part, face, rng.randint(20, 44))
-        mask = scaled_to_fit(box.mask, 216, 150)
-        wide, high = (max(72, mask.width + rng.randint(12, 40)), max(48, mask.height + rng.randint(12, 50)))
+        mask = scaled_to_fit(box.mask, 204, 150)
+        wide, high = (max(72, mask.width + rng.randint(10, 20)), max(48, mask.height + rng.randint(12, 50)))
         if rng.random() < 0.7:
             grays = (rng.randint(0, 60), rng.randint(215, 255))
             ink, ground = ((gray,) * 3 for gray in (grays if rng.random() < 0.85 else grays[::-1]))

@@ -26,7 +26,7 @@ from neo_components.data.pictures.ink import (
     text_mask,
     wavy,
 )
-from neo_components.data.pictures.lettering import KEEPS, LETTERS, sign_turns
+from neo_components.data.pictures.lettering import LETTERS, keeps, sign_turns
 from neo_components.data.pictures.picture import Picture, PictureSource
 from neo_components.data.pictures.words import Words
 from neo_components.registry import PICTURES
@@ -89,7 +89,8 @@ class Handwriting(PictureSource):
                 yes_no(light),
             )
         )
-        return Picture(image, some(rng, first, others, most=3), "text", KEEPS)
+        turns = some(rng, first, others, most=3)
+        return Picture(image, turns, "text", keeps(turns))
 
 
 def written(rng: random.Random, face: Face, text: str) -> tuple[Image.Image, bool]:

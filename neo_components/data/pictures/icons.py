@@ -151,7 +151,10 @@ class IconSets:
 
 
 _BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # defaults of IconifyJSON
-_SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{0} {1} {2} {3}">{4}</svg>'
+_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'viewBox="{0} {1} {2} {3}">{4}</svg>'
+)
 
 
 def readable_name(name: str) -> str:
@@ -179,7 +182,7 @@ def icon_sets(packages: Path) -> IconSets:
 class Icons(PictureSource):
     """One icon or emoji, with questions on name, kind and color."""
 
-    license = "Apache-2.0 (Noto), MIT (Tabler, Fluent)"
+    license = "Apache-2.0 AND MIT"
     origin = "Noto emoji, Tabler icons; held out: Fluent emoji"
     needs = (NOTO, TABLER, FLUENT)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from neo_components.data.pictures import words
+from neo_components.data.pictures import palette, words
 from neo_components.data.pictures.asking import Turn, is_clear, one_form, place_name, some, yes_no
 from neo_components.data.pictures.fonts import NEEDS, Face, Fonts
 from neo_components.data.pictures.picture import COLOR, DETAIL, FRAME, MIRROR, TURN, Picture, PictureSource
@@ -16,11 +17,14 @@ from neo_components.data.pictures.sheets import LABELS, Sheet, color_turns, writ
 from neo_components.data.pictures.words import Words
 from neo_components.registry import PICTURES
 
-KEEPS = frozenset({COLOR, TURN, MIRROR, FRAME, DETAIL})
+ABOUT_COLOR = re.compile(rf"\b(color|light|lighter|{'|'.join(palette.NAMES)})\b")
+"""What a question has if its answer rests on colors."""
 LETTERS = tuple(letter for letter in string.ascii_letters if letter != "l")
 """A small l on its own is a capital I in many fonts."""
 CASE_SHOWS = frozenset("abdeghnqrtABDEGHNQRT")
 """Letters that show on their own whether they are capitals."""
+ALIKE = frozenset("0Oo1Ii")
+"""Digits and letters that are told from each other by what stands beside them."""
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 READ = (
     "what does it say?|what is written here?|read the text.|what text is shown?|transcribe the text.|what can you read?"
@@ -56,7 +60,14 @@ class Lettering(PictureSource):
         face = rng.choice(self.fonts.faces(families[number % len(families)]))
         kind = rng.choices(tuple(_KINDS), [often for often, _ in _KINDS.values()])[0]
         sheet, first, others = _KINDS[kind][1](rng, face, self.words)
-        return Picture(sheet.image, some(rng, first, others), "text", KEEPS)
+        turns = some(rng, first, others)
+        return Picture(sheet.image, turns, "text", keeps(turns))
+
+
+def keeps(turns: Sequence[Turn]) -> frozenset[str]:
+    """What distortions of a picture of text must not change: colors only if they are asked about."""
+    asked = any(ABOUT_COLOR.search(question) for question, _ in turns)
+    return frozenset({TURN, MIRROR, FRAME, DETAIL, *([COLOR] if asked else [])})
 
 
 def reading(rng: random.Random, shown: str) -> Turn:
@@ -104,7 +115,7 @@ def sign_turns(
     if sign in CASE_SHOWS and small_letters:
         forms = "is it a capital letter?|is this an upper case letter?|is the letter upper case?"
         others.append((one_form(rng, forms), yes_no(sign.isupper())))
-    if not sign.isdigit() or rng.random() < 1 / digits_per_letter:
+    if sign not in ALIKE and (not sign.isdigit() or rng.random() < 1 / digits_per_letter):
         forms = "is it a letter or a digit?|is this a digit or a letter?"
         others.append((one_form(rng, forms), "digit" if sign.isdigit() else "letter"))
     return first, others

@@ -20,10 +20,11 @@ _ASK_KIND = (
     "what sort of thing does the picture show?",
 )  # fmt: skip
 _ASK_YES_NO = ("is this {}?", "does the picture show {}?", "is {} shown here?", "do you see {}?")
+_ASK_TOPIC = ("is this about {}?", "does the picture belong to {}?", "is this something of {}?")
 _ASK_CHOICE = ("which is it: {}, {} or {}?", "is this {}, {} or {}?", "does the picture show {}, {} or {}?")
 _ASK_CAPTION = (
-    "describe the picture.", "write a caption.", "give a short description.", "what is in the picture? answer in a sentence.",
-    "caption:", "describe what you see.",
+    "describe the picture.", "write a caption.", "give a short description.", "caption:", "describe what you see.",
+    "what is in the picture? answer in a sentence.",
 )  # fmt: skip
 _ASK_COLOR = ("what color is it mostly?", "which color is the {style} mostly?", "what is its main color?")
 _CAPTIONS = (
@@ -31,25 +32,19 @@ _CAPTIONS = (
     "the picture shows {thing}.", "{a_style}: {name}.",
 )  # fmt: skip
 
-_NO_ARTICLE = (
-    "the ",
-    "a ",
-    "an ",
-    "some ",
-    "two ",
-    "three ",
-    "four ",
-    "five ",
-    "six ",
-    "seven ",
-    "eight ",
-    "nine ",
-    "ten ",
-)
+_NO_ARTICLE = {
+    "the", "a", "an", "some", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+}  # fmt: skip
 _MASS = {
     "food", "clothing", "furniture", "weather", "music", "money", "bread", "meat", "electronics", "science", "milk",
     "water", "people", "religion", "clothes", "cheese", "rice", "wine", "beer", "astronomy",
 }  # fmt: skip
+_TOPICS = {
+    "education", "computing", "recreation", "holiday", "christmas", "music", "religion", "science", "astronomy",
+    "medicine", "weather", "transport", "party", "hardware", "electronics", "dairy", "sport", "office supply", "nature",
+    "travel", "health", "math", "media", "text", "money", "furniture", "clothing", "jewelry", "food or drink",
+}  # fmt: skip
+"""Kinds that no single thing is called by."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def with_article(name: str) -> str:
     """``dog`` -> ``a dog``; plurals, names with a capital letter and mass nouns stay."""
     first, last = name.split()[0], name.split()[-1].lower()
     plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    if name.lower().startswith(_NO_ARTICLE) or plural or last in _MASS or first[0].isdigit() or first[0].isupper():
+    if first.lower() in _NO_ARTICLE or plural or last in _MASS or first[0].isdigit() or first[0].isupper():
         return name
     sounds_vowel = first[0].lower() in "aeiou" and not first.startswith(("uni", "use", "eu", "one"))
     return f"{'an' if sounds_vowel else 'a'} {name}"
@@ -139,7 +134,8 @@ def _kind_yes_no(thing: Thing, others: Sequence[Thing], rng: random.Random) -> t
     wrong = sorted({kind for other in others for kind in other.kinds if kind not in (*thing.kinds, thing.name)})
     no = rng.random() < 0.5 and bool(wrong)
     kind = rng.choice(wrong) if no else rng.choice(thing.kinds)
-    return rng.choice(_ASK_YES_NO).format(with_article(kind)), "no" if no else "yes"
+    asked = _ASK_TOPIC if kind in _TOPICS else _ASK_YES_NO
+    return rng.choice(asked).format(kind if kind in _TOPICS else with_article(kind)), "no" if no else "yes"
 
 
 def _other_name(thing: Thing, others: Sequence[Thing], rng: random.Random) -> str | None:

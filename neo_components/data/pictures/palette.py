@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 RGB = tuple[int, int, int]
 
@@ -92,4 +92,4 @@ def ground(rng: random.Random, size: tuple[int, int], rgb: RGB) -> Image.Image:
     ramp = Image.linear_gradient("L")
     if rng.random() < 0.5:
         ramp = ramp.transpose(Image.Transpose.ROTATE_90)
-    return ImageOps.colorize(ramp.resize(size), rgb, far).convert("RGB")
+    return Image.composite(Image.new("RGB", size, far), Image.new("RGB", size, rgb), ramp.resize(size))

@@ -25,6 +25,10 @@ MOST = 8
 """Most things in a scene."""
 PATTERNED = 0.3
 """Chance that the things of a scene have several fills."""
+NEW = 0.6
+"""Part of the things of a held-out scene whose pair of color and shape is held out, rounded up."""
+LEAST_CONTRAST = 1.45
+"""Of a color against the background."""
 OVERLAP = 0.08
 """Chance that things of a scene may overlap a little."""
 GROUNDS: tuple[Callable[[random.Random], palette.RGB], ...] = (
@@ -61,23 +65,33 @@ class Scenes(PictureSource):
         return Picture(render(rng, things, background), asked(rng, things, split), "scene", keeps)
 
 
-def pairs(split: str) -> list[tuple[str, str]]:
+def pairs(split: str) -> tuple[tuple[str, str], ...]:
     """The pairs of color and shape that a split may show: in training not those that are held out."""
-    return [pair for pair in PAIRS if split != TRAIN or pair not in HELD_OUT_PAIRS]
+    return PAIRS if split != TRAIN else _SHOWN
+
+
+_SHOWN = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
+
+
+def visible(split: str, background: palette.RGB) -> list[tuple[str, str]]:
+    """The pairs of a split whose color stands out from a background."""
+    colors = {name for name, rgb in palette.COLORS.items() if palette.contrast(rgb, background) > LEAST_CONTRAST}
+    return [pair for pair in pairs(split) if pair[0] in colors]
 
 
 def distinct(rng: random.Random, split: str, background: palette.RGB, count: int) -> list[Thing]:
-    """Things of which no two have both color and shape in common; at least one is a held-out pair if the split is."""
-    usable = [(color, shape) for color, shape in pairs(split) if stands_out(color, background)]
-    chosen = rng.sample(usable, count)
-    if split != TRAIN and not HELD_OUT_PAIRS.intersection(chosen):
-        chosen[0] = rng.choice([pair for pair in usable if pair in HELD_OUT_PAIRS])
+    """Things of which no two have both color and shape in common; most are held-out pairs if the split is."""
+    usable = visible(split, background)
+    new = [pair for pair in usable if pair in HELD_OUT_PAIRS]
+    most = math.ceil(count * NEW) if new else 0
+    chosen = rng.sample(new, most) + rng.sample([pair for pair in usable if pair not in new], count - most)
+    rng.shuffle(chosen)
     return placed(rng, chosen, background)
 
 
 def crowd(rng: random.Random, split: str, background: palette.RGB) -> tuple[list[Thing], tuple[str, str]]:
     """Things some of which are alike, and the question how many there are of something: 0 to 6 with equal chances."""
-    usable = [(color, shape) for color, shape in pairs(split) if stands_out(color, background)]
+    usable = visible(split, background)
     kind = rng.choice(("color", "shape", "both"))
     target = rng.choice(usable if split == TRAIN else [pair for pair in usable if pair in HELD_OUT_PAIRS])
 
@@ -112,11 +126,6 @@ def asked(
             turns.append(turn)
     rng.shuffle(turns)
     return tuple(turns)
-
-
-def stands_out(color: str, background: palette.RGB) -> bool:
-    """Whether a color is seen on a background."""
-    return palette.contrast(palette.COLORS[color], background) > 1.45
 
 
 def placed(rng: random.Random, chosen: Sequence[tuple[str, str]], background: palette.RGB) -> list[Thing]:

@@ -22,8 +22,8 @@ HELD_OUT_PAIRS = frozenset(
     for column, shape in enumerate(shape for shape in SHAPES if shape not in _IN_EASY_VQA)
     if (row + 2 * column) % 4 == 1
 )
-"""About a fifth of all pairs of color and shape, which training never shows. None has a shape of easy-VQA, whose training
-split shows these in many colors."""
+"""About a fifth of all pairs of color and shape, which training never shows. None has a shape of easy-VQA, whose
+training split shows these in many colors."""
 
 FILLS = ("filled", "outlined", "striped", "dotted", "checked")
 DIRECTIONS = {"right": 0, "up": 90, "left": 180, "down": 270}

@@ -59,7 +59,7 @@ def write(rng: random.Random, face: Face, text: str) -> Sheet:
         width, height = rng.randint(64, 144), rng.randint(64, 144)
         fill = rng.uniform(0.3, 0.95)
     else:
-        width = rng.randint(*((96, 208) if longest <= 12 else (144, 240)))
+        width = rng.randint(*((96, 208) if longest <= 12 else (144, 224)))
         tight = rng.random() < 0.5
         height = round(width * (rng.uniform(0.25, 0.45) * lines**0.7 if tight else rng.uniform(0.7, 1.0)))
         height = min(224, max(40, height))

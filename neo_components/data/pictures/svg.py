@@ -51,7 +51,7 @@ def render(svg: str, side: int, name: str = "drawing") -> Image.Image:
 
 
 class Renders:
-    """Renders each drawing once, and keeps it in memory as a PNG file of about 10 kB: decoding takes a tenth of the time.
+    """Renders each drawing once, and keeps it in memory as a PNG file of about 10 kB: decoding is ten times faster.
 
     Args:
         side: longer side of what is kept, and of the largest image.
@@ -87,7 +87,7 @@ class Renders:
 
 def _opened(png: bytes, name: str) -> Image.Image:
     image = Image.open(io.BytesIO(png)).convert("RGBA")
-    if image.getchannel("A").getextrema()[1] < 128:
+    if not any(image.getchannel("A").histogram()[128:]):
         raise SampleError(f"{name} shows nothing", "empty")
     return image
 
@@ -126,10 +126,9 @@ def size(svg: str, name: str = "drawing") -> tuple[float, float]:
     if len(box) == 4:
         given = [side / length for side, length in zip(sides, box[2:], strict=True) if side and length > 0]
         sides = [side or length * (given[0] if given else 1.0) for side, length in zip(sides, box[2:], strict=True)]
-    width, height = sides[0] or 100.0, sides[1] or 100.0
-    if min(width, height) <= 0:
-        raise SampleError(f"{name}: a drawing of {width:g} by {height:g} is empty", "empty")
-    return width, height
+    if min(sides) <= 0:
+        raise SampleError(f"{name} has no size: neither width and height nor a viewBox", "unreadable")
+    return sides[0], sides[1]
 
 
 def _pixels(length: str) -> float:

@@ -19,7 +19,7 @@ from neo_components.data.pictures.words import Words
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
-LONGEST_SIDE = 256
+LONGEST_SIDE = 224
 HEADS = ("item", "name", "place", "team", "month", "city", "type", "group")
 """What the first column is called."""
 COLUMNS = (
@@ -90,7 +90,7 @@ def render(rng: random.Random, table: Table, face: Face) -> Image.Image:
         font = face.at(size)
         pad = round(size * 0.5)
         widths = [round(max(font.getlength(row[column]) for row in grid)) + 2 * pad for column in range(len(grid[0]))]
-        if sum(widths) < 232 or size <= 11:
+        if sum(widths) < 212 or size <= 11:
             break
         size -= 1
     high = round(line_height(font) * rng.uniform(1.15, 1.5))

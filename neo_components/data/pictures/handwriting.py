@@ -26,8 +26,8 @@ from neo_components.data.pictures.ink import (
     text_mask,
     wavy,
 )
-from neo_components.data.pictures.lettering import LETTERS, keeps, sign_turns
 from neo_components.data.pictures.picture import Picture, PictureSource
+from neo_components.data.pictures.signs import LETTERS, keeps, sign_turns
 from neo_components.data.pictures.words import Words
 from neo_components.registry import PICTURES
 

@@ -52,7 +52,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    for add, value in (
+    settings: list[tuple[Any, Any]] = [
         (writer.add_context_length, 128), (writer.add_embedding_length, 64), (writer.add_block_count, 1),
         (writer.add_feed_forward_length, 96), (writer.add_head_count, 2), (writer.add_head_count_kv, 1),
         (writer.add_rope_freq_base, 1e4), (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_vocab_size, 64),
@@ -60,7 +60,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (writer.add_token_list, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(97 + n) for n in range(26)),
                                  "ab", *(f"t{n}" for n in range(34))]),
         (writer.add_token_types, [3, 3, 3, *[1] * 61]), (writer.add_token_merges, ["a b"]),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for add, value in settings:
         add(value)
     rng = np.random.default_rng(0)
     shapes = {"token_embd": (64, 64), "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64),
@@ -174,17 +175,17 @@ def test_texts_become_sequences_without_gaps(large: Path) -> None:
     rows = sequences(tokenizer, PROSE, seed=0)
     total = sum(map(len, tokenizer(PROSE)["input_ids"]))
     assert rows.shape == (total // LENGTH, LENGTH)
-    assert sorted(tokenizer.decode(rows.flatten()[:100]).split(".")[0].split()) == sorted(
-        next(text for text in PROSE if text.split()[1] in tokenizer.decode(rows[0, :20])).split(".")[0].split()
-    )
+    flat = str(tokenizer.decode(rows.flatten().tolist()))
+    assert all(flat.count(text) > 30 for text in PROSE[:4])  # each is there 60 times, some are cut
+    assert not torch.equal(rows, sequences(tokenizer, PROSE, seed=1))
 
 
 def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, tmp_path: Path) -> None:
     kept = narrow_llm(large, tmp_path / "narrow", width=16, depth=1, head_width=8)
     table, narrow = loaded(large).get_input_embeddings().weight, loaded(tmp_path / "narrow")
     vectors = narrow.get_input_embeddings().weight
-    centered = table - table.mean(0)
-    assert kept == pytest.approx(float(vectors.square().sum() / centered.square().sum()), rel=1e-4)
+    centered = (table - table.mean(0)).detach()
+    assert kept == pytest.approx(float(vectors.detach().square().sum() / centered.square().sum()), rel=1e-4)
     assert 0.5 < kept < 1.0 and vectors.shape[1] == 16 and narrow.config.num_key_value_heads == 1
     whole, all_of_it = principal(table.detach(), 32)
     torch.testing.assert_close(whole @ whole.T, centered @ centered.T, atol=1e-4, rtol=1e-4)
@@ -284,7 +285,7 @@ def test_each_recipe_builds_trains_and_hands_on(prepared: Path) -> None:
     assert two.bridge_out is None and two.text == "shared"
     assert not same_tensors(one.pre_buffer.state_dict(), two.pre_buffer.state_dict())
     frozen = weights_of(prepared / "smollm2")["model.layers.3.mlp.up_proj.weight"]
-    assert torch.equal(frozen, two.post_llm.layers[3].mlp.up_proj.weight)
+    assert torch.equal(frozen, two.post_llm.state_dict()["layers.3.mlp.up_proj.weight"])
     assert all(any(p.any() for p in part.parameters()) for part in two.post_llm.hw_modules())
     stages = read_json(prepared / "small_2" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["pre-training, SmolLM2"]
@@ -297,7 +298,7 @@ def make(out: Path, *more: str) -> str:
     text = re.sub(r"(?m)^  patch_embedding: .*$", "  patch_embedding: {width: 16, patch_size: 4}", text)
     text = re.sub(r"(?m)^  pre_buffer: .*$", "  pre_buffer: {depth: 1, feed_forward_size: 48}", text)
     (recipes / "small_1.yaml").write_text(text)
-    command = [
+    command: list[str | Path] = [
         "pretrained",
         "make",
         out,
@@ -313,7 +314,6 @@ def make(out: Path, *more: str) -> str:
 
 
 def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared: Path) -> None:
-    shutil.copytree(prepared / "small_llm", prepared / "keep")
     printed = make(prepared, "--minutes", "0.001")
     assert "mix" not in printed.split("small_1")[0] or "finished before" in printed
     asset = PreBuffer.from_pretrained(prepared / "pre_buffer")
@@ -321,16 +321,17 @@ def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared:
     assert asset.anchors is not None and asset.info.license == "apache-2.0"
     made = asset.info.provenance
     assert [(stage["stage"].split(", ")[-1], stage["steps"]) for stage in made["stages"]] == [
-        ("small language model", 20), ("SmolLM2", 20)
+        ("small language model", 10), ("SmolLM2", 10)
     ]  # fmt: skip
     assert 0 <= made["scores"]["squares"] <= 1 and made["data"]["sources"] == {"squares": "drawn, CC0-1.0"}
     plan = read_json(prepared / "plan.json")
-    assert [plan[name]["steps"] for name in PARTS] == [20, 20] and plan["small_1"]["minutes"] == 0.0006
+    assert [plan[name]["steps"] for name in PARTS] == [10, 10] and plan["small_1"]["minutes"] == 0.0006
     before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
     assert make(prepared, "--minutes", "0.001").count("finished before") == 5
     assert before == {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from neo_components.pretrained import make as making
 
@@ -342,7 +343,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: p
         make(prepared, "--minutes", "0.001")
     monkeypatch.undo()
     printed = make(prepared, "--minutes", "0.001")
-    assert "small_1: 21 steps" in printed and "small_2: 20 steps" in printed
+    assert "small_1: 11 steps" in printed and "small_2: 10 steps" in printed
     assert (prepared / "pre_buffer" / "config.json").is_file()
 
 

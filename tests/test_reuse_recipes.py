@@ -32,12 +32,13 @@ def root(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "shards" / name).symlink_to(world / "shards")
     for name in ("stage1", "stage2", "bridges", "frozen"):
         good("train", f"reuse/{name}", f"variables.root={root}", *SHORT)
+    good("train", "reuse/real_llm", f"variables.root={root}", f"variables.llm={root / 'llm_b'}", *SHORT)
     return root
 
 
 def test_these_are_all() -> None:
     assert {r.name for r in list_recipes() if r.name.startswith("reuse/")} == {
-        "reuse/stage1", "reuse/stage2", "reuse/bridges", "reuse/frozen"
+        "reuse/stage1", "reuse/stage2", "reuse/bridges", "reuse/frozen", "reuse/real_llm"
     }  # fmt: skip
 
 
@@ -56,6 +57,11 @@ def test_what_each_recipe_trains(root: Path) -> None:
     frozen = NEO.from_pretrained(root / "reuse_frozen" / "neo")
     assert frozen.text == "bypass" and same_tensors(frozen.pre_buffer.state_dict(), asset.state_dict())
     assert not torch.equal(frozen.post_llm.norm.weight, only.post_llm.norm.weight)
+    real = NEO.from_pretrained(root / "reuse_real_llm" / "neo")
+    assert real.text == "bypass" and torch.equal(real.post_llm.norm.weight, only.post_llm.norm.weight)
+    assert not same_tensors(real.pre_buffer.state_dict(), asset.state_dict())
+    changed = [blocks[0].self_attn.q_proj.weight for blocks in (real.post_llm.layers, only.post_llm.layers)]
+    assert not torch.equal(*changed)  # by the adapters, which are merged
     stages = read_json(root / "reuse_stage2" / "neo" / "provenance.json")["stages"]
     assert [stage["stage"] for stage in stages] == ["bridges and H/W", "all, after the bridges"]
 

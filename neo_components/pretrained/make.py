@@ -50,7 +50,7 @@ ASKED = 200
 """Questions of each held-out source that the finished model answers."""
 PILOT = 6
 """Steps that are timed to know how many fit; the first ones are left out."""
-LEAST = 20
+LEAST = 10
 """Fewest steps of a part, however few minutes there are."""
 GPU_WORKERS = 8
 

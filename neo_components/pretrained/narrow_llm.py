@@ -42,7 +42,8 @@ def narrow_llm(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-    table = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).get_input_embeddings().weight
+    larger: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    table: Tensor = larger.get_input_embeddings().weight
     if not 0 < width < table.shape[1] or width % head_width:
         raise ValueError(f"width must be a multiple of head_width ({head_width}) below {table.shape[1]}, got {width}")
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -90,7 +90,7 @@ def test_commands_parse(page: str, line: str) -> None:
         assert words[0] in command.commands, f"no command {words[0]!r}"
         command = command.commands[words.pop(0)]
     if not words or words == ["--help"]:
-        assert words or line in inline(page) or command.name in ("recipes", "quickstart")
+        assert words or line in inline(page) or command.name in ("recipes", "quickstart", "list")
         return
     context = command.make_context(command.name, list(words))
     name = context.params.get("name") or context.params.get("recipe")
@@ -105,8 +105,8 @@ def test_options_exist() -> None:
         own = {option for parameter in command.params for option in parameter.opts}
         return own.union(*(options(inner) for inner in getattr(command, "commands", {}).values()))
 
-    # The last four are options of ruff, hf and tensorboard.
-    known = options(NEO_COMMAND) | {"--help", "--fix", "--local-dir", "--logdir"}
+    others = {"--fix", "--local-dir", "--logdir", "--force-reinstall", "--no-deps"}  # of ruff, hf, tensorboard and pip
+    known = options(NEO_COMMAND) | {"--help"} | others
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}  # torchrun's
     for page in PAGES:
         named = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def test_an_asset_is_listed_with_what_decides(assets: Path, exported: Path) -> N
     )
 
 
+def test_nothing_ships(assets: Path) -> None:
+    write_index({}, assets)
+    assert neo("pretrained", "list") == (0, "", "no asset ships with this version\n")
+
+
+def test_the_commands_of_the_asset_page(
+    assets: Path, world: Path, tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "outputs" / "quickstart" / "neo").symlink_to(exported.parent / "run" / "neo")
+    page = (ROOT / "docs" / "asset.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    outputs = [good(*shlex.split(line)[1:]) for line in lines]
+    assert outputs[0] == outputs[2] == "outputs/asset\n" and outputs[1].startswith("pretrained:small ")
+    assert re.fullmatch(r"pretrained:mine: 0\.\d MB, trained for 2 steps on shards\n", outputs[3])
+    assert list(list_pretrained(assets)) == ["mine", "small"]
+    keys = {
+        key
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert set(json.loads((assets / "index.json").read_text())["mine"]) <= keys
+
+
 def test_adding_again_gives_the_same_bytes(exported: Path, assets: Path) -> None:
     before = {path.name: path.read_bytes() for path in (assets / "small").iterdir()}
     index = (assets / "index.json").read_bytes()
@@ -96,8 +123,10 @@ def test_adding_again_gives_the_same_bytes(exported: Path, assets: Path) -> None
     ship(exported, "small", "Colors.", assets)
     assert {path.name: path.read_bytes() for path in (assets / "small").iterdir()} == before
     assert (assets / "index.json").read_bytes() == index
-    ship(exported, "other", "Colors again.", assets)
-    assert list(list_pretrained(assets)) == ["other", "small"]
+    ship(exported, "other", "Colors again.", assets, trained_for="2 steps on eight colors")
+    assert {name: asset.trained_on for name, asset in list_pretrained(assets).items()} == {
+        "other": "2 steps on eight colors", "small": "2 steps on shards"
+    }  # fmt: skip
 
 
 def test_what_was_trained_on() -> None:
@@ -344,4 +373,4 @@ def test_the_index_of_this_library_is_true() -> None:
             assert sum(p.numel() for p in part.parameters()) == entry.parameters
             assert set(entry.files) == FILES == {path.name for path in (assets_folder() / name).iterdir()}
             assert entry.bytes <= LARGEST and part.info.license == entry.license != ""
-            assert trained_on(part.info.provenance) == entry.trained_on
+            assert entry.description and entry.trained_on

@@ -1,11 +1,13 @@
-"""The built wheel works alone: in another environment, from any folder, with its recipes inside."""
+"""The built wheel works alone: in another environment, from any folder, with its recipes and assets inside."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -25,12 +27,22 @@ def run(*command: str | Path, folder: Path) -> str:
     return done.stdout
 
 
+LARGEST = 100 * 10**6
+"""Bytes of a file that PyPI takes."""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built with the installed hatchling: no download."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the wheel and the source archive, built with the installed hatchling: no download."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, folder=folder)
-    [file] = folder.glob("*.whl")
+    options = ("--wheel", "--sdist", "--no-isolation", "--outdir", folder)
+    run(sys.executable, "-m", "build", *options, ROOT, folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    [file] = dist.glob("*.whl")
     return file
 
 
@@ -50,14 +62,35 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-def test_wheel_holds_code_and_recipes_only(wheel: Path) -> None:
+def test_wheel_holds_code_recipes_and_assets_only(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        files = set(archive.namelist())
+        files = {file.filename: file.file_size for file in archive.infolist()}
     code = {file.relative_to(ROOT).as_posix() for file in (ROOT / "neo_components").rglob("*.py")}
     recipes = {f"neo_components/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "recipes").rglob("*.yaml")}
     assert recipes
-    assert code | recipes <= files
+    assert code | recipes <= set(files)
+    assert {name: size for name, size in files.items() if name.startswith("neo_components/assets/")} == {
+        f"neo_components/{name}": size for name, size in _assets().items()
+    }
     assert {file.split("/")[0] for file in files} == {"neo_components", f"neo_components-{_version(wheel)}.dist-info"}
+    assert wheel.stat().st_size < LARGEST
+
+
+def test_the_source_archive_holds_the_assets(dist: Path) -> None:
+    """So a wheel that is built from it holds them too."""
+    [file] = dist.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        files = {member.name.partition("/")[2]: member.size for member in archive if member.isfile()}
+    assert {name: size for name, size in files.items() if name.startswith("assets/")} == _assets()
+    assert {"pyproject.toml", "README.md", "LICENSE", "recipes/quickstart/pretrain.yaml"} <= set(files)
+    assert file.stat().st_size < LARGEST
+
+
+def _assets() -> dict[str, int]:
+    """Size of each file of the assets that ship."""
+    found = {f.relative_to(ROOT).as_posix(): f.stat().st_size for f in (ROOT / "assets").rglob("*") if f.is_file()}
+    assert "assets/index.json" in found
+    return found
 
 
 def _version(wheel: Path) -> str:
@@ -78,6 +111,30 @@ def test_recipes_are_found(installed: Path, tmp_path: Path) -> None:
     assert sorted(line.split()[0] for line in listed.splitlines()) == sorted(names)
     run(installed / "neo", "recipes", "copy", min(names), "mine.yaml", folder=tmp_path)
     run(installed / "neo", "recipes", "validate", "mine.yaml", folder=tmp_path)
+
+
+def test_assets_are_found(installed: Path, tmp_path: Path) -> None:
+    """From an unrelated folder, ``neo pretrained list`` lists every asset that ships, and its name opens each."""
+    names = [f"pretrained:{name}" for name in json.loads((ROOT / "assets" / "index.json").read_text())]
+    listed = run(installed / "neo", "pretrained", "list", folder=tmp_path)
+    assert [line.split()[0] for line in listed.splitlines()] == names
+    code = f"from neo_components import PreBuffer; print(*(PreBuffer.from_pretrained(name).source for name in {names}))"
+    assert run(installed / "python", "-c", code, folder=tmp_path).split() == names
+
+
+def test_a_damaged_asset_of_the_package(installed: Path, tmp_path: Path) -> None:
+    """The way out is that of an installed package."""
+    where = run(installed / "python", "-c", "import neo_components; print(neo_components.__path__[0])", folder=tmp_path)
+    index = Path(where.strip()) / "assets" / "index.json"
+    whole = index.read_text()
+    index.write_text("{")
+    try:
+        with pytest.raises(
+            AssertionError, match=r"index\.json is damaged .* install it again: pip install --force-rein"
+        ):
+            run(installed / "neo", "pretrained", "list", folder=tmp_path)
+    finally:
+        index.write_text(whole)
 
 
 def test_a_shipped_recipe_trains(installed: Path, world: Path, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ def list_command() -> None:
     from neo_components.storage.pretrained import list_pretrained
 
     width = max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else sys.maxsize
-    for name, asset in list_pretrained().items():
+    listed = list_pretrained()
+    if not listed:
+        typer.echo("no asset ships with this version", err=True)
+    for name, asset in listed.items():
         where = f" (on the Hub: {asset.hub})" if asset.hub else ""
         text = (
             f"{asset.bytes / 1e6:.1f} MB{where}, {asset.parameters / 1e6:.1f} M parameters, license {asset.license}. "
@@ -40,11 +43,14 @@ def add(
     hub: Annotated[
         str, typer.Option(help="Hub id of the published folder, if it is too large to ship: keep its checksums only.")
     ] = "",
+    trained_for: Annotated[
+        str, typer.Option(help="Steps and data in words, as '1,800 steps on ...'. Default: from its provenance.")
+    ] = "",
 ) -> None:
     """Add an exported pre-Buffer to the assets that ship: in float16, with checksums in the index."""
     from neo_components.pretrained.ship import ship
 
-    entry = ship(asset, name, description, assets, hub)
+    entry = ship(asset, name, description, assets, hub, trained_for)
     typer.echo(f"pretrained:{name}: {entry.bytes / 1e6:.1f} MB, trained for {entry.trained_on}")
 
 

@@ -112,8 +112,8 @@ class NEO(NEOFiles):
         route = TextRoute(text)
         if route.words_pass and self.bridge_in is None and self.bridge_out is not None:
             raise ValueError(
-                f"this model has no bridge into its pre-Buffer, so text={text!r} is not possible; attach the pre-Buffer "
-                "to the language model again, with that route"
+                f"text={text!r} is not possible: this model has no bridge into its pre-Buffer; attach that to the "
+                "language model again, with that route"
             )
         self.route = route
         if not route.words_pass:

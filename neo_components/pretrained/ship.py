@@ -13,8 +13,9 @@ import torch
 
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.model.attach import image_features
+from neo_components.storage import pretrained
 from neo_components.storage.hub import PREFIX
-from neo_components.storage.pretrained import Pretrained, StoredFile, assets_folder, list_pretrained, write_index
+from neo_components.storage.pretrained import Pretrained, StoredFile, list_pretrained, write_index
 
 LARGEST = 40 * 10**6
 """Bytes of an asset that ships; a larger one lies on the hub."""
@@ -25,7 +26,14 @@ HERE = "THIS_FOLDER"
 """What an exported model card calls its own folder."""
 
 
-def ship(folder: str | Path, name: str, description: str, assets: Path | None = None, hub: str = "") -> Pretrained:
+def ship(
+    folder: str | Path,
+    name: str,
+    description: str,
+    assets: Path | None = None,
+    hub: str = "",
+    trained_for: str = "",
+) -> Pretrained:
     """Writes an asset in float16 to ``assets/NAME`` and lists it in the index; one of the same name is replaced.
 
     Args:
@@ -34,12 +42,13 @@ def ship(folder: str | Path, name: str, description: str, assets: Path | None = 
         description: what it is for, in a sentence.
         assets: folder of the assets that ship, with its index; ``None``: that of this library.
         hub: hub id under which ``folder`` is published as it is; only its checksums are kept then.
+        trained_for: steps and data in words, if those of its provenance say too little; ``1,800 steps on ...``.
 
     Raises:
         FileNotFoundError: if there is no asset, or no index.
         ValueError: if it is too large, lacks what users must know, or float16 changes what it computes.
     """
-    assets = assets or assets_folder()
+    assets = assets or pretrained.assets_folder()
     if not NAME.fullmatch(name):
         raise ValueError(f"name must be lower case letters, digits, '-' and '_', got {name!r}")
     if not description.strip():
@@ -50,7 +59,7 @@ def ship(folder: str | Path, name: str, description: str, assets: Path | None = 
     with tempfile.TemporaryDirectory() as place:
         written = Path(folder) if hub else _write_half(exact, Path(folder), name, Path(place) / name)
         entry = Pretrained(
-            description.strip(), trained_on(exact.info.provenance), exact.info.license,
+            description.strip(), trained_for.strip() or trained_on(exact.info.provenance), exact.info.license,
             sum(parameter.numel() for parameter in exact.parameters()),
             {path.name: StoredFile.of(path) for path in sorted(written.iterdir()) if path.is_file()}, hub,
         )  # fmt: skip

@@ -119,11 +119,7 @@ class _Trace:
         bridges = self._linear(model.bridge_in, (count, length), words)
         pre, flow = self._stack(model.pre_buffer, own, own_shape, flow)
         bridges += self._linear(model.bridge_out, own_shape, flow)
-        if len(batch.patches):
-            bridges += self._linear(model.bridge_visual, (1, batch.indices.visual.count), flow)
-        flow = (
-            flow or words or any(trains(part) for part in (model.bridge_out, model.bridge_visual) if part is not None)
-        )
+        flow = flow or words or (model.bridge_out is not None and trains(model.bridge_out))
         post, flow = self._stack(model.post_llm, ids, (count, length), flow)
         patches = self._patches() if len(batch.patches) else 0
         head, loss = self._head(count, length, flow)

@@ -93,10 +93,8 @@ def step_flops(model: NEO, batch: Batch) -> dict[str, Flops]:
     found["pre_buffer"], flow = stack_flops(model.pre_buffer, own, images, own_tokens, flow, kinds)
     if model.bridge_out is not None:
         bridge += _bridge(model.bridge_out, own_tokens, flow)
-    if model.bridge_visual is not None:
-        bridge += _bridge(model.bridge_visual, int((images != NO_IMAGE).sum()), flow)
-    flow = flow or any(trains(part) for part in (model.bridge_out, model.bridge_visual) if part is not None)
-    if model.bridges:
+        flow = flow or trains(model.bridge_out)
+    if model.bridge_in is not None or model.bridge_out is not None:
         found["bridge"] = bridge
     flow = flow or words_flow
     found["post_llm"], flow = stack_flops(model.post_llm, documents, images, tokens, flow, kinds)

@@ -150,7 +150,6 @@ class InputProgram(nn.Module):
     def __init__(self, model: NEO) -> None:
         super().__init__()
         self.pre, self.bridge_in, self.bridge_out = model.pre_buffer, model.bridge_in, model.bridge_out
-        self.bridge_visual = model.bridge_visual
         h = model.post_llm.hparams
         self.ids = (h.image_token_id, h.image_start_id, h.image_end_id)
         self.route, self.rule = model.route, LayerRule.choose(h.attention).rule
@@ -200,10 +199,7 @@ class InputProgram(nn.Module):
         # A word that does not pass is a document of one token: a program cannot select tokens.
         alone = 2 * token_ids.shape[1] + torch.arange(token_ids.shape[1], device=own.device)[None]
         out = _run(self.pre, x, positions, torch.where(own == PADDING, alone, own), images, kinds)
-        bridged = out if self.bridge_out is None else self.bridge_out(out)
-        out = (
-            bridged if self.bridge_visual is None else torch.where(visual[..., None], self.bridge_visual(out), bridged)
-        )
+        out = out if self.bridge_out is None else self.bridge_out(out)
         out = torch.where((own != PADDING)[..., None], out, word_embeds) if not self.route.words_pass else out
         return out, time, dense_mask(document, images, self.rule, token_kinds=kinds)[:, None]
 

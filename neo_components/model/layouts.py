@@ -73,7 +73,6 @@ def own_config(model: NEOParts) -> dict[str, Any]:
         "post_llm": dict(model.post_llm.hparams) | {"backend": "auto"},
         "bridge_in": bridge_config(model.bridge_in),
         "bridge_out": bridge_config(model.bridge_out),
-        "bridge_visual": bridge_config(model.bridge_visual),
         "text": model.text,
         "language_model": model.post_llm.hf_config,
     }
@@ -93,7 +92,6 @@ def parts_from_own(config: dict[str, Any], folder: Path) -> Parts:
             "post_llm": PostLLM(**{RENAMED.get(name, name): value for name, value in config["post_llm"].items()}),
             "bridge_in": bridge_from(config.get("bridge_in")),
             "bridge_out": bridge_from(config.get("bridge_out")),
-            "bridge_visual": bridge_from(config.get("bridge_visual")),
         }
         parts["text"] = config.get("text", "shared")
         parts["post_llm"].hf_config = config.get("language_model")
@@ -295,7 +293,7 @@ def _check_expressible(model: NEOParts) -> None:
     pre, post, patch = model.pre_buffer.hparams, model.post_llm.hparams, model.patch_embedding.hparams
     faults = [f"{name}: pre-Buffer {pre[name]}, post-LLM {post[name]}" for name in STATED if pre[name] != post[name]]
     faults += [f"{name}: {h[name]!r} (only {value!r})" for h in (pre, post) for name, value in _unstated(h).items()]
-    faults += [f"{name} is not None" for name in model.bridges]
+    faults += [f"{name} is not None" for name in ("bridge_in", "bridge_out") if getattr(model, name) is not None]
     faults += [f"text {model.text!r} (only 'shared')"] if not model.route.words_pass else []
     faults += [f"rope {h.rope!r} (only 'native')" for h in (pre, post) if h.rope != "native"]
     faults += [f"attention {h.attention!r} (only 'mixed')" for h in (pre, post) if h.attention != "mixed"]

@@ -33,8 +33,6 @@ class NEO(NEOFiles):
         post_llm: the widened language model.
         bridge_in: maps the language model's word embeddings to the pre-Buffer's width; ``None`` if they are the same.
         bridge_out: maps the pre-Buffer's output to the language model's width.
-        bridge_visual: maps visual tokens there in place of ``bridge_out``, which then maps words and boundary tokens
-            alone; ``None``: ``bridge_out`` maps them too.
         text: ``shared``, words and images pass the pre-Buffer together (NEO paper), or ``bypass``: each image passes it
             alone with its two boundary tokens, and words reach the language model untouched.
 
@@ -58,7 +56,6 @@ class NEO(NEOFiles):
         bridge_in: Bridge | None = None,
         bridge_out: Bridge | None = None,
         text: str = "shared",
-        bridge_visual: Bridge | None = None,
     ) -> None:
         super().__init__()
         self.route = TextRoute(text)
@@ -67,7 +64,6 @@ class NEO(NEOFiles):
         self.post_llm = post_llm
         self.bridge_in = bridge_in
         self.bridge_out = bridge_out
-        self.bridge_visual = bridge_visual
         self._check_widths()
         self._check_types()
         if pre_buffer.hparams.rope != post_llm.hparams.rope:
@@ -83,8 +79,6 @@ class NEO(NEOFiles):
             if self.bridge_in is not None:
                 raise ValueError(f"text={self.text!r} leads no text into the pre-Buffer, so bridge_in must be None")
             seams = seams[1:]
-        if self.bridge_visual is not None:
-            seams = [*seams, ("bridge_visual", self.bridge_visual, inner, outer)]
         for name, bridge, before, behind in seams:
             widths = (bridge.hparams.in_width, bridge.hparams.out_width) if bridge is not None else (before, before)
             if widths != (before, behind):
@@ -95,7 +89,7 @@ class NEO(NEOFiles):
 
     def _check_types(self) -> None:
         parts: dict[str, nn.Module | None] = {"pre_buffer": self.pre_buffer, "post_llm": self.post_llm}
-        parts |= self.bridges
+        parts |= {"bridge_in": self.bridge_in, "bridge_out": self.bridge_out}
         types = {name: p.dtype for name, part in parts.items() if part is not None for p in [*part.parameters()][:1]}
         if len(set(types.values())) > 1:
             raise ValueError(f"the parts must have one type, got {types}; load them with one dtype, or .to(...) it")
@@ -154,7 +148,7 @@ class NEO(NEOFiles):
         """
         pre, post = self.pre_buffer, self.post_llm
         experts = [*pre.expert_modules(), *post.expert_modules()]
-        bridges = self.bridges.values()
+        bridges = [bridge for bridge in (self.bridge_in, self.bridge_out) if bridge is not None]
         groups: dict[str, list[nn.Parameter]] = {
             "patch_embedding": list(self.patch_embedding.parameters()),
             "pre_buffer": [pre.boundary, *pre.layers.parameters()],
@@ -207,7 +201,7 @@ class NEO(NEOFiles):
             x = self.embed(batch)
             if hidden_states is not None:
                 hidden_states["embed"] = x
-            return self._through_pre_buffer(x, self.route.passing(batch), attend, hidden_states, batch)
+            return self._through_pre_buffer(x, self.route.passing(batch), attend, hidden_states)
         words = self.post_llm.embed(batch.token_ids)
         x = self._images_into(words, batch, hidden_states)
         if hidden_states is not None:
@@ -219,13 +213,12 @@ class NEO(NEOFiles):
         passing = self.route.passing(batch)
         if nothing := not len(passing.document_ids[0]):
             if not self.every_part:
-                behind = (self.bridge_out, self.bridge_visual)
-                parts = [self.pre_buffer, *(bridge for bridge in behind if bridge is not None)]
+                parts = [part for part in (self.pre_buffer, self.bridge_out) if part is not None]
                 return _untouched(words, *parts) if self.training else words
             passing = self.route.one_token(batch)
         x = words.new_zeros(*passing.token_ids.shape, self.pre_buffer.hparams.hidden_size)
         x = self._with_images(x, passing.token_ids, passing.known, batch)
-        x = self._through_pre_buffer(x, passing, None, hidden_states, batch)
+        x = self._through_pre_buffer(x, passing, None, hidden_states)
         if nothing:
             return words + x.sum().to(words.dtype) * 0.0
         assert passing.index is not None
@@ -238,27 +231,13 @@ class NEO(NEOFiles):
         passing: Passing,
         attend: Attend | Sequence[Attend] | None,
         hidden_states: dict[str, Tensor] | None,
-        batch: Batch,
     ) -> Tensor:
-        """Pre-Buffer and bridges over the tokens that pass them."""
+        """Pre-Buffer and bridge over the tokens that pass them."""
         x = self.pre_buffer(
             x, passing.positions, passing.document_ids, passing.image_ids, passing.token_kinds, attend=attend,
             hidden_states=hidden_states, known=passing.known,
         )  # fmt: skip
-        out = x if self.bridge_out is None else self.bridge_out(x)
-        return out if self.bridge_visual is None else self._visual_tokens(out, x, passing.known or batch.indices, batch)
-
-    def _visual_tokens(self, out: Tensor, x: Tensor, known: TokenIndices, batch: Batch) -> Tensor:
-        """out [B, L, D of the post-LLM] with the visual tokens of x [B, L, D of the pre-Buffer] bridged alone."""
-        bridge = self.bridge_visual
-        assert bridge is not None
-        if not len(batch.patches):
-            if self.every_part:
-                return out + bridge(x[:, :1]).sum().to(out.dtype) * 0.0
-            return _untouched(out, bridge) if self.training else out
-        index = known.visual.exact
-        tokens = bridge(x.flatten(0, 1).index_select(0, index)).to(out.dtype)
-        return out.flatten(0, 1).index_copy(0, index, tokens).view_as(out)
+        return x if self.bridge_out is None else self.bridge_out(x)
 
     def hidden(
         self,

@@ -9,9 +9,6 @@ from neo_components.components.post_llm import PostLLM
 from neo_components.components.pre_buffer import PreBuffer
 from neo_components.components.text_route import TextRoute
 
-BRIDGE_NAMES = ("bridge_in", "bridge_out", "bridge_visual")
-"""Attributes of a ``NEO`` that hold bridges, and keys of its config."""
-
 
 class NEOParts(Component):
     """Base of ``NEO``: its parts.
@@ -21,7 +18,6 @@ class NEOParts(Component):
         post_llm: the widened language model.
         bridge_in: before the pre-Buffer; ``None``: none.
         bridge_out: behind it.
-        bridge_visual: behind it, for visual tokens alone; ``None``: ``bridge_out`` maps them.
         route: path of text tokens.
     """
 
@@ -29,7 +25,6 @@ class NEOParts(Component):
     post_llm: PostLLM
     bridge_in: Bridge | None
     bridge_out: Bridge | None
-    bridge_visual: Bridge | None
     route: TextRoute
 
     @property
@@ -37,12 +32,6 @@ class NEOParts(Component):
         """The patch embedding layer."""
         assert self.pre_buffer.patch_embedding is not None
         return self.pre_buffer.patch_embedding
-
-    @property
-    def bridges(self) -> dict[str, Bridge]:
-        """The bridges that there are, by name."""
-        named = {name: getattr(self, name) for name in BRIDGE_NAMES}
-        return {name: bridge for name, bridge in named.items() if bridge is not None}
 
     @property
     def text(self) -> str:

@@ -16,7 +16,6 @@ class NEOConfig(PreTrainedConfig):
         post_llm: of ``PostLLM``.
         bridge_in: of the ``Bridge`` before the pre-Buffer; ``None`` where there is none.
         bridge_out: of the ``Bridge`` behind it.
-        bridge_visual: of the ``Bridge`` behind it for visual tokens alone.
         use_cache: whether keys and values are kept by default.
     """
 
@@ -28,7 +27,6 @@ class NEOConfig(PreTrainedConfig):
     post_llm: dict[str, Any] | None = None
     bridge_in: dict[str, Any] | None = None
     bridge_out: dict[str, Any] | None = None
-    bridge_visual: dict[str, Any] | None = None
     use_cache: bool = True
 
     @property

@@ -58,7 +58,6 @@ class NEOForConditionalGeneration(NEOPreTrainedModel, GenerationMixin):
             PostLLM(**(config.post_llm or {})),
             bridge_from(config.bridge_in),
             bridge_from(config.bridge_out),
-            bridge_visual=bridge_from(config.bridge_visual),
         )
         self.by_length = any(isinstance(part, Rotary) and part.looks_at_length for part in self.modules())
         self.post_init()

@@ -51,7 +51,7 @@ def test_steps_are_announced_and_progress_is_shown(quickstart: Path) -> None:
 
 
 STEPPED = [recipe.name for recipe in list_recipes() if not recipe.name.startswith(("reuse/", "pretrained/"))]
-"""Shipped recipes that the main job runs; tests/test_reuse_recipes.py and tests/test_pretrained_make.py step the others."""
+"""Shipped recipes that the main job runs; test_reuse_recipes.py and test_pretrained_make.py step the others."""
 
 
 @pytest.mark.parametrize("name", STEPPED)

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 from neo_components.data.convert.base import Converter
 from neo_components.data.pictures.held_out_pairs import held_out_colors, words_in
-from neo_components.data.pictures.icons import icon_sets
+from neo_components.data.pictures.icons import FLUENT, NOTO, TABLER, icon_sets
 from neo_components.data.pictures.naming import COLOR_WORDS, Thing, with_article
+from neo_components.data.pictures.packages import PACKAGES
 from neo_components.data.pictures.picture import TRAIN
 from neo_components.data.shards.format import RawSample
 from neo_components.errors import ArgumentError
@@ -41,6 +42,7 @@ class PretrainTexts(Converter):
     """
 
     shard_size: ClassVar[int] = 10_000
+    needs: ClassVar[tuple[str, ...]] = (NOTO, TABLER, FLUENT)
 
     packages: Path
     count: int = 128_571
@@ -78,10 +80,11 @@ class PretrainTexts(Converter):
         return [self.packages]
 
     def identity(self) -> dict[str, Any]:
-        """Number, seed and kinds."""
+        """Number, seed, kinds and the checksums of the packages, whose names are used."""
         return {
             "converter": "pretrain_texts",
             "options": {"count": self.count, "seed": self.seed, "kinds": list(KINDS)},
+            "packages": {name: PACKAGES[name].sha256 for name in sorted(self.needs)},
         }
 
 

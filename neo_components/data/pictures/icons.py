@@ -119,7 +119,8 @@ class IconSets:
             rng: of ink and thickness.
 
         Raises:
-            SampleError: (a ``ValueError``) if it cannot be rendered, or is of the train split and shows a held-out pair.
+            SampleError: (a ``ValueError``) if it cannot be rendered, or if an icon of the train split shows a
+                held-out pair.
         """
         if icon.kind == "tabler":
             color, ink = rng.choice(inks(icon.thing.name))

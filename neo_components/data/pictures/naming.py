@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,29 +52,33 @@ _TOPICS = {
 }  # fmt: skip
 """Kinds that no single thing is called by."""
 
-COLOR_WORDS = frozenset(
-    (*COLORS, "grey", "golden", "gold", "silver", "bronze", "blond", "violet", "leafy", "checkered")
-)
-_COLORED = COLOR_WORDS | set("1st 2nd 3rd flag flags moon chequered semaphore negative inverted dark bright".split())
+COLOR_WORDS = frozenset((*COLORS, "grey", "golden", "gold", "silver", "bronze", "blond", "violet", "leafy"))
+_COLORED = COLOR_WORDS | {
+    "1st", "2nd", "3rd", "flag", "flags", "moon", "chequered", "checkered", "semaphore", "negative", "inverted", "dark",
+    "bright",
+}  # fmt: skip
 """Words of names that are wrong in other colors."""
 _COLORED_KINDS = frozenset(("flag", "semaphore signal", "color gradient"))
-_DIRECTED = frozenset(
-    """
-    left leftwards right rightwards up upwards upside down downwards top bottom back forward forwards backward
-    backwards backspace reverse rewind fast next last previous prev first skip skipped track tracks player play eject
-    turn turned rotate rotated rotating rotation clockwise counterclockwise arrow arrows chevron chevrons caret corner
-    corners pointing facing tilted north south east west ne nw se sw n s e w horizontal vertical horizontally
-    vertically diagonal flip transform direction directions departure arrival takeoff landing inbox outbox incoming
-    outgoing upload download login logout import export enter exit indent increase increasing decrease decreasing
-    trending stairs sort sorted ascending descending greater lower less than math semaphore signal flag flags letter
-    letters latin alphabet alpha beta delta lambda omega sigma pi number numbers digit keycap text abc moon quarter
-    crescent gibbous waxing waning half square root clock oclock thirty hour clockface map globe hemisphere question
-    exclamation quote quotes ampersand percent percentage multiply divide plus subtract equals not slash backslash
-    slashes dollar euro yen pound currency bracket parenthesis braces brackets hourglass sunrise sunset zodiac card
-    playing ace jack queen king script kanji hiragana katakana japanese chinese align border box layout sidebar stack
-    superscript subscript a b c d e f g h i j k l m o p q r t u v x y z
-    """.split()
-)
+_DIRECTED = frozenset((
+    "left", "leftwards", "right", "rightwards", "up", "upwards", "upside", "down", "downwards", "top", "bottom", "back",
+    "forward", "forwards", "backward", "backwards", "backspace", "reverse", "rewind", "fast", "next", "last",
+    "previous", "prev", "first", "skip", "skipped", "track", "tracks", "player", "play", "eject", "turn", "turned",
+    "rotate", "rotated", "rotating", "rotation", "clockwise", "counterclockwise", "arrow", "arrows", "chevron",
+    "chevrons", "caret", "corner", "corners", "pointing", "facing", "tilted", "north", "south", "east", "west", "ne",
+    "nw", "se", "sw", "horizontal", "vertical", "horizontally", "vertically", "diagonal", "flip", "transform",
+    "direction", "directions", "departure", "arrival", "takeoff", "landing", "inbox", "outbox", "incoming", "outgoing",
+    "upload", "download", "login", "logout", "import", "export", "enter", "exit", "indent", "increase", "increasing",
+    "decrease", "decreasing", "trending", "stairs", "sort", "sorted", "ascending", "descending", "greater", "lower",
+    "less", "than", "math", "semaphore", "signal", "flag", "flags", "letter", "letters", "latin", "alphabet", "alpha",
+    "beta", "delta", "lambda", "omega", "sigma", "pi", "number", "numbers", "digit", "keycap", "text", "abc", "moon",
+    "quarter", "crescent", "gibbous", "waxing", "waning", "half", "square", "root", "clock", "oclock", "thirty", "hour",
+    "clockface", "map", "globe", "hemisphere", "question", "exclamation", "quote", "quotes", "ampersand", "percent",
+    "percentage", "multiply", "divide", "plus", "subtract", "equals", "not", "slash", "backslash", "slashes", "dollar",
+    "euro", "yen", "pound", "currency", "bracket", "parenthesis", "braces", "brackets", "hourglass", "sunrise",
+    "sunset", "zodiac", "card", "playing", "ace", "jack", "queen", "king", "script", "kanji", "hiragana", "katakana",
+    "japanese", "chinese", "align", "border", "box", "layout", "sidebar", "stack", "superscript", "subscript",
+    *string.ascii_lowercase,
+))  # fmt: skip
 """Words of names that are wrong of a picture that is mirrored or rotated."""
 _DIRECTED_KINDS = frozenset((
     "flag", "arrow", "letter", "number", "math", "currency", "text", "symbol", "zodiac sign", "sign", "road sign",

@@ -199,17 +199,12 @@ def test_large_members_are_refused_before_they_are_read(tmp_path: Path, monkeypa
 
 
 def test_damage_inside_is_named(tmp_path: Path) -> None:
-    """A broken deflate stream, a wrong checksum, an encrypted member."""
+    """A broken deflate stream, an encrypted member."""
     whole = bytearray(tar({"package/a": random.Random(0).randbytes(9000)}))
     whole[3000:3200] = bytes(200)
     (tmp_path / "a.tgz").write_bytes(whole)
     with pytest.raises(ValueError, match="is damaged"):
         unpack(tmp_path / "a.tgz", tmp_path / "out")
-    checked = bytearray(tar({"package/a": b"a"}))
-    checked[-8:-4] = b"\0\0\0\0"
-    (tmp_path / "b.tgz").write_bytes(checked)
-    with pytest.raises(ValueError, match="is damaged"):
-        unpack(tmp_path / "b.tgz", tmp_path / "out")
     locked = bytearray(wheel({"a": b"text"}))
     locked[6] |= 1
     locked[locked.index(b"PK\x01\x02") + 8] |= 1

@@ -1,11 +1,10 @@
 """What a pretrained pre-Buffer saves on tasks that it never saw, against random weights of the same shapes.
 
-    python benchmarks/reuse.py probe --source pretrained:small --packages FOLDER
-    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER
-    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --pairs 100 1000 --text bypass
-    python benchmarks/reuse.py run --source pretrained:small --packages FOLDER --llms smollm2 --smollm2 FOLDER --seeds 0
+    python benchmarks/reuse.py probe --source ASSET --packages FOLDER
+    python benchmarks/reuse.py run --source ASSET --packages FOLDER
+    python benchmarks/reuse.py run --source ASSET --packages FOLDER --pairs 100 1000 --text bypass
+    python benchmarks/reuse.py run --source ASSET --packages FOLDER --llms smollm2 --smollm2 FOLDER --seeds 0
     python benchmarks/reuse.py report --figures docs/figures
-    python benchmarks/reuse.py report --root benchmarks/results/reuse      # the arms of docs/results/reuse.md
 
 ``probe`` fits linear probes on frozen features (reuse_probe.py), ``run`` trains arm after arm. Both make the target
 tasks first (reuse_tasks.py), of the packages of ``neo data pretrain-mix``, and ``run`` the small language model

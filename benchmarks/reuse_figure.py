@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reuse_report import Comparison, Done, Spread, comparisons
+from reuse_compare import Comparison, Done, Spread, comparisons
 
 from neo_components.viewers.figure import BLUE, ORANGE, RED, new_figure, save
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +31,52 @@ PICTURES = 700
 """Most training pictures."""
 PENALTIES = tuple(10.0**power for power in range(-3, 4))
 """Relative to the mean eigenvalue of the features' products."""
+FEATURES = ("pooled", "unpooled")
 SEEN = 3
 """Training pictures that a class needs, so that it is counted."""
 
 
 @dataclass
 class Probe:
-    """Errors of the probes on one pre-Buffer's features of one task, 0 to 1: ``errors`` by label, and their mean."""
+    """Errors of the probes on one pre-Buffer's features of one task, 0 to 1: ``errors`` by label, and their mean.
+
+    ``asset`` is the SHA-256 of the source's weights, ``data`` that of the task's samples.
+    """
 
     source: str
+    asset: str
     weights: str
     task: str
+    data: str
     seed: int
+    pixels: int
     features: str
     error: float
     errors: dict[str, float]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What distinguishes it from other probes."""
-        return self.source, self.weights, self.task, self.seed
+        """What distinguishes it from other probes: not the source's name, but its weights."""
+        return self.asset, self.weights, self.task, self.data, self.seed, self.pixels, self.features
 
 
-def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: int, pixels: int) -> list[Probe]:
-    """Fits the probes of one task on pooled and on unpooled features.
+def probe(root: Path, asset: str, which: Probe, wanted: Sequence[str] = FEATURES) -> list[Probe]:
+    """Fits the probes of one task.
 
     Args:
         root: folder of the benchmark.
         asset: folder, hub id or name.
-        source: what the results call it.
-        weights: ``reused``, or new ones of the same shapes: ``random``, ``whitened``.
-        task: one of ``TASKS``.
-        seed: of new weights.
-        pixels: of every image.
+        which: the probe without its errors: weights (``reused``, or new ones of the same shapes, ``random`` or
+            ``whitened``), task, seed of new weights, pixels of every image.
+        wanted: of ``FEATURES``.
     """
-    train, test = pictures(train_folder(root, task)), pictures(test_folder(root, task))
-    images = [[_square(data, pixels) for data, _ in some] for some in (train, test)]
-    pre_buffer = weights_of(asset, weights, seed, images[0])
+    train, test = pictures(train_folder(root, which.task)), pictures(test_folder(root, which.task))
+    images = [[_square(data, which.pixels) for data, _ in some] for some in (train, test)]
+    pre_buffer = weights_of(asset, which.weights, which.seed, images[0])
     with torch.autocast("cpu", torch.bfloat16):  # as in training
         tokens = [features_of(pre_buffer, some) for some in images]
     found = []
-    for features in ("pooled", "unpooled"):
+    for features in wanted:
         x, y = (some.mean(1) if features == "pooled" else some.flatten(1) for some in tokens)
         errors = {}
         for label in sorted({name for _, labels in train for name in labels}):
@@ -79,7 +84,7 @@ def probe(root: Path, asset: str, source: str, weights: str, task: str, seed: in
             if error is not None:
                 errors[label] = round(error, 4)
         mean = round(sum(errors.values()) / len(errors), 4)
-        found.append(Probe(source, weights, task, seed, features, mean, errors))
+        found.append(replace(which, features=features, error=mean, errors=errors))
     return found
 
 

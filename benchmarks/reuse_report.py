@@ -1,20 +1,18 @@
-"""Tables and targets from the arms of benchmarks/reuse.py.
-
-All values are medians over seeds with their quartiles. The control of an arm is the one with the same language model,
-task, training pairs, way of text and trained parts, and new weights: at each measure the better of plain and whitened.
-"""
+"""Tables and targets from the arms of benchmarks/reuse.py, as Markdown."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from reuse_compare import NEW, REUSED, Comparison, Done, comparisons, number
+
+from neo_components.training.callbacks.visual_geometry import NAMES
+
 Key = TypeVar("Key")
-NEW, REUSED = ("random", "whitened"), "reused"
 QUARTER = 0.25
 """Of the control's samples, for its final loss."""
 HALF = 0.5
@@ -24,24 +22,6 @@ AHEAD = 0.15
 MARKS = ("<!-- report -->", "<!-- end of report -->")
 """Of the part of a page that holds the report."""
 MET, MISSED = "met", "missed"
-
-
-class Done(Protocol):
-    """An arm that was trained, as benchmarks/reuse.py keeps it."""
-
-    weights: str
-    train: str
-    text: str
-    llm: str
-    task: str
-    source: str
-    pairs: int
-    seed: int
-    blind: float
-    device: str
-    curve: list[tuple[int, float]]
-    scores: list[tuple[int, dict[str, float]]]
-    geometry: list[tuple[int, dict[str, float]]]
 
 
 class Probed(Protocol):
@@ -55,144 +35,20 @@ class Probed(Protocol):
     error: float
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles over seeds."""
-
-    low: float
-    median: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value, which may be infinite; quartiles are values or means of two neighbors."""
-        ordered = sorted(values)
-        low, median, high = (_between(ordered, part) for part in (0.25, 0.5, 0.75))
-        return cls(low, median, high, len(ordered))
-
-    def __str__(self) -> str:
-        if self.count == 1:
-            return _number(self.median)
-        return f"{_number(self.median)} ({_number(self.low)} to {_number(self.high)})"
-
-
-def _between(ordered: Sequence[float], part: float) -> float:
-    """The quantile by linear interpolation."""
-    place = part * (len(ordered) - 1)
-    below, above = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-    return below if below == above else below + (place - int(place)) * (above - below)
-
-
-def _number(value: float) -> str:
-    return "never" if value == inf else f"{value:.3f}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Arms that differ in the weights of the pre-Buffer and in the seed, and in nothing else."""
-
-    llm: str
-    task: str
-    train: str
-    text: str
-    pairs: int
-    arms: tuple[Done, ...]
-
-    @property
-    def name(self) -> str:
-        """Which one it is."""
-        return f"{self.task} {self.llm} {self.train} {self.text}"
-
-    @property
-    def steps(self) -> int:
-        """After which all were evaluated, the last ones."""
-        return max(self.asked)
-
-    @property
-    def asked(self) -> list[int]:
-        """Steps after which all were evaluated.
-
-        Raises:
-            ValueError: if there are none.
-        """
-        both = set.intersection(*({step for step, _ in arm.scores} for arm in self.arms))
-        if not both:
-            raise ValueError(
-                f"the arms of {self.name} were evaluated after different steps; run all with the same --steps"
-            )
-        return sorted(both)
-
-    def of(self, weights: str) -> list[Done]:
-        """Its arms of some weights, by seed."""
-        return sorted((arm for arm in self.arms if arm.weights == weights), key=lambda arm: arm.seed)
-
-    def score(self, weights: str, step: int | None = None) -> Spread:
-        """Exact match after a step, by default the last one that all have."""
-        step = step or self.steps
-        return Spread.of([dict(arm.scores)[step]["overall"] for arm in self.of(weights)])
-
-    def loss(self, weights: str, step: int | None = None) -> Spread:
-        """Smoothed validation loss after a step."""
-        step = step or self.steps
-        return Spread.of([dict(smooth(arm.curve))[step] for arm in self.of(weights)])
-
-    @property
-    def new(self) -> list[str]:
-        """The kinds of new weights that were trained."""
-        return [weights for weights in NEW if self.of(weights)]
-
-    def best(self, step: int | None = None) -> str:
-        """The kind of new weights with the higher exact match; of equal ones that with the lower loss."""
-        return max(self.new, key=lambda name: (self.score(name, step).median, -self.loss(name, step).median))
-
-    def fraction(self) -> Spread:
-        """Samples that reused weights need for the control's final loss, as a fraction of the control's; seed by seed.
-
-        The control is the kind of new weights with the lower median final loss. Steps have equally many tokens.
-        """
-        finals = {name: Spread.of([smooth(arm.curve)[-1][1] for arm in self.of(name)]).median for name in self.new}
-        control = {arm.seed: smooth(arm.curve) for arm in self.of(min(finals, key=lambda name: finals[name]))}
-        found = []
-        for arm in self.of(REUSED):
-            if arm.seed in control:
-                last, level = control[arm.seed][-1]
-                reached = next((step for step, value in smooth(arm.curve) if value <= level), inf)
-                found.append(reached / last)
-        if not found:
-            raise ValueError(f"no seed of {self.name} has both new and reused weights")
-        return Spread.of(found)
-
-
-def smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Each loss as the mean of a validation and the two before it: a single one is luck by a hundredth or two."""
-    return [
-        (step, statistics.mean(value for _, value in curve[max(0, index - 2) : index + 1]))
-        for index, (step, _) in enumerate(curve)
-    ]
-
-
-def comparisons(arms: Iterable[Done]) -> list[Comparison]:
-    """The arms that are comparable, together; those without new or without reused weights are left out."""
-    groups: dict[tuple[str, str, str, str, int], list[Done]] = {}
-    for arm in arms:
-        groups.setdefault((arm.llm, arm.task, arm.train, arm.text, arm.pairs), []).append(arm)
-    found = [Comparison(*key, tuple(some)) for key, some in groups.items()]
-    return sorted(
-        (one for one in found if one.new and one.of(REUSED)), key=lambda one: (one.llm, one.task, one.train, one.text)
-    )
-
-
 def report(arms: Sequence[Done], probes: Sequence[Probed] = ()) -> str:
     """Tables and targets, as Markdown.
 
     Raises:
-        ValueError: if there are arms of several sources, or none to compare.
+        ValueError: if there are arms of several sources or of several versions of a task, or none to compare.
     """
-    if len(sources := {arm.source for arm in arms}) > 1:
+    if len(sources := {f"{arm.source} {arm.asset[:12]}" for arm in arms}) > 1:
         raise ValueError(
-            f"arms of several sources are not compared: {', '.join(sorted(sources))}; choose one by --source"
+            f"arms of several sources are not compared: {', '.join(sorted(sources))}; choose one by --source, a name, "
+            "a folder or the beginning of a checksum"
         )
+    for task in {arm.task for arm in arms}:
+        if len({arm.data for arm in arms if arm.task == task}) > 1:
+            raise ValueError(f"task {task} had other samples in some of the arms; choose another --root for each")
     found = comparisons(arms)
     if not found:
         raise ValueError("there is nothing to compare: no task has arms of new and of reused weights")
@@ -235,14 +91,11 @@ def _blind(some: Sequence[Comparison]) -> dict[str, float]:
     return {one.task: one.arms[0].blind for one in some}
 
 
-GEOMETRY = {"visual/norm": "norm", "visual/mean_share": "share of the common mean", "visual/effective_rank": "rank"}
-
-
 def geometry_table(some: Sequence[Comparison]) -> str:
     """Geometry of the visual tokens before the first and after the last step, medians over tasks and seeds."""
     lines = [
         "Visual tokens as they enter the language model, before and after training", "",
-        f"| LLM | trained | text | weights | {' | '.join(GEOMETRY.values())} | norm of words |",
+        "| LLM | trained | text | weights | norm | share of the common mean | rank | norm of words |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for (llm, train, text), group in _groups(some, lambda one: (one.llm, one.train, one.text)).items():
@@ -251,7 +104,7 @@ def geometry_table(some: Sequence[Comparison]) -> str:
             if arms:
                 ends = [
                     " to ".join(f"{statistics.median(arm.geometry[at][1][name] for arm in arms):.2f}" for at in (0, -1))
-                    for name in (*GEOMETRY, "words/norm")
+                    for name in NAMES
                 ]
                 lines.append(f"| {llm} | {train} | {text} | {weights} | {' | '.join(ends)} |")
     return "\n".join(lines)
@@ -344,5 +197,5 @@ def _target(name: str, values: dict[str, float], good: Callable[[float], bool]) 
     bad = {where: value for where, value in values.items() if not good(round(value, 6))}
     line = f"- {name}: {MISSED if bad else MET}, {len(values) - len(bad)} of {len(values)}"
     if bad:
-        line += "; not " + ", ".join(f"{where} ({_number(value)})" for where, value in bad.items())
+        line += "; not " + ", ".join(f"{where} ({number(value)})" for where, value in bad.items())
     return line

@@ -168,7 +168,8 @@ def test_folder(root: Path, task: str) -> Path:
 
 
 def card_of(root: Path, task: str) -> dict[str, Any]:
-    """Counts of a task: pictures, questions, kinds of questions, and ``blind``, the exact match without pictures."""
+    """Counts of a task: pictures, questions, and ``blind``, the exact match without pictures; how it was made:
+    ``settings``; and ``sha256`` of its samples, by which results know it."""
     found: dict[str, Any] = json.loads((root / "tasks" / task / "card.json").read_text(encoding="utf-8"))
     return found
 
@@ -179,13 +180,31 @@ def make_task(root: Path, task: str, packages: Path) -> None:
     Args:
         root: folder of the benchmark.
         task: one of :data:`TASKS`.
-        packages: folder of the packages that the sources draw from.
+        packages: folder of the packages that the sources draw from, which are pinned by checksum.
 
     Raises:
         FileNotFoundError: if a package is missing.
+        ValueError: if the task that is there was made with other settings.
     """
-    if not (root / "tasks" / task / "card.json").exists():
-        write_task(root / "tasks" / task, task, TASKS[task](packages))
+    folder = root / "tasks" / task
+    if not (folder / "card.json").exists():
+        write_task(folder, task, TASKS[task](packages))
+    elif (made := card_of(root, task).get("settings")) != (wanted := settings(QUESTIONS, PAIRS)):
+        raise ValueError(f"{folder} was made with {made}, not {wanted}; remove it, or choose another --root")
+
+
+def settings(questions: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """What a task depends on, beside its pictures: test questions, sizes of the training sets, and limits."""
+    limits = {"per picture": PER_PICTURE, "longest answer": LONGEST, "names": NAMES}
+    return {"questions": questions, "pairs": list(sizes)} | limits
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """SHA-256 of conversations and pictures."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(json.dumps([sample["conversations"], sample["labels"]]).encode() + b"\0" + sample["images"][0])
+    return found.hexdigest()
 
 
 def to_turns(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
@@ -236,7 +255,8 @@ def write_task(folder: Path, name: str, draw: Draw, questions: int = QUESTIONS, 
     write_shards(_single(test), folder / "test")
     pairs = [pair for sample in test for pair in pairs_of(sample)]
     card = {
-        "train pictures": len(seen), "test pictures": len(asked), "questions": len(pairs), "blind": blind(pairs, train)
+        "train pictures": len(seen), "test pictures": len(asked), "questions": len(pairs), "blind": blind(pairs, train),
+        "settings": settings(questions, sizes), "sha256": digest([*train, *test]),
     }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

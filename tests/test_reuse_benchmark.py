@@ -6,7 +6,9 @@ import importlib
 import itertools
 import json
 import random
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from commands import SIDE, good
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from neo_components import PreBuffer
 from neo_components.data.pictures.picture import Picture
@@ -58,7 +61,9 @@ def root(world: Path, tmp_path: Path) -> Path:
 
 def arm(reuse: Any, weights: str, seed: int, curve: list[float], scores: tuple[float, float], **other: Any) -> Any:
     """An arm that was evaluated after steps 20 and 40 and validated every 10 steps."""
-    given = {"train": "tuned", "text": "bypass", "llm": "small", "task": "icons", "source": "s", "pairs": 2000} | other
+    given = {"train": "tuned", "text": "bypass", "llm": "small", "task": "icons", "source": "s", "pairs": 2000}
+    given |= {"data": "d", "pixels": 4, "questions": 3, "every": 10, "overrides": []}
+    given |= {"asset": other.get("source", "s") * 64} | other
     found = reuse.Arm(weights=weights, seed=seed, steps=10 * (len(curve) - 1), device="X", blind=0.25, **given)
     found.curve = [(10 * index, value) for index, value in enumerate(curve)]
     found.scores = [(20, {"overall": scores[0]}), (40, {"overall": scores[1]})]
@@ -82,7 +87,7 @@ def arms(reuse: Any) -> list[Any]:
 
 
 def test_a_comparison_is_with_the_better_new_weights_seed_by_seed(reuse: Any, arms: list[Any]) -> None:
-    [few, whole] = sorted(importlib.import_module("reuse_report").comparisons(arms), key=lambda one: one.pairs)
+    [few, whole] = sorted(importlib.import_module("reuse_compare").comparisons(arms), key=lambda one: one.pairs)
     assert (few.pairs, whole.pairs, whole.asked) == (100, 2000, [20, 40])
     assert whole.best() == "random" and whole.score("whitened").median == pytest.approx(0.4)
     spread = whole.score("random")
@@ -92,10 +97,10 @@ def test_a_comparison_is_with_the_better_new_weights_seed_by_seed(reuse: Any, ar
 
 
 def test_a_loss_that_is_never_reached_is_reported_so(reuse: Any, arms: list[Any]) -> None:
-    report = importlib.import_module("reuse_report")
+    report, comparisons = importlib.import_module("reuse_report"), importlib.import_module("reuse_compare").comparisons
     some = [one for one in arms if one.pairs == 2000 and one.weights != "reused"]
     some += [arm(reuse, "reused", seed, [3, 3, 3, 3, 3], (0.1, 0.1)) for seed in (0, 1)]
-    [whole] = report.comparisons(some)
+    [whole] = comparisons(some)
     assert str(whole.fraction()) == "never (never to never)"
     [line] = [line for line in report.report(some).splitlines() if line.startswith("- The control's final loss")]
     assert line.endswith("missed, 0 of 1; not icons small tuned bypass (never)")
@@ -104,7 +109,7 @@ def test_a_loss_that_is_never_reached_is_reported_so(reuse: Any, arms: list[Any]
 def test_the_report_states_each_target(reuse: Any, arms: list[Any]) -> None:
     report, Probe = importlib.import_module("reuse_report"), importlib.import_module("reuse_probe").Probe
     probes = [
-        Probe("s", weights, "icons", 0, "pooled", error, {})
+        Probe("s", "a", weights, "icons", "d", 0, 4, "pooled", error, {})
         for weights, error in (("random", 0.5), ("whitened", 0.4), ("reused", 0.2))
     ]
     text = report.report(arms, probes)
@@ -133,6 +138,51 @@ def test_new_weights_may_be_those_of_another_source(reuse: Any, arms: list[Any])
     assert [one.weights for one in found] == ["random", "random", "whitened", "whitened", "random", "reused"]
     assert {one.source for one in found} == {"t"} and arms[0].source == "s"
     assert reuse.with_control([*arms, *other], "s", None) == arms
+    assert reuse.with_control([*arms, *other], "t" * 12, None) == other
+
+
+def test_arms_are_told_apart_by_weights_data_and_options(reuse: Any) -> None:
+    one = arm(reuse, "reused", 0, [1, 1], (0.5, 0.5))
+    others = {
+        "weights": "random", "train": "frozen", "text": "shared", "llm": "smollm2", "task": "fonts", "data": "e",
+        "asset": "t" * 64, "pairs": 100, "seed": 1, "steps": 9, "pixels": 9, "questions": 9, "every": 9,
+        "overrides": ["stage.lr=1"],
+    }  # fmt: skip
+    keys = {one.key, *(replace(one, **{name: value}).key for name, value in others.items())}
+    assert len(keys) == len(others) + 1
+    assert replace(one, source="the same weights elsewhere", device="Y", blind=0.1).key == one.key
+
+
+def test_assets_of_one_name_differ_by_their_weights(reuse: Any, root: Path) -> None:
+    (root / "b").mkdir()
+    shutil.copytree(root / "asset", root / "b" / "asset")
+    name, weights = reuse.source_of(str(root / "asset"))
+    assert (name, len(weights)) == ("asset", 64) and reuse.source_of(str(root / "b" / "asset")) == (name, weights)
+    tensors = load_file(root / "b" / "asset" / "model.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, root / "b" / "asset" / "model.safetensors")
+    assert reuse.source_of(str(root / "b" / "asset"))[0] == name
+    assert reuse.source_of(str(root / "b" / "asset"))[1] != weights
+
+
+def test_an_unfinished_line_is_left_out_and_its_arm_run_again(
+    reuse: Any, arms: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "arms.jsonl"
+    assert reuse.read(file, reuse.Arm) == []
+    for one in arms[:2]:
+        reuse.add(file, one)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    assert [one.key for one in reuse.read(file, reuse.Arm)] == [arms[0].key]
+    assert caplog.messages == [f"{file}, line 2: left out, as it is unfinished"]
+    reuse.add(file, arms[1])
+    assert [one.key for one in reuse.read(file, reuse.Arm)] == [one.key for one in arms[:2]]
+    file.write_bytes(whole[:-1])  # only the end of the line is missing
+    reuse.add(file, arms[2])
+    assert [one.key for one in reuse.read(file, reuse.Arm)] == [one.key for one in arms[:3]]
+    file.write_text('{"weights": "random"}\n')
+    with pytest.raises(ValueError, match=r"line 1, is of another version of this benchmark .*choose another --root"):
+        reuse.read(file, reuse.Arm)
 
 
 def test_the_geometry_of_visual_tokens_is_reported(reuse: Any, arms: list[Any]) -> None:
@@ -148,8 +198,8 @@ def test_the_page_shows_what_was_measured(reuse: Any) -> None:
     page = (top / "docs" / "results" / "reuse.md").read_text(encoding="utf-8")
     shown = page.split(marks[0])[1].split(marks[1])[0].strip()
     folder = top / "benchmarks" / "results" / "reuse"
-    arms, probes = reuse.read(folder / "arms.jsonl"), reuse.read_probes(folder / "probes.jsonl")
-    assert shown == (reuse.report(arms, probes) if arms else "Nothing has been measured with `pretrained:small` yet.")
+    arms, probes = reuse.read(folder / "arms.jsonl", reuse.Arm), reuse.read(folder / "probes.jsonl", reuse.Probe)
+    assert shown == (reuse.report(arms, probes) if arms else "Nothing has been measured yet.")
 
 
 def test_a_report_goes_into_a_page(reuse: Any, tmp_path: Path) -> None:
@@ -168,9 +218,12 @@ def test_what_cannot_be_compared_is_refused(arms: list[Any]) -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
         report([one for one in arms if one.weights == "reused"])
     arms[0].source = "t"
-    with pytest.raises(ValueError, match="several sources are not compared: s, t"):
+    with pytest.raises(ValueError, match=f"several sources are not compared: s {'s' * 12}, t {'s' * 12}"):
         report(arms)
-    arms[0].source, arms[0].scores = "s", [(30, {"overall": 0.5})]
+    arms[0].source, arms[0].data = "s", "e"
+    with pytest.raises(ValueError, match="task icons had other samples in some of the arms"):
+        report(arms)
+    arms[0].data, arms[0].scores = "d", [(30, {"overall": 0.5})]
     with pytest.raises(ValueError, match="icons small tuned bypass were evaluated after different steps"):
         report(arms)
 
@@ -188,6 +241,10 @@ def test_training_sets_are_nested_and_share_no_picture_with_the_test(reuse: Any,
     assert not {sample["images"][0] for sample in large} & {sample["images"][0] for sample in test}
     card = json.loads((tmp_path / "task" / "card.json").read_text())
     assert card["train pictures"] == 5 and card["test pictures"] == 4 and card["questions"] == 7
+    tasks.write_task(tmp_path / "tasks" / "colors", "colors", colors(tmp_path), questions=6, sizes=(3, 10))
+    assert tasks.card_of(tmp_path, "colors")["sha256"] != card["sha256"]
+    with pytest.raises(ValueError, match=r"colors was made with .*'questions': 6.*; remove it, or choose another"):
+        tasks.make_task(tmp_path, "colors", tmp_path)
 
     def same(part: str, number: int, rng: random.Random) -> Any:
         return Picture(Image.new("RGB", (8, 8)), (("?", "no"),), "color"), {}
@@ -252,10 +309,14 @@ def test_a_run_and_its_report(
     command = ["--root", str(root), "--source", str(root / "asset"), "--packages", str(root)]
     command += ["--steps", "4", "--every", "2", "--questions", "8", "--seeds", "0", "--pixels", str(SIDE**2)]
     command += ["--text", "bypass", "--train", "frozen", "--set", "stage.warmup_steps=1", "data.seq_len=512"]
-    for what in ("probe", "run") * 2:  # a second time nothing is left to do
+    for what in ("probe", "run") * 2:  # a second time nothing is left to do but the probe that was lost
         monkeypatch.setattr(sys, "argv", ["reuse.py", what, *command])
         reuse.main()
-    arms, probes = reuse.read(root / "arms.jsonl"), reuse.read_probes(root / "probes.jsonl")
+        if what == "run":
+            lines = (root / "probes.jsonl").read_bytes().splitlines(keepends=True)
+            (root / "probes.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+    (root / "probes.jsonl").write_bytes(b"".join(lines))
+    arms, probes = reuse.read(root / "arms.jsonl", reuse.Arm), reuse.read(root / "probes.jsonl", reuse.Probe)
     assert [(one.weights, one.steps) for one in arms] == [("random", 8), ("whitened", 8), ("reused", 4)]
     assert [[step for step, _ in one.scores] for one in arms] == [[2, 4, 8], [2, 4, 8], [2, 4]]
     assert [step for step, _ in arms[2].curve] == [0, 2, 4] and arms[2].curve[2][1] < arms[2].curve[0][1]
@@ -264,7 +325,10 @@ def test_a_run_and_its_report(
     assert (first, last) == (0, 8) and start["visual/norm"] != end["visual/norm"] > 0
     assert len(probes) == 6 and {one.features for one in probes} == {"pooled", "unpooled"}
     monkeypatch.setattr(sys, "argv", ["reuse.py", "report", "--root", str(root), "--figures", str(root)])
-    capsys.readouterr()
+    with pytest.raises(ValueError, match="there is nothing to compare"):
+        reuse.main()
+    assert "left out: 9 arms and probes of other --pixels" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["reuse.py", "report", *command, "--figures", str(root)])
     reuse.main()
     text = capsys.readouterr().out
     assert (
@@ -276,4 +340,4 @@ def test_a_run_and_its_report(
 
 def test_a_language_model_that_was_not_given_is_named(reuse: Any) -> None:
     with pytest.raises(ValueError, match="language model smollm2: give its folder, --smollm2 FOLDER"):
-        reuse.folder_of("smollm2", type("Options", (), {"smollm2": None})())
+        importlib.import_module("reuse_arm").folder_of("smollm2", type("Options", (), {"smollm2": None})())

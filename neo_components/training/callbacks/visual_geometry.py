@@ -18,6 +18,8 @@ from neo_components.types import PADDING, TokenKind
 
 MOST = 4096
 """Tokens of a micro-batch that are measured, its first ones."""
+NAMES = ("visual/norm", "visual/mean_share", "visual/effective_rank", "words/norm")
+"""Of the values of :func:`measured` in the log."""
 
 
 class VisualGeometry(Callback):
@@ -56,8 +58,7 @@ class VisualGeometry(Callback):
         self._hook.remove()
         self._hook = None
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._found is not None:  # type: ignore[attr-defined]
-            names = ("visual/norm", "visual/mean_share", "visual/effective_rank", "words/norm")
-            found = zip(names, self._found.tolist(), strict=True)
+            found = zip(NAMES, self._found.tolist(), strict=True)
             self.values = {name: value for name, value in found if value == value}  # NaN: no words
             log_once(trainer, self.values, trainer.global_step - 1)
             self._found = None

@@ -12,7 +12,13 @@ from torch import Tensor
 from neo_components import NEO, Batch, Sample, pack
 from neo_components.recipe.stage import StageConfig
 from neo_components.training.module import NEOTraining
-from neo_components.training.word_alignment import LENGTH_WEIGHT, TEMPERATURE, Said, WordAlignment, word_alignment
+from neo_components.training.word_alignment import (
+    LENGTH_WEIGHT,
+    TEMPERATURE,
+    ImageAnswers,
+    WordAlignment,
+    word_alignment,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +40,34 @@ def batch_of(model: NEO, *answers: list[int]) -> Batch:
     return pack([sample(model, words) for words in answers], model.input_spec)
 
 
-def test_what_is_said_of_each_document(model: NEO) -> None:
+def test_the_answers_of_each_document(model: NEO) -> None:
     """Token 9 is common: all documents end with it. Text alone says nothing of an image."""
     answers = [[10, 11, 9], [12, 12, 9], [11, 9], [9], *[[20 + n, 9] for n in range(12)]]
     samples = [sample(model, words) for words in answers]
     samples.insert(1, sample(model, [10, 13, 9], images=0))
-    said = Said.of(pack(samples, model.input_spec))
-    assert said is not None
-    assert said.words.tolist() == [10, 11, 12, *range(20, 32)]
-    assert said.hits[:3, :3].tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
-    assert said.hits.shape == (15, 15)  # the fourth document has nothing to say but 9
-    torch.testing.assert_close(said.frequency[:3], torch.tensor([1, 2, 1]) / 16)
-    assert said.visual.tolist()[:5] == [1, 2, 3, 4, 1 + len(samples[0].token_ids) + len(samples[1].token_ids)]
-    assert said.document.tolist() == [row for row in range(15) for _ in range(4)]
+    answers = ImageAnswers.of(pack(samples, model.input_spec))
+    assert answers is not None
+    assert answers.words.tolist() == [10, 11, 12, *range(20, 32)]
+    assert answers.hits[:3, :3].tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    assert answers.hits.shape == (15, 15)  # the fourth document has nothing to say but 9
+    torch.testing.assert_close(answers.frequency[:3], torch.tensor([1, 2, 1]) / 16)
+    assert answers.visual.tolist()[:5] == [1, 2, 3, 4, 1 + len(samples[0].token_ids) + len(samples[1].token_ids)]
+    assert answers.document.tolist() == [row for row in range(15) for _ in range(4)]
 
 
-def test_nothing_is_said_of_text_alone(model: NEO) -> None:
-    assert Said.of(pack([sample(model, [10, 11], images=0)], model.input_spec)) is None
+def test_text_alone_has_no_image_to_answer_about(model: NEO) -> None:
+    assert ImageAnswers.of(pack([sample(model, [10, 11], images=0)], model.input_spec)) is None
 
 
 def test_the_loss_by_hand(model: NEO) -> None:
     """Two documents of two visual tokens each; the first points to its word, the second to the other's."""
-    said = Said(
+    answers = ImageAnswers(
         torch.tensor([3, 4]), torch.eye(2), torch.tensor([0.5, 0.5]), torch.arange(4), torch.tensor([0, 0, 1, 1])
     )  # fmt: skip
     words = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0]])
     center = torch.tensor([0.0, 0.0, 1.0])
     x = torch.tensor([[[3.0, 0.0, 0.0], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]]])
-    found = word_alignment(x, said, words, center, torch.tensor(1.5))
+    found = word_alignment(x, answers, words, center, torch.tensor(1.5))
     right, wrong = math.log1p(math.exp(-1 / TEMPERATURE)), 1 / TEMPERATURE + math.log1p(math.exp(-1 / TEMPERATURE))
     assert float(found) == pytest.approx((right + wrong) / 2 + LENGTH_WEIGHT * math.log(2) ** 2, rel=1e-5)
 
@@ -69,14 +75,16 @@ def test_the_loss_by_hand(model: NEO) -> None:
 def test_the_loss_looks_at_what_enters_the_language_model(model: NEO) -> None:
     batch = batch_of(model, [10, 11], [12], [13, 14])
     alignment = WordAlignment(model.train())
-    model.loss(batch)
+    with alignment.watching():
+        model.loss(batch)
+    assert not model.post_llm._forward_pre_hooks
     found = alignment.loss(batch)
-    said = Said.of(batch)
+    answers = ImageAnswers.of(batch)
     assert found is not None
-    assert said is not None
+    assert answers is not None
     x = model._before_llm(batch, None, None)
     table = model.post_llm.word_embedding.weight
-    expected = word_alignment(x, said, table[said.words], table.mean(0), table.norm(dim=-1).median())
+    expected = word_alignment(x, answers, table[answers.words], table.mean(0), table.norm(dim=-1).median())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -119,7 +127,8 @@ def test_training_with_it_brings_visual_tokens_to_their_words() -> None:
     losses = []
     for _ in range(40):
         optimizer.zero_grad()
-        model.loss(batch)
+        with alignment.watching():
+            model.loss(batch)
         loss = alignment.loss(batch)
         assert loss is not None
         loss.backward()
@@ -131,5 +140,6 @@ def test_training_with_it_brings_visual_tokens_to_their_words() -> None:
 def test_a_batch_without_an_image_has_none(model: NEO) -> None:
     batch, _ = random_batch(model.input_spec, seed=3, images=0)
     alignment = WordAlignment(model.train())
-    model.loss(batch)
+    with alignment.watching():
+        model.loss(batch)
     assert alignment.loss(batch) is None

@@ -146,10 +146,10 @@ def _check(name: str, path: Path, stored: StoredFile, on_hub: bool) -> None:
         raise FileNotFoundError(f"{name} is not complete: {path} is missing; {way_out}")
     if (size := path.stat().st_size) != stored.bytes:
         raise ValueError(f"{name} is damaged: {path} has {size:,} bytes and must have {stored.bytes:,}; {way_out}")
-    found, wanted = StoredFile.of(path).sha256[:12], stored.sha256[:12]
-    if found != wanted:
+    if (found := StoredFile.of(path).sha256) != stored.sha256:
         raise ValueError(
-            f"{name} is damaged: {path} has a SHA-256 of {found}..., the index states {wanted}...; {way_out}"
+            f"{name} is damaged: {path} has a SHA-256 of {found[:12]}..., the index states {stored.sha256[:12]}...; "
+            f"{way_out}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -132,7 +133,8 @@ class NEOTraining(lightning.LightningModule):
         """The mean loss of a batch; if a step has several, the weighted sum, which :meth:`_complete` divides."""
         nll: list[Tensor] = []
         batch = batch.with_indices(batch.indices)  # found once for all that follows
-        loss = self.model.loss(batch, nll)
+        with self.alignment.watching() if self.alignment else nullcontext():
+            loss = self.model.loss(batch, nll)
         self.loss_parts.add(batch, nll[0])
         self._keys += [key for row in batch.keys for key in row]
         weight = loss_weight(batch) if self.several_batches else loss.new_ones(())

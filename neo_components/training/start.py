@@ -16,7 +16,6 @@ from neo_components.data.module import NEODataModule
 from neo_components.model.chat import Chat
 from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
-from neo_components.model.parts import BRIDGE_NAMES
 from neo_components.recipe import Recipe, build, load_recipe
 from neo_components.recipe.stage import StageConfig
 from neo_components.storage.deferred import Deferred
@@ -125,7 +124,7 @@ def refuse_changes(recipe: Recipe, checkpoint: Path) -> None:
 def _other_arguments(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Arguments of the model's parts that differ from those in a checkpoint, though the tensors may not."""
     found = []
-    for part in ("patch_embedding", "pre_buffer", "post_llm", *BRIDGE_NAMES):
+    for part in ("patch_embedding", "pre_buffer", "post_llm", "bridge_in", "bridge_out"):
         old, new = before.get(part) or {}, now[part] or {}
         names = sorted(old.keys() & new) if before else []
         found += [f"{part}.{n} is {new[n]!r}, and was {old[n]!r}" for n in names if n != "source" and old[n] != new[n]]

@@ -17,7 +17,6 @@ from neo_components.export.hf.bundle import bundle
 from neo_components.export.hf.text import chat_template, write_json, write_text_side
 from neo_components.model.layouts import own_config
 from neo_components.model.neo import NEO
-from neo_components.model.parts import BRIDGE_NAMES
 from neo_components.registry import BRIDGES, EXPERTS, MASKS, PATCH_EMBEDDINGS, ROPES, Registry, split
 from neo_components.storage.weights import save_folder, write_text
 
@@ -80,7 +79,7 @@ def _config(model: NEO) -> dict[str, Any]:
     import transformers
 
     own = own_config(model)
-    parts = {name: own[name] for name in ("patch_embedding", "pre_buffer", "post_llm", *BRIDGE_NAMES)}
+    parts = {name: own[name] for name in ("patch_embedding", "pre_buffer", "post_llm", "bridge_in", "bridge_out")}
     parts["post_llm"] |= {"source": ""}  # a path of the machine that trained it
     return {
         "architectures": [MODEL],
@@ -139,8 +138,9 @@ def _parts_of(model: NEO) -> Iterator[tuple[Registry, str]]:
         for registry, argument in ((ROPES, "rope"), (MASKS, "attention"), (EXPERTS, "experts")):
             yield registry, split(stack.hparams[argument])[0]
     yield PATCH_EMBEDDINGS, PATCH_EMBEDDINGS.name_of(type(model.patch_embedding))
-    for bridge in model.bridges.values():
-        yield BRIDGES, BRIDGES.name_of(type(bridge))
+    for bridge in (model.bridge_in, model.bridge_out):
+        if bridge is not None:
+            yield BRIDGES, BRIDGES.name_of(type(bridge))
 
 
 def _check_code(folder: Path, state: dict[str, Any]) -> None:

@@ -46,10 +46,12 @@ COMMANDS = commands(typer.main.get_command(app))
 
 def test_the_commands_are_those_promised() -> None:
     promised = {"quickstart", "train", "evaluate", "chat", "export", "attach", "convert", "data", "inspect", "recipes"}
+    promised |= {"pretrained"}
     assert {path[0] for path, _ in COMMANDS if path} == promised
     assert {" ".join(path) for path, _ in COMMANDS if len(path) > 1} == {
         "data llava", "data captions", "data vlmeval", "data webdataset", "data text", "data index", "data inspect",
-        "data synth", "recipes copy", "recipes validate",
+        "data synth", "data pretrain-mix", "recipes copy", "recipes validate", "pretrained list", "pretrained add",
+        "pretrained make",
     }  # fmt: skip
 
 

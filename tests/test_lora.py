@@ -93,7 +93,7 @@ def test_every_adapter_learns_and_starts_as_no_change() -> None:
     module = NEOTraining(model, StageConfig(train=(), lora=LoRA(rank=2, alpha=4)))
     assert torch.equal(model.loss(batch), plain.loss(batch))
     assert set(map(id, module.trainable)) == set(map(id, lora_parameters(model)))
-    assert list(module.groups) == ["post_llm", "post_llm.lora"]
+    assert list(module.groups) == ["post_llm", "post_llm.blocks", "post_llm.lora"]
     for _, _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.default.weight, std=0.1)
     model.loss(batch).backward()

@@ -50,7 +50,11 @@ def test_steps_are_announced_and_progress_is_shown(quickstart: Path) -> None:
 # --- what the steps leave
 
 
-@pytest.mark.parametrize("name", [recipe.name for recipe in list_recipes() if not recipe.name.startswith("reuse/")])
+STEPPED = [recipe.name for recipe in list_recipes() if not recipe.name.startswith(("reuse/", "pretrained/"))]
+"""Shipped recipes that the main job runs; test_reuse_recipes.py and test_pretrained_make.py step the others."""
+
+
+@pytest.mark.parametrize("name", STEPPED)
 def test_every_shipped_recipe_was_built_and_stepped(quickstart: Path, name: str) -> None:
     """A recipe that the main job does not run needs a test of its own that steps it, as tests/test_reuse_recipes.py."""
     output = Path(load_recipe(name, [f"variables.root={quickstart}"]).output)

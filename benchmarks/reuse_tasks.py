@@ -29,8 +29,8 @@ from neo_components.data.convert.pretrain_mix import encode
 from neo_components.data.pictures.asking import one_form, yes_no
 from neo_components.data.pictures.distortions import distort
 from neo_components.data.pictures.easy_vqa import question_kind, read_easy_vqa
-from neo_components.data.pictures.naming import ask
-from neo_components.data.pictures.picture import COLOR, HELD_OUT, Picture
+from neo_components.data.pictures.naming import ask, keeps_of
+from neo_components.data.pictures.picture import HELD_OUT, Picture
 from neo_components.data.pictures.sheets import write
 from neo_components.data.skip_counts import SampleError
 from neo_components.data.text.turns import IMAGE_TAG
@@ -74,7 +74,7 @@ def icons(packages: Path) -> Draw:
         icon = order[0] if part == "test" else rng.choice(order[1:])
         image, color = sets.render(icon, rng.randint(96, 160), rng)
         turns, kind = ask(icon.thing, rng.sample(things, 12), rng, color)
-        keeps = frozenset({COLOR} if any(answer == color for _, answer in turns) else {})
+        keeps = frozenset(keeps_of(name, icon.thing.kinds, turns))
         labels = {"name": name} | ({"kind": icon.thing.kinds[0]} if icon.thing.kinds else {})
         picture = Picture(image, tuple(turns), kind, keeps)
         return Picture(distort(picture, rng), picture.turns, kind, keeps), labels

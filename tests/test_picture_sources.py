@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +37,12 @@ from neo_components.data.pictures.picture import (
     PictureSource,
 )
 from neo_components.data.pictures.scene_questions import _relation, count_turn
-from neo_components.data.pictures.scenes import crowd, distinct, render
+from neo_components.data.pictures.scenes import crowd, distinct, placed, render
 from neo_components.data.pictures.shapes import HELD_OUT_PAIRS, PAIRS, SHAPES, Thing
 from neo_components.data.pictures.sheets import write
 from neo_components.data.pictures.tables import Table, random_table, table_turns
 from neo_components.data.pictures.words import Words
+from neo_components.data.skip_counts import SampleError
 from neo_components.registry import PICTURES
 
 SOURCES = ("lettering", "handwriting", "scenes", "easy_vqa", "charts", "tables", "formulas", "documents")
@@ -125,8 +128,27 @@ def test_a_missing_package_is_named(missing: str, source: str, packages: Path, t
     for package in packages.iterdir():
         if package.name != missing:
             (tmp_path / package.name).symlink_to(package)
-    with pytest.raises(FileNotFoundError, match=missing):
+    with pytest.raises(FileNotFoundError, match=rf"{missing} .*neo data pretrain-mix OUT .*--fetch"):
         PICTURES[source](tmp_path)
+    (tmp_path / missing).mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"; remove .*{missing} .*--fetch"):
+        PICTURES[source](tmp_path)
+
+
+def test_things_that_find_no_room_are_refused() -> None:
+    """Instead of one that lies on another; that is rare."""
+    with pytest.raises(SampleError, match="40 things find no room in a scene"):
+        placed(random.Random(0), [("red", "circle")] * 40, WHITE)
+    refused = 0
+    for seed in range(500):
+        try:
+            things = placed(random.Random(seed), [("red", "circle")] * 8, WHITE)
+        except SampleError:
+            refused += 1
+            continue
+        pairs = combinations(things, 2)
+        assert all(math.hypot(a.x - b.x, a.y - b.y) > 0.75 * (a.half + b.half) for a, b in pairs)
+    assert refused < 10
 
 
 def test_an_unknown_split_is_refused(sources: dict[str, PictureSource]) -> None:

@@ -20,6 +20,7 @@ from neo_components.data import read_shards
 from neo_components.data.convert.pretrain_mix import PretrainMix, complete_weights, encode
 from neo_components.data.convert.pretrain_parts import write_mix
 from neo_components.data.convert.pretrain_texts import KINDS, PretrainTexts
+from neo_components.data.pictures.packages import PACKAGES
 from neo_components.registry import PICTURES
 
 WEIGHTS = {name: 0.0 for name in PICTURES if name not in FEW}
@@ -135,6 +136,24 @@ def test_texts(packages: Path) -> None:
     assert len(sums) > 5 and all(sum(map(int, q.split(" + "))) == int(a) for q, a in sums)
     spelled = [(q, a) for q, a in questions if q.startswith("spell ")]
     assert spelled and all(a.replace(" ", "") == q[6:-1] and a.replace(" ", "") in NAMES for q, a in spelled)
+
+
+def test_the_packages_of_the_texts_are_looked_for_before_anything_is_written(packages: Path, tmp_path: Path) -> None:
+    """Also where no source of images reads them."""
+    few = tmp_path / "packages"
+    few.mkdir()
+    for name in ("openclipart-svg", "wonderwords"):
+        (few / name).symlink_to(packages / name)
+    weights = {**WEIGHTS, "icons": 0.0, "icon_scenes": 0.0}
+    with pytest.raises(FileNotFoundError, match=r"fluent-emoji 1\.3\.0 is not in .*neo data pretrain-mix OUT"):
+        write_mix(tmp_path / "out", few, pairs=4, held_out=0, weights=weights)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mix.json"]
+    for name in PretrainTexts.needs:
+        (few / name).symlink_to(packages / name)
+    assert write_mix(tmp_path / "out", few, pairs=4, held_out=0, weights=weights) == 10
+    assert "tabler-icons" in json.loads((tmp_path / "out" / "card.json").read_text())["packages"]
+    pinned = PretrainTexts(few, 2).identity()["packages"]
+    assert pinned == {name: PACKAGES[name].sha256 for name in ("fluent-emoji", "noto-emoji", "tabler-icons")}
 
 
 def test_files_of_images() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_components.data.convert.pretrain_mix import source
+from neo_components.data.convert.pretrain_texts import PretrainTexts
 from neo_components.data.pictures.packages import PACKAGES
 from neo_components.data.pictures.picture import HELD_OUT, TRAIN
 from neo_components.data.shards.format import INDEX_NAME
@@ -40,7 +41,7 @@ def write_card(folder: Path, packages: Path, weights: dict[str, float], seed: in
         }
         for name, weight in weights.items()
     }
-    needed = sorted({package for name in weights for package in PICTURES[name].needs})
+    needed = sorted({package for name in weights for package in PICTURES[name].needs}.union(PretrainTexts.needs))
     facts = {
         "command": command,
         "seed": seed,

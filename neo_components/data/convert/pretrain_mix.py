@@ -76,6 +76,8 @@ class PretrainMix(Converter):
             source(name, self.packages)  # once, before the processes that write are forked
         if self.part == HELD_OUT:
             self.weights = {n: w for n, w in self.weights.items() if source(n, self.packages).items(HELD_OUT) != 0}
+            if not self.weights:
+                raise ArgumentError("weight", "must be above 0 for a source with a held-out part, these have none")
 
     def records(self) -> Iterator[tuple[str, int]]:
         """Sources in a mixed order, each with its own numbers."""

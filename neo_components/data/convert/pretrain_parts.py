@@ -63,7 +63,8 @@ def write_mix(
     complete = complete_weights(weights or {})
     job = {"pairs": pairs, "held_out": held_out, "seed": seed, "weights": complete}
     _open(folder, job)
-    prepare(packages, sorted({name for part in used(complete) for name in PICTURES[part].needs}), fetch, report)
+    needs = {name for part in used(complete) for name in PICTURES[part].needs}
+    prepare(packages, sorted(needs.union(PretrainTexts.needs)), fetch, report)
     for part, converter in _parts(packages, pairs, held_out, seed, complete):
         if (folder / part / INDEX_NAME).is_file():
             report(f"{part}: finished before")

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from neo_components.data.convert.base import Converter
-from neo_components.data.pictures.icons import icon_sets
-from neo_components.data.pictures.naming import Thing, with_article
+from neo_components.data.pictures.held_out_pairs import held_out_colors, words_in
+from neo_components.data.pictures.icons import FLUENT, NOTO, TABLER, icon_sets
+from neo_components.data.pictures.naming import COLOR_WORDS, Thing, with_article
+from neo_components.data.pictures.packages import PACKAGES
 from neo_components.data.pictures.picture import TRAIN
 from neo_components.data.shards.format import RawSample
 from neo_components.errors import ArgumentError
@@ -40,6 +42,7 @@ class PretrainTexts(Converter):
     """
 
     shard_size: ClassVar[int] = 10_000
+    needs: ClassVar[tuple[str, ...]] = (NOTO, TABLER, FLUENT)
 
     packages: Path
     count: int = 128_571
@@ -77,10 +80,11 @@ class PretrainTexts(Converter):
         return [self.packages]
 
     def identity(self) -> dict[str, Any]:
-        """Number, seed and kinds."""
+        """Number, seed, kinds and the checksums of the packages, whose names are used."""
         return {
             "converter": "pretrain_texts",
             "options": {"count": self.count, "seed": self.seed, "kinds": list(KINDS)},
+            "packages": {name: PACKAGES[name].sha256 for name in sorted(self.needs)},
         }
 
 
@@ -148,9 +152,10 @@ def _arithmetic(known: Sequence[Thing], rng: random.Random) -> Turns:
 
 def _scenes(known: Sequence[Thing], rng: random.Random) -> Turns:
     """A picture in words, and questions that the words answer: where, what color, how many, left and right."""
-    things = rng.sample(known, rng.randint(2, 4))
-    names = [thing.name for thing in things]
-    colors = rng.sample(_COLORS, len(things))
+    names = _plain(known, rng.randint(2, 4), rng)
+    colors = rng.sample(_COLORS, len(names))
+    while any(color in held_out_colors(name) for color, name in zip(colors, names, strict=True)):
+        colors = rng.sample(_COLORS, len(names))
     count = rng.randint(2, 9)
     row = ", then ".join(f"{with_article(f'{color} {name}')}" for color, name in zip(colors, names, strict=True))
     opening = f"from left to right: {row}. below them are {_NUMBERS[count]} dots."
@@ -167,6 +172,16 @@ def _scenes(known: Sequence[Thing], rng: random.Random) -> Turns:
     ]
     turns = rng.sample(asked, rng.randint(1, 3))
     return [(f"{opening} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def _plain(known: Sequence[Thing], count: int, rng: random.Random) -> list[str]:
+    """Names of different things that name no color, as ``red apple`` does."""
+    names: list[str] = []
+    while len(names) < count:
+        name = rng.choice(known).name
+        if name not in names and words_in(name).isdisjoint(COLOR_WORDS):
+            names.append(name)
+    return names
 
 
 def _repeating(known: Sequence[Thing], rng: random.Random) -> Turns:

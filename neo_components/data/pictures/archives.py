@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +15,10 @@ MAX_BYTES = 1 << 30
 """No package is larger than this when unpacked."""
 
 Member = tuple[str, bytes]
+_DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
+    RuntimeError,  # of encrypted members
+)  # fmt: skip
 
 
 def unpack(archive: Path, folder: Path, root: str = "") -> None:
@@ -39,7 +45,7 @@ def unpack(archive: Path, folder: Path, root: str = "") -> None:
                 raise ValueError(f"{archive} unpacks to more than {MAX_BYTES} bytes; it is refused")
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{archive} is damaged ({error}); remove it and fetch it again") from None
     if not total:
         raise ValueError(f"{archive} holds no file in {root or 'it'}")
@@ -53,6 +59,13 @@ def _inside(name: str, root: str, archive: Path) -> PurePosixPath | None:
     return path.relative_to(root) if path.is_relative_to(root) else None
 
 
+def _check_size(archive: Path | io.BytesIO, size: int) -> None:
+    """Before a member is read, so that none fills the memory."""
+    if size > MAX_BYTES:
+        where = archive if isinstance(archive, Path) else "the archive"
+        raise ValueError(f"{where} holds a file of {size} bytes, more than {MAX_BYTES}; it is refused")
+
+
 def _tar(archive: Path | io.BytesIO) -> Iterator[Member]:
     with tarfile.open(
         name=archive if isinstance(archive, Path) else None,
@@ -61,6 +74,7 @@ def _tar(archive: Path | io.BytesIO) -> Iterator[Member]:
         for member in tar:
             file = tar.extractfile(member) if member.isreg() else None
             if file is not None:
+                _check_size(archive, member.size)
                 yield member.name, file.read()
 
 
@@ -68,6 +82,7 @@ def _zip(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as files:
         for info in files.infolist():
             if not info.is_dir():
+                _check_size(archive, info.file_size)
                 yield info.filename, files.read(info)
 
 

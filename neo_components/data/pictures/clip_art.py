@@ -17,9 +17,10 @@ from pathlib import Path
 
 from neo_components.data.pictures.clip_art_folders import LEFT_OUT, LIMITS, kinds_of, name_in_folder
 from neo_components.data.pictures.colors import main_color
-from neo_components.data.pictures.naming import Thing, ask
+from neo_components.data.pictures.held_out_pairs import names_held_out, refuse_held_out
+from neo_components.data.pictures.naming import Thing, ask, keeps_of
 from neo_components.data.pictures.packages import package_folder
-from neo_components.data.pictures.picture import COLOR, HELD_OUT, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
+from neo_components.data.pictures.picture import HELD_OUT, SPLITS, TRAIN, Picture, PictureSource
 from neo_components.data.pictures.svg import Rdf, Renders, read_rdf, read_svg
 from neo_components.data.pictures.words import PACKAGE as WORDS
 from neo_components.data.pictures.words import Words
@@ -74,7 +75,7 @@ class ClipArt(PictureSource):
         self._renders = Renders(SIDES[1])
         drawings = read_drawings(self.folder, set(Words(packages, longest=14).all))
         self.drawings = {
-            TRAIN: [d for d in drawings if not is_held_out(d.path)],
+            TRAIN: [d for d in drawings if not is_held_out(d.path) and not names_held_out(d.thing.name)],
             HELD_OUT: [d for d in drawings if is_held_out(d.path) and d.thing.name],
         }
 
@@ -89,12 +90,12 @@ class ClipArt(PictureSource):
         drawing = drawings[number % len(drawings)]
         path = self.folder / drawing.path
         image = self._renders.get(drawing.path, lambda: read_svg(path), rng.randint(*SIDES))
+        if split == TRAIN:
+            refuse_held_out(" ".join((drawing.thing.name, *drawing.thing.kinds)), image)
         color = main_color(image)
         others = [other.thing for other in rng.sample(drawings, min(12, len(drawings)))]
         turns, kind = ask(drawing.thing, others, rng, color)
-        keeps = {TURN, MIRROR} if "flag" in drawing.thing.kinds or "arrow" in drawing.thing.kinds else set()
-        if any(answer == color for _, answer in turns):
-            keeps.add(COLOR)
+        keeps = keeps_of(drawing.thing.name, drawing.thing.kinds, turns)
         return Picture(image, tuple(turns), kind, frozenset(keeps))
 
 

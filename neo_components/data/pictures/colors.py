@@ -47,11 +47,24 @@ def named(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 def main_color(image: Image.Image) -> str | None:
     """The name of the color of an RGBA drawing, if one clearly dominates its opaque pixels."""
+    fractions = _fractions(image)
+    if fractions is None:
+        return None
+    first, second = np.argsort(fractions)[::-1][:2]
+    return NAMES[first] if fractions[first] >= MAIN and fractions[second] <= SECOND else None
+
+
+def colors_in(image: Image.Image, least: float) -> set[str]:
+    """The names of the colors that at least a fraction of the opaque pixels of an RGBA drawing have."""
+    fractions = _fractions(image)
+    return set() if fractions is None else {NAMES[index] for index in np.flatnonzero(fractions >= least)}
+
+
+def _fractions(image: Image.Image) -> NDArray[np.float64] | None:
+    """Of the opaque pixels, by color; ``None`` if they are too few."""
     pixels = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST)).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 200][:, :3]
     if len(pixels) < 40:
         return None
     found = named(pixels)
-    counts = np.bincount(found[found >= 0], minlength=len(NAMES)) / len(pixels)
-    first, second = np.argsort(counts)[::-1][:2]
-    return NAMES[first] if counts[first] >= MAIN and counts[second] <= SECOND else None
+    return np.bincount(found[found >= 0], minlength=len(NAMES)) / len(pixels)

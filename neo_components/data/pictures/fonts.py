@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from neo_components.data.pictures.packages import PACKAGES, missing, package_folder
 from neo_components.data.pictures.picture import HELD_OUT, SPLITS
 from neo_components.errors import one_of
 
@@ -114,13 +115,12 @@ class Fonts:
         self._files = {}
         self._kinds = {name: kind for kind, names in FAMILIES.items() for name in names}
         for name in self._kinds:
-            folder = packages / (PREFIX + name)
+            folder = package_folder(packages, PREFIX + name)
             files = sorted(str(path) for path in folder.rglob("*") if path.suffix in (".ttf", ".otf"))
             found = [file for file in files if not any(weight in Path(file).name for weight in HAIRLINES)]
             if not found:
                 raise FileNotFoundError(
-                    f"no font of the package {PREFIX + name} in {folder}: `pip download --no-deps {PREFIX}{name}` gets "
-                    "the wheel, which is unpacked there"
+                    f"{folder} holds no font; remove it. Then {missing(packages, PACKAGES[PREFIX + name])}"
                 )
             self._files[name] = found
         self._faces: dict[str, list[Face]] = {}

@@ -16,7 +16,6 @@ from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
 VARIABLES = "abcnkmpqrstuvwxyz"
-NOT_VARIABLES = "lio"  # too much like digits
 READ = (
     "read the formula.|what is the formula?|write the formula as text.|which formula is shown?|transcribe the formula."
 )

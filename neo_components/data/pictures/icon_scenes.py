@@ -14,8 +14,8 @@ from PIL import Image
 from neo_components.data.pictures.backgrounds import background
 from neo_components.data.pictures.grid_questions import Placed, ask_about, place_of
 from neo_components.data.pictures.icons import FLUENT, NOTO, TABLER, Icon, icon_sets
-from neo_components.data.pictures.naming import Thing, different
-from neo_components.data.pictures.picture import COLOR, DETAIL, FRAME, MIRROR, SPLITS, TURN, Picture, PictureSource
+from neo_components.data.pictures.naming import Thing, different, keeps_of
+from neo_components.data.pictures.picture import DETAIL, FRAME, MIRROR, SPLITS, TURN, Picture, PictureSource
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
@@ -61,8 +61,8 @@ class IconScenes(PictureSource):
         image, placed = self._compose(grid, chosen, icons, rng)
         absent = next((icon.thing for icon in self._pick(4, split, rng) if _absent(icon.thing, placed)), None)
         turns, kind = ask_about(placed, absent, rng)
-        colors = {one.color for one in placed}
-        keeps = {FRAME, MIRROR, TURN, DETAIL} | ({COLOR} if any(answer in colors for _, answer in turns) else set())
+        names, kinds = " ".join(one.thing.name for one in placed), [kind for one in placed for kind in one.thing.kinds]
+        keeps = {FRAME, MIRROR, TURN, DETAIL} | keeps_of(names, kinds, turns)
         return Picture(image, tuple(turns), kind, frozenset(keeps))
 
     def _pick(self, count: int, split: str, rng: random.Random) -> list[Icon]:

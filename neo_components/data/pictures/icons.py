@@ -14,9 +14,10 @@ from typing import Any
 from PIL import Image
 
 from neo_components.data.pictures.colors import main_color
-from neo_components.data.pictures.naming import Thing, ask
+from neo_components.data.pictures.held_out_pairs import held_out_colors, names_held_out, refuse_held_out
+from neo_components.data.pictures.naming import Thing, ask, keeps_of
 from neo_components.data.pictures.packages import package_folder
-from neo_components.data.pictures.picture import COLOR, HELD_OUT, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
+from neo_components.data.pictures.picture import HELD_OUT, SPLITS, TRAIN, Picture, PictureSource
 from neo_components.data.pictures.svg import Renders, read_svg, render
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
@@ -26,21 +27,6 @@ SIDES = (64, 192)
 """Smallest and largest side of an icon in pixels."""
 
 _SKIN = re.compile(r"(^|-)(medium-)?(light|dark|medium)-skin-tone")
-_DIRECTED = {
-    "left",
-    "right",
-    "up",
-    "down",
-    "arrow",
-    "flag",
-    "turn",
-    "clockwise",
-    "rotate",
-    "top",
-    "bottom",
-    "corner",
-    "chevron",
-}
 _MOST_WORDS = 4
 _KINDS = {
     "Activities": "activity", "Animals & Nature": "nature", "Flags": "flag", "Food & Drink": "food or drink",
@@ -97,7 +83,7 @@ class IconSets:
         }
         emoji = {name: kind for name, kind in emoji.items() if not _SKIN.search(name)}
         self.icons = {
-            TRAIN: _shuffled([*self._noto(emoji), *self._tabler()]),
+            TRAIN: _shuffled(i for i in (*self._noto(emoji), *self._tabler()) if not names_held_out(i.thing.name)),
             HELD_OUT: _shuffled(self._fluent(emoji)),
         }
 
@@ -125,21 +111,25 @@ class IconSets:
     def render(self, icon: Icon, side: int, rng: random.Random) -> tuple[Image.Image, str | None]:
         """An icon and its main color if it has one; line icons get an ink and a thickness.
 
+        No icon of the train split shows a held-out pair of color and shape.
+
         Args:
             icon: of this set.
             side: of the image in pixels.
             rng: of ink and thickness.
 
         Raises:
-            SampleError: (a ``ValueError``) if it cannot be rendered.
+            SampleError: (a ``ValueError``) if it cannot be rendered, or if an icon of the train split shows a
+                held-out pair.
         """
         if icon.kind == "tabler":
-            color, ink = rng.choice(_INKS)
+            color, ink = rng.choice(inks(icon.thing.name))
             svg = read_svg(self.tabler / icon.file).replace("currentColor", ink)
             svg = svg.replace('stroke-width="2"', f'stroke-width="{rng.choice((1, 1.5, 2, 2, 2.5, 3))}"')
             return render(svg, side, icon.file), color
         if icon.kind == "noto":
             image = self._renders.get(icon.file, lambda: self._noto_svg(icon.file), side)
+            refuse_held_out(icon.thing.name, image)
         else:
             image = render(read_svg(self.fluent / icon.file), side, icon.file)
         return image, main_color(image)
@@ -155,6 +145,11 @@ _SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     'viewBox="{0} {1} {2} {3}">{4}</svg>'
 )
+
+
+def inks(name: str) -> list[tuple[str, str]]:
+    """Names and values of the colors that a line icon may be drawn in."""
+    return [ink for ink in _INKS if ink[0] not in held_out_colors(name)]
 
 
 def readable_name(name: str) -> str:
@@ -202,7 +197,5 @@ class Icons(PictureSource):
         image, color = self.sets.render(icon, rng.randint(*SIDES), rng)
         others = [other.thing for other in rng.sample(icons, min(12, len(icons)))]
         turns, kind = ask(icon.thing, others, rng, color)
-        keeps = {TURN, MIRROR} if _DIRECTED & set(icon.thing.name.split()) else set()
-        if any(answer == color for _, answer in turns):
-            keeps.add(COLOR)
+        keeps = keeps_of(icon.thing.name, icon.thing.kinds, turns)
         return Picture(image, tuple(turns), kind, frozenset(keeps))

@@ -6,8 +6,14 @@ Questions go from coarse to fine, so that no answer is given away by an earlier 
 from __future__ import annotations
 
 import random
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from neo_components.data.pictures.held_out_pairs import held_out_colors, words_in
+from neo_components.data.pictures.palette import NAMES as COLORS
+from neo_components.data.pictures.picture import COLOR, MIRROR, TURN
 
 NAME, KIND, CHOICE, YES_NO, CAPTION, COLOR_OF = "name", "kind", "choice", "yes_no", "caption", "color"
 
@@ -46,6 +52,40 @@ _TOPICS = {
 }  # fmt: skip
 """Kinds that no single thing is called by."""
 
+COLOR_WORDS = frozenset((*COLORS, "grey", "golden", "gold", "silver", "bronze", "blond", "violet", "leafy"))
+_COLORED = COLOR_WORDS | {
+    "1st", "2nd", "3rd", "flag", "flags", "moon", "chequered", "checkered", "semaphore", "negative", "inverted", "dark",
+    "bright",
+}  # fmt: skip
+"""Words of names that are wrong in other colors."""
+_COLORED_KINDS = frozenset(("flag", "semaphore signal", "color gradient"))
+_DIRECTED = frozenset((
+    "left", "leftwards", "right", "rightwards", "up", "upwards", "upside", "down", "downwards", "top", "bottom", "back",
+    "forward", "forwards", "backward", "backwards", "backspace", "reverse", "rewind", "fast", "next", "last",
+    "previous", "prev", "first", "skip", "skipped", "track", "tracks", "player", "play", "eject", "turn", "turned",
+    "rotate", "rotated", "rotating", "rotation", "clockwise", "counterclockwise", "arrow", "arrows", "chevron",
+    "chevrons", "caret", "corner", "corners", "pointing", "facing", "tilted", "north", "south", "east", "west", "ne",
+    "nw", "se", "sw", "horizontal", "vertical", "horizontally", "vertically", "diagonal", "flip", "transform",
+    "direction", "directions", "departure", "arrival", "takeoff", "landing", "inbox", "outbox", "incoming", "outgoing",
+    "upload", "download", "login", "logout", "import", "export", "enter", "exit", "indent", "increase", "increasing",
+    "decrease", "decreasing", "trending", "stairs", "sort", "sorted", "ascending", "descending", "greater", "lower",
+    "less", "than", "math", "semaphore", "signal", "flag", "flags", "letter", "letters", "latin", "alphabet", "alpha",
+    "beta", "delta", "lambda", "omega", "sigma", "pi", "number", "numbers", "digit", "keycap", "text", "abc", "moon",
+    "quarter", "crescent", "gibbous", "waxing", "waning", "half", "square", "root", "clock", "oclock", "thirty", "hour",
+    "clockface", "map", "globe", "hemisphere", "question", "exclamation", "quote", "quotes", "ampersand", "percent",
+    "percentage", "multiply", "divide", "plus", "subtract", "equals", "not", "slash", "backslash", "slashes", "dollar",
+    "euro", "yen", "pound", "currency", "bracket", "parenthesis", "braces", "brackets", "hourglass", "sunrise",
+    "sunset", "zodiac", "card", "playing", "ace", "jack", "queen", "king", "script", "kanji", "hiragana", "katakana",
+    "japanese", "chinese", "align", "border", "box", "layout", "sidebar", "stack", "superscript", "subscript",
+    *string.ascii_lowercase,
+))  # fmt: skip
+"""Words of names that are wrong of a picture that is mirrored or rotated."""
+_DIRECTED_KINDS = frozenset((
+    "flag", "arrow", "letter", "number", "math", "currency", "text", "symbol", "zodiac sign", "sign", "road sign",
+    "map", "map symbol", "semaphore signal", "clock", "playing card", "document", "chart", "diagram", "face",
+    "smiley face",
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -60,6 +100,28 @@ class Thing:
     name: str
     kinds: tuple[str, ...]
     style: str
+
+
+def keeps_of(name: str, kinds: Sequence[str], turns: Sequence[tuple[str, str]]) -> set[str]:
+    """What distortions must leave alone, as the name or an answer rests on it.
+
+    Args:
+        name: of what is shown; of several things, all their names.
+        kinds: of what is shown.
+        turns: pairs of question and answer.
+
+    Returns:
+        COLOR if name, kind, a question or an answer names a color, or the thing is a shape that is held out in some
+        color; TURN and MIRROR if the thing is another one, or none, when it is mirrored or rotated.
+    """
+    words, keeps = words_in(name), set[str]()
+    said = set(re.findall(r"[a-z]+", " ".join(text for turn in turns for text in turn).lower()))
+    shape = bool(held_out_colors(" ".join((name, *kinds))))
+    if words & _COLORED or _COLORED_KINDS.intersection(kinds) or said & COLOR_WORDS or shape:
+        keeps.add(COLOR)
+    if words & _DIRECTED or _DIRECTED_KINDS.intersection(kinds) or any(word[0].isdigit() for word in words):
+        keeps |= {TURN, MIRROR}
+    return keeps
 
 
 def called(thing: Thing, name: str = "") -> str:

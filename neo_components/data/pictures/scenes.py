@@ -18,6 +18,7 @@ from neo_components.data.pictures.asking import one_form
 from neo_components.data.pictures.picture import COLOR, FRAME, MIRROR, SPLITS, TRAIN, TURN, Picture, PictureSource
 from neo_components.data.pictures.scene_questions import DESCRIBE, QUESTIONS, caption, count_turn
 from neo_components.data.pictures.shapes import FILLS, HELD_OUT_PAIRS, PAIRS, Thing, draw_thing, random_turn
+from neo_components.data.skip_counts import SampleError
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
@@ -29,6 +30,8 @@ NEW = 0.6
 """Part of the things of a held-out scene whose pair of color and shape is held out, rounded up."""
 LEAST_CONTRAST = 1.45
 """Of a color against the background."""
+TRIES = 400
+"""Places that are tried for a thing, each a little smaller."""
 OVERLAP = 0.08
 """Chance that things of a scene may overlap a little."""
 GROUNDS: tuple[Callable[[random.Random], palette.RGB], ...] = (
@@ -129,18 +132,24 @@ def asked(
 
 
 def placed(rng: random.Random, chosen: Sequence[tuple[str, str]], background: palette.RGB) -> list[Thing]:
-    """Things at free places, large and small ones; small enough that all find room."""
+    """Things at free places, large and small ones; small enough that nearly always all find room.
+
+    Raises:
+        SampleError: (a ``ValueError``) if one does not.
+    """
     fills = FILLS if rng.random() < PATTERNED else ("filled",)
     most = {1: 0.42, 2: 0.26, 3: 0.22, 4: 0.19}.get(len(chosen), 0.15)
     gap = 0.75 if rng.random() < OVERLAP else 1.08
     things: list[Thing] = []
     for color, shape in chosen:
-        for attempt in range(400):
+        for attempt in range(TRIES):
             half = rng.uniform(0.065, most) * 0.985 ** (attempt / 4)
             half = max(0.055, half)
             x, y = (rng.uniform(half + 0.02, 0.98 - half) for _ in range(2))
             if all(math.hypot(x - one.x, y - one.y) > gap * (half + one.half) for one in things):
                 break
+        else:
+            raise SampleError(f"{len(chosen)} things find no room in a scene", "too_large")
         degrees, direction = random_turn(rng, shape)
         rgb = palette.shade(rng, color)
         fill = rng.choice(fills)

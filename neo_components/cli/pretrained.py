@@ -62,28 +62,26 @@ def make(
     minutes: Annotated[
         float | None, typer.Option(help="Minutes of training. Default: the steps of the recipes in pretrained/.")
     ] = None,
-    llm_minutes: Annotated[float, typer.Option(help="Minutes to distill the small language model, if it is.")] = 10.0,
-    llm_width: Annotated[
-        int, typer.Option(help="Width of the small language model; SmolLM2's, 576: some of its blocks, distilled.")
-    ] = 256,
     recipes: Annotated[
         str, typer.Option(help="Folder of the recipes, one for each part. Default: those that ship.")
     ] = "pretrained",
-    pairs: Annotated[int, typer.Option(min=1, help="Images of the pretraining mix.")] = 300_000,
+    pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of the pretraining mix. Default: as it was begun with, at first 300,000."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto (cuda, else cpu).")] = "auto",
     prepare: Annotated[
         bool, typer.Option("--prepare", help="End before the training, which may go on on another machine.")
     ] = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of all recipes.")] = None,
 ) -> None:
-    """Make the pre-Buffer that ships, from fetching the data to the export. Started again, it goes on."""
+    """Make a pre-Buffer asset, from fetching the data to the export. Started again, it goes on."""
     from neo_components.cli.models import quiet
     from neo_components.pretrained.make import make as run
 
     quiet()
     made = run(
-        output, packages, fetch=fetch, pairs=pairs, minutes=minutes, llm_minutes=llm_minutes,
-        llm_width=llm_width, recipes=recipes, device=device, prepare_only=prepare, overrides=overrides or [],
-        report=typer.echo,
+        output, packages, fetch=fetch, pairs=pairs, minutes=minutes, recipes=recipes, device=device,
+        prepare_only=prepare, overrides=overrides or [], report=typer.echo,
     )  # fmt: skip
     typer.echo(f"{'prepared' if prepare else 'asset'}: {made}")

@@ -1,1 +1,1 @@
-"""Making the pre-Buffer assets that ship with the library."""
+"""Pre-Buffer assets: made by one command, and added to those that ship."""

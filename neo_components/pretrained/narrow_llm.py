@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from neo_components.pretrained.small_llm import write_llm
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -80,3 +79,13 @@ def principal(table: Tensor, width: int) -> tuple[Tensor, float]:
     centered = (table - table.mean(0)).double()
     variances, axes = torch.linalg.eigh(centered.T @ centered)
     return (centered @ axes.flip(1)[:, :width]).float(), float(variances.flip(0)[:width].sum() / variances.sum())
+
+
+def write_llm(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a transformers model with its tokenizer; the folder is there whole or not at all."""
+    arriving = folder.with_name(folder.name + ".part")
+    shutil.rmtree(arriving, ignore_errors=True)
+    model.save_pretrained(arriving)
+    tokenizer.save_pretrained(arriving)
+    shutil.rmtree(folder, ignore_errors=True)
+    arriving.rename(folder)

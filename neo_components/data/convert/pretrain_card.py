@@ -52,8 +52,10 @@ def write_card(folder: Path, packages: Path, weights: dict[str, float], seed: in
         },
         "folders": counts,
     }
-    (folder / CARD).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(facts), encoding="utf-8")
+    writing = folder / f"{CARD}.writing"
+    writing.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    writing.replace(folder / CARD)  # last, and at once: a mix with it is whole
 
 
 def _counted(index: Path) -> dict[str, dict[str, int]]:

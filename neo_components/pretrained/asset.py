@@ -21,7 +21,7 @@ from neo_components.storage.weights import read_json
 
 LICENSE = "apache-2.0"
 ANCHORS = 4096
-ASKED = 200
+ASKED = 50
 """Questions of each held-out source that the finished model answers."""
 
 

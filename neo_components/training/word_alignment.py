@@ -138,7 +138,7 @@ class WordAlignment:
         answers = answers.to(x.device)
         llm = self.model.post_llm
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            # Every time anew: word embeddings may be trained, and a resumed run must go on as if it had not ended.
+            # In every step: word embeddings may be trained, and a resumed run must go on as if it had not ended.
             rows = torch.arange(0, llm.hparams.vocab_size, max(1, llm.hparams.vocab_size // SAMPLED), device=x.device)
             table = llm.embed(rows).float()
             words = llm.embed(answers.words).float()

@@ -18,7 +18,7 @@ LETTERS = tuple(letter for letter in string.ascii_letters if letter != "l")
 CASE_SHOWS = frozenset("abdeghnqrtABDEGHNQRT")
 """Letters that show on their own whether they are capitals."""
 ALIKE = frozenset("0Oo1Ii")
-"""Digits and letters that are told from each other by what stands beside them."""
+"""Digits and letters that look alike: what stands beside them distinguishes them."""
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 

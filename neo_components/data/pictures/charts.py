@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import ClassVar
 
-from neo_components.data.pictures import palette, words
+from neo_components.data.pictures import palette
 from neo_components.data.pictures.asking import some
 from neo_components.data.pictures.chart_data import (
     SERIES,
@@ -19,7 +18,6 @@ from neo_components.data.pictures.chart_data import (
 )
 from neo_components.data.pictures.chart_drawing import STYLES, new_canvas, scatter
 from neo_components.data.pictures.chart_questions import chart_turns, scatter_turns
-from neo_components.data.pictures.fonts import NEEDS, Fonts
 from neo_components.data.pictures.picture import (
     COLOR,
     DETAIL,
@@ -30,8 +28,8 @@ from neo_components.data.pictures.picture import (
     TRAIN,
     TURN,
     Picture,
-    PictureSource,
 )
+from neo_components.data.pictures.typeset import TypesetSource
 from neo_components.data.pictures.words import Words
 from neo_components.errors import one_of
 from neo_components.registry import PICTURES
@@ -45,20 +43,10 @@ MOST_SLICES = 6
 
 
 @PICTURES.register("charts")
-class Charts(PictureSource):
+class Charts(TypesetSource):
     """Charts with titles, axes, legends and printed values at random. Donuts, stacked bars and dots are held out."""
 
-    license: ClassVar[str] = "OFL-1.1 AND Apache-2.0 AND MIT"
     origin: ClassVar[str] = "drawn from random data; fonts of PyPI packages fontpkg-*, words of wonderwords"
-    needs: ClassVar[tuple[str, ...]] = (*NEEDS, words.PACKAGE)
-
-    def __init__(self, packages: Path) -> None:
-        super().__init__(packages)
-        self.fonts, self.words = Fonts(packages), Words(packages, longest=8)
-
-    def items(self, split: str) -> None:
-        """Charts are drawn without end."""
-        one_of("split", split, SPLITS)
 
     def draw(self, number: int, split: str, rng: random.Random) -> Picture:
         """A chart with its questions."""

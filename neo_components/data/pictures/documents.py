@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image, ImageDraw
@@ -13,10 +12,10 @@ from PIL import Image, ImageDraw
 from neo_components.data.pictures import palette, words
 from neo_components.data.pictures.asking import Turn, one_form, some, yes_no
 from neo_components.data.pictures.chart_data import NAME_SETS
-from neo_components.data.pictures.fonts import NEEDS, Face, Fonts
-from neo_components.data.pictures.picture import DETAIL, FRAME, MIRROR, SPLITS, TURN, Picture, PictureSource
+from neo_components.data.pictures.fonts import Face
+from neo_components.data.pictures.picture import DETAIL, FRAME, MIRROR, TURN, Picture
+from neo_components.data.pictures.typeset import TypesetSource
 from neo_components.data.pictures.words import Words
-from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
 PEOPLE = NAME_SETS[4]
@@ -46,20 +45,10 @@ class Page:
 
 
 @PICTURES.register("documents")
-class Documents(PictureSource):
+class Documents(TypesetSource):
     """Documents of three to eight lines, black on light paper; the held-out ones are set in held-out fonts."""
 
-    license: ClassVar[str] = "OFL-1.1 AND Apache-2.0 AND MIT"
     origin: ClassVar[str] = "drawn at random; fonts of PyPI packages fontpkg-*, words of wonderwords"
-    needs: ClassVar[tuple[str, ...]] = (*NEEDS, words.PACKAGE)
-
-    def __init__(self, packages: Path) -> None:
-        super().__init__(packages)
-        self.fonts, self.words = Fonts(packages), Words(packages, longest=8)
-
-    def items(self, split: str) -> None:
-        """Documents are drawn without end."""
-        one_of("split", split, SPLITS)
 
     def draw(self, number: int, split: str, rng: random.Random) -> Picture:
         """A document with its questions."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image, ImageDraw
 
-from neo_components.data.pictures import palette, words
+from neo_components.data.pictures import palette
 from neo_components.data.pictures.asking import Turn, one_form, some, yes_no
 from neo_components.data.pictures.chart_data import SERIES, some_names
-from neo_components.data.pictures.fonts import NEEDS, Face, Fonts
+from neo_components.data.pictures.fonts import Face
 from neo_components.data.pictures.ink import line_height
-from neo_components.data.pictures.picture import DETAIL, FRAME, MIRROR, SPLITS, TURN, Picture, PictureSource
+from neo_components.data.pictures.picture import DETAIL, FRAME, MIRROR, TURN, Picture
+from neo_components.data.pictures.typeset import TypesetSource
 from neo_components.data.pictures.words import Words
-from neo_components.errors import one_of
 from neo_components.registry import PICTURES
 
 LONGEST_SIDE = 224
@@ -45,20 +44,10 @@ class Table:
 
 
 @PICTURES.register("tables")
-class Tables(PictureSource):
+class Tables(TypesetSource):
     """Tables of two to five rows and one to three columns of numbers beside the column of names."""
 
-    license: ClassVar[str] = "OFL-1.1 AND Apache-2.0 AND MIT"
     origin: ClassVar[str] = "drawn from random data; fonts of PyPI packages fontpkg-*, words of wonderwords"
-    needs: ClassVar[tuple[str, ...]] = (*NEEDS, words.PACKAGE)
-
-    def __init__(self, packages: Path) -> None:
-        super().__init__(packages)
-        self.fonts, self.words = Fonts(packages), Words(packages, longest=8)
-
-    def items(self, split: str) -> None:
-        """Tables are drawn without end; the held-out ones are set in held-out fonts."""
-        one_of("split", split, SPLITS)
 
     def draw(self, number: int, split: str, rng: random.Random) -> Picture:
         """A table with its questions."""
